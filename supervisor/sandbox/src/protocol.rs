@@ -1,0 +1,344 @@
+//! The messages between the supervisor and the launcher: what may be asked, what comes back.
+//!
+//! The transport is `SOCK_SEQPACKET`: one packet is one message, with descriptors by `SCM_RIGHTS`. A packet is a fixed
+//! header (version, kind, request id) and a postcard body; the kinds are numbered here and never reused. The launcher
+//! does not believe what it reads: these types are only shapes, and the launcher checks every field against its policy.
+//!
+//! Kinds 3 and 4 (Import, Forget), 7 and 8 (Freeze, Thaw), 10 to 14 (Limits, Stats, List, HoldFd, TakeFd) are reserved.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The protocol's version, exchanged in [`Hello`] and repeated in each header.
+pub const VERSION: u16 = 1;
+
+/// The largest packet, in bytes. A longer one is refused unread.
+pub const MAX_PACKET: usize = 64 * 1024;
+
+/// The most descriptors in one packet.
+pub const MAX_DESCRIPTORS: usize = 8;
+
+/// Identifies one launch for the launcher's life; never reused, and chosen by the launcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LaunchId(pub u64);
+
+/// What the supervisor asks. Every request gets exactly one [`Reply`] with the same request id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Must come first.
+    Hello(Hello),
+    /// Which controls work here, found by using them.
+    Probe,
+    /// Starts a plugin. Descriptors: 0 the entry, a regular file open for reading; 1 the bundle's directory.
+    Launch(Box<Launch>),
+    /// Sends a signal to the plugin's first process.
+    Signal {
+        /// The launch to signal.
+        launch: LaunchId,
+        /// The signal's number; only SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGKILL are accepted.
+        signal: i32,
+    },
+    /// Kills every process of the launch. The exit event follows when none is left.
+    Kill {
+        /// The launch to end.
+        launch: LaunchId,
+    },
+}
+
+/// The first message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The supervisor's protocol version; another one is refused.
+    pub version: u16,
+}
+
+/// Which process to start, and how walled in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// The plugin's name, in the grammar of `PluginName`.
+    pub plugin: String,
+    /// The plugin's generation, for its environment and its cgroup's name.
+    pub generation: u64,
+    /// How strong the walls are. Only PROCESS is launched yet.
+    pub level: Level,
+    /// SHA-256 of the entry; the launcher executes bytes with this digest or nothing.
+    pub entry_sha256: [u8; 32],
+    /// The entry's path inside the bundle, as `argv[0]` and for people.
+    pub entry: String,
+    /// Arguments after `argv[0]`.
+    pub args: Vec<String>,
+    /// The plugin's own variables. `PLUGVISOR_*`, `LISTEN_*` and loader variables (`LD_*`) are refused.
+    pub env: Vec<(String, String)>,
+    /// Who makes the worker socket.
+    pub socket: SocketMode,
+    /// Limits that the kernel holds.
+    pub limits: Limits,
+    /// Granted capabilities that open something in the kernel.
+    pub grants: Vec<Grant>,
+    /// Controls that the operator allows to be missing.
+    pub allow_degraded: Vec<Control>,
+}
+
+/// Isolation levels on the wire, weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the levels of the manifest, see plugvisor_package::IsolationLevel")]
+pub enum Level {
+    None,
+    Process,
+    Container,
+    Sandbox,
+    Vm,
+}
+
+/// Who makes the worker socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SocketMode {
+    /// The launcher binds and listens; the plugin inherits it as descriptor 3.
+    Inherit,
+    /// The plugin binds the path in `PLUGVISOR_LISTEN` itself.
+    Bind,
+}
+
+/// Limits that the kernel holds. `None` means that none was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes of memory of all processes together.
+    pub memory_bytes: Option<u64>,
+    /// Percent of one CPU, 100 is one whole CPU.
+    pub cpu_percent: Option<u32>,
+    /// Processes and threads together.
+    pub pids: Option<u32>,
+    /// The largest file that may be written, in bytes (`RLIMIT_FSIZE`).
+    pub file_size_bytes: Option<u64>,
+    /// Open descriptors of one process (`RLIMIT_NOFILE`).
+    pub open_files: Option<u32>,
+}
+
+/// Capabilities that open something in the kernel; the others are held by the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Grant {
+    /// A sized, non-executable `/tmp`.
+    WriteTemp,
+    /// fork, vfork and clone without namespace flags.
+    SpawnChild,
+}
+
+/// One control of the walls, each with its name in `allow_degraded` and in every report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Control {
+    /// A uid that only this plugin has.
+    OwnUid,
+    /// No capability in any of the five sets.
+    NoCapabilities,
+    /// `no_new_privs`.
+    NoNewPrivs,
+    /// The rlimits of the plan.
+    Rlimits,
+    /// A mount namespace with the plugin's own tree.
+    MountNamespace,
+    /// A PID namespace.
+    PidNamespace,
+    /// An IPC namespace.
+    IpcNamespace,
+    /// A seccomp filter.
+    Seccomp,
+    /// A Landlock ruleset.
+    Landlock,
+    /// The memory limit.
+    MemoryLimit,
+    /// The CPU limit.
+    CpuLimit,
+    /// The limit on processes.
+    PidsLimit,
+    /// Every process of the plugin dies together: a cgroup, or the PID namespace's init.
+    WholeKill,
+    /// The plugin dies with the launcher.
+    DiesWithLauncher,
+}
+
+impl Control {
+    /// Every control, in the order reports show them.
+    pub const ALL: [Self; 14] = [
+        Self::OwnUid,
+        Self::NoCapabilities,
+        Self::NoNewPrivs,
+        Self::Rlimits,
+        Self::MountNamespace,
+        Self::PidNamespace,
+        Self::IpcNamespace,
+        Self::Seccomp,
+        Self::Landlock,
+        Self::MemoryLimit,
+        Self::CpuLimit,
+        Self::PidsLimit,
+        Self::WholeKill,
+        Self::DiesWithLauncher,
+    ];
+
+    /// The name used in `allow_degraded` and in every report.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::OwnUid => "own-uid",
+            Self::NoCapabilities => "no-capabilities",
+            Self::NoNewPrivs => "no-new-privs",
+            Self::Rlimits => "rlimits",
+            Self::MountNamespace => "mount-namespace",
+            Self::PidNamespace => "pid-namespace",
+            Self::IpcNamespace => "ipc-namespace",
+            Self::Seccomp => "seccomp",
+            Self::Landlock => "landlock",
+            Self::MemoryLimit => "memory-limit",
+            Self::CpuLimit => "cpu-limit",
+            Self::PidsLimit => "pids-limit",
+            Self::WholeKill => "whole-kill",
+            Self::DiesWithLauncher => "dies-with-launcher",
+        }
+    }
+}
+
+impl fmt::Display for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What the launcher answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To [`Request::Hello`].
+    Hello {
+        /// The launcher's protocol version.
+        version: u16,
+        /// The launcher's own pid, as the supervisor sees it.
+        pid: u32,
+    },
+    /// To [`Request::Probe`].
+    Probe(Vec<Probed>),
+    /// To [`Request::Launch`]. Descriptors: 0 a pidfd, 1 the listening broker socket, 2 an `O_PATH` descriptor through
+    /// which the worker socket is reached (the socket itself when inherited, its directory when the plugin binds it),
+    /// 3 stdout and 4 stderr, the reading ends.
+    Launched(Launched),
+    /// To [`Request::Signal`] and [`Request::Kill`].
+    Done,
+    /// The request was refused and changed nothing.
+    Refused(Refusal),
+}
+
+/// One feature of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probed {
+    /// The control that the feature serves.
+    pub control: Control,
+    /// What holds it here, or why nothing does and the fix.
+    pub state: ProbeState,
+}
+
+/// Whether a control can be enforced on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProbeState {
+    /// It works, by this mechanism, such as "cgroup v1 memory at /sys/fs/cgroup/memory/…".
+    Works(String),
+    /// It does not.
+    Lacking {
+        /// What was tried and how it failed.
+        why: String,
+        /// What the operator can do.
+        fix: String,
+    },
+}
+
+/// A plugin that runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launched {
+    /// The launch.
+    pub launch: LaunchId,
+    /// The first process, as the supervisor's PID namespace sees it. For people only: the pidfd is the identity.
+    pub pid: u32,
+    /// The uid that it runs as.
+    pub uid: u32,
+    /// Every control asked for, as read back from the kernel after it was set.
+    pub controls: Vec<ControlState>,
+    /// The cgroup directories of the launch; empty when there is none.
+    pub cgroups: Vec<String>,
+    /// Nanoseconds from the request's arrival to the exec, by the launcher's clock.
+    pub launch_exec_nanos: u64,
+}
+
+/// A control as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlState {
+    /// Which one.
+    pub control: Control,
+    /// What was asked for, such as "67108864 bytes".
+    pub requested: String,
+    /// What the kernel said when it was read back; `None` when it is not enforced.
+    pub enforced: Option<String>,
+    /// The file or call that was read.
+    pub read_from: String,
+    /// Why it is not enforced, and the fix; empty when it is.
+    pub unavailable: String,
+}
+
+/// Why a request was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// For programs.
+    pub code: RefusalCode,
+    /// What was refused, why, and the fix.
+    pub message: String,
+}
+
+/// Kinds of refusals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RefusalCode {
+    /// The packet is not a message of this protocol.
+    Malformed,
+    /// Another protocol version.
+    Version,
+    /// A field is outside the launcher's policy.
+    Policy,
+    /// The launch id is unknown, or its processes are gone.
+    UnknownLaunch,
+    /// The level is not implemented by this launcher.
+    LevelUnsupported,
+    /// A control that is required and not in `allow_degraded` cannot be enforced here.
+    ControlUnavailable,
+    /// The entry is missing, not a regular file, too large or not executable here.
+    Entry,
+    /// The entry's bytes have another digest.
+    DigestMismatch,
+    /// A limit of the launcher is reached: plugins, descriptors, memory.
+    Exhausted,
+    /// A system call failed that should not have.
+    Kernel,
+}
+
+/// What the launcher tells unasked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Notice {
+    /// Every process of the launch is gone and its cgroups are removed.
+    Exited {
+        /// The launch that ended.
+        launch: LaunchId,
+        /// How its first process ended.
+        exit: Exit,
+        /// The kernel killed one of its processes for memory.
+        oom_killed: bool,
+    },
+    /// The kernel killed a process of the launch for memory; the whole launch is being killed.
+    OutOfMemory {
+        /// The launch.
+        launch: LaunchId,
+    },
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// By itself, with this status.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}

@@ -1,0 +1,1 @@
+//! Calls to plugins from a local application.

@@ -1,0 +1,1 @@
+//! Write a plugin as one trait.
