@@ -1,5 +1,12 @@
 //! The walls: which controls a launch needs, the launcher that puts them up, and the protocol to ask it.
 //!
 //! This is the only crate with `unsafe`. It knows neither tokio nor gRPC nor the supervisor's configuration.
+//!
+//! What the supervisor needs: [`options`] to start the launcher, [`seqpacket`] to carry packets, [`codec`] to turn them
+//! into the messages of [`protocol`].
+#![deny(unsafe_code)]
 
+pub mod codec;
+pub mod options;
 pub mod protocol;
+pub mod seqpacket;

@@ -44,6 +44,11 @@ pub enum Request {
         /// The launch to end.
         launch: LaunchId,
     },
+    /// Reads every control of a running launch again from the kernel.
+    Inspect {
+        /// The launch to read.
+        launch: LaunchId,
+    },
 }
 
 /// The first message.
@@ -222,6 +227,8 @@ pub enum Reply {
     Launched(Launched),
     /// To [`Request::Signal`] and [`Request::Kill`].
     Done,
+    /// To [`Request::Inspect`]: every control as the kernel shows it at this moment.
+    Inspected(Vec<ControlState>),
     /// The request was refused and changed nothing.
     Refused(Refusal),
 }

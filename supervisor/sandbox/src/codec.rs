@@ -1,0 +1,248 @@
+//! Packets to messages and back: the header, the numbers of the kinds, and the bounds.
+//!
+//! A packet is a header of [`HEADER_LEN`] bytes, little-endian (version `u16`, kind `u16`, request id `u64`), and the
+//! body of that kind in postcard. Decoding is total: any bytes give a message or a [`DecodeError`], never a panic, and
+//! no allocation is larger than the packet says it can fill. What a field may hold is not judged here.
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::protocol::{
+    ControlState, Exit, Hello, Launch, LaunchId, Launched, MAX_PACKET, Notice, Probed, Refusal, Reply, Request, VERSION,
+};
+
+/// The header's length in bytes.
+pub const HEADER_LEN: usize = 12;
+
+/// The numbers of the kinds. Requests are 1 to 99; a reply is its request's number plus 0x100; notices are from 0x200.
+/// Numbers are never reused. Reserved: 3 and 4 (Import, Forget), 7 and 8 (Freeze, Thaw), 10 to 14 (Limits, Stats, List,
+/// HoldFd, TakeFd).
+pub mod kind {
+    /// [`Request::Hello`](crate::protocol::Request::Hello).
+    pub const HELLO: u16 = 1;
+    /// [`Request::Probe`](crate::protocol::Request::Probe).
+    pub const PROBE: u16 = 2;
+    /// [`Request::Launch`](crate::protocol::Request::Launch).
+    pub const LAUNCH: u16 = 5;
+    /// [`Request::Signal`](crate::protocol::Request::Signal).
+    pub const SIGNAL: u16 = 6;
+    /// [`Request::Kill`](crate::protocol::Request::Kill).
+    pub const KILL: u16 = 9;
+    /// [`Request::Inspect`](crate::protocol::Request::Inspect).
+    pub const INSPECT: u16 = 15;
+    /// [`Reply::Hello`](crate::protocol::Reply::Hello).
+    pub const HELLO_REPLY: u16 = 0x101;
+    /// [`Reply::Probe`](crate::protocol::Reply::Probe).
+    pub const PROBE_REPLY: u16 = 0x102;
+    /// [`Reply::Launched`](crate::protocol::Reply::Launched).
+    pub const LAUNCHED: u16 = 0x105;
+    /// [`Reply::Inspected`](crate::protocol::Reply::Inspected).
+    pub const INSPECTED: u16 = 0x10f;
+    /// [`Reply::Done`](crate::protocol::Reply::Done).
+    pub const DONE: u16 = 0x1fe;
+    /// [`Reply::Refused`](crate::protocol::Reply::Refused).
+    pub const REFUSED: u16 = 0x1ff;
+    /// [`Notice::Exited`](crate::protocol::Notice::Exited).
+    pub const EXITED: u16 = 0x201;
+    /// [`Notice::OutOfMemory`](crate::protocol::Notice::OutOfMemory).
+    pub const OUT_OF_MEMORY: u16 = 0x202;
+}
+
+/// What comes from the launcher: the answer to a request, or a notice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FromLauncher {
+    /// The one answer to the request with this id.
+    Reply {
+        /// The request's id.
+        id: u64,
+        /// The answer.
+        reply: Reply,
+    },
+    /// Something that was not asked for.
+    Notice(Notice),
+}
+
+/// Why bytes are not a message. `id` is the request id, when there was one to read, so that a refusal can name it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Shorter than a header.
+    #[error("a packet of {len} bytes is shorter than the header of {HEADER_LEN}")]
+    Short {
+        /// The packet's length.
+        len: usize,
+    },
+    /// Longer than [`MAX_PACKET`].
+    #[error("a packet of {len} bytes is longer than {MAX_PACKET}")]
+    Long {
+        /// The packet's length.
+        len: usize,
+    },
+    /// Another protocol version in the header.
+    #[error("the packet has protocol version {version}, this side speaks {VERSION}")]
+    Version {
+        /// The request's id.
+        id: u64,
+        /// The other side's version.
+        version: u16,
+    },
+    /// A kind that does not exist, or that does not go in this direction.
+    #[error("kind {kind} is not one that this side accepts")]
+    Kind {
+        /// The request's id.
+        id: u64,
+        /// The kind's number.
+        kind: u16,
+    },
+    /// The body does not match the kind.
+    #[error("the body does not fit kind {kind}: {why}")]
+    Body {
+        /// The request's id.
+        id: u64,
+        /// The kind's number.
+        kind: u16,
+        /// What the decoder said.
+        why: String,
+    },
+}
+
+impl DecodeError {
+    /// The request id of the packet; 0 when it was too short to hold one.
+    #[must_use]
+    pub const fn id(&self) -> u64 {
+        match self {
+            Self::Short { .. } | Self::Long { .. } => 0,
+            Self::Version { id, .. } | Self::Kind { id, .. } | Self::Body { id, .. } => *id,
+        }
+    }
+}
+
+/// Why a message cannot be a packet.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// The packet would be longer than [`MAX_PACKET`].
+    #[error("the message is {len} bytes long, a packet holds {MAX_PACKET}")]
+    Long {
+        /// The packet's length.
+        len: usize,
+    },
+    /// The serializer failed.
+    #[error("the message cannot be written: {0}")]
+    Body(String),
+}
+
+/// A request as a packet.
+pub fn encode_request(id: u64, request: &Request) -> Result<Vec<u8>, EncodeError> {
+    match request {
+        Request::Hello(hello) => packet(kind::HELLO, id, hello),
+        Request::Probe => packet(kind::PROBE, id, &()),
+        Request::Launch(launch) => packet(kind::LAUNCH, id, launch),
+        Request::Signal { launch, signal } => packet(kind::SIGNAL, id, &(launch, signal)),
+        Request::Kill { launch } => packet(kind::KILL, id, launch),
+        Request::Inspect { launch } => packet(kind::INSPECT, id, launch),
+    }
+}
+
+/// A packet as a request and its id.
+pub fn decode_request(bytes: &[u8]) -> Result<(u64, Request), DecodeError> {
+    let (kind, id, body) = header(bytes)?;
+    let request = match kind {
+        kind::HELLO => Request::Hello(parse::<Hello>(kind, id, body)?),
+        kind::PROBE => {
+            parse::<()>(kind, id, body)?;
+            Request::Probe
+        }
+        kind::LAUNCH => Request::Launch(Box::new(parse::<Launch>(kind, id, body)?)),
+        kind::SIGNAL => {
+            let (launch, signal) = parse::<(LaunchId, i32)>(kind, id, body)?;
+            Request::Signal { launch, signal }
+        }
+        kind::KILL => Request::Kill { launch: parse(kind, id, body)? },
+        kind::INSPECT => Request::Inspect { launch: parse(kind, id, body)? },
+        _ => return Err(DecodeError::Kind { id, kind }),
+    };
+    Ok((id, request))
+}
+
+/// A reply as a packet.
+pub fn encode_reply(id: u64, reply: &Reply) -> Result<Vec<u8>, EncodeError> {
+    match reply {
+        Reply::Hello { version, pid } => packet(kind::HELLO_REPLY, id, &(version, pid)),
+        Reply::Probe(probed) => packet(kind::PROBE_REPLY, id, probed),
+        Reply::Launched(launched) => packet(kind::LAUNCHED, id, launched),
+        Reply::Done => packet(kind::DONE, id, &()),
+        Reply::Inspected(controls) => packet(kind::INSPECTED, id, controls),
+        Reply::Refused(refusal) => packet(kind::REFUSED, id, refusal),
+    }
+}
+
+/// A notice as a packet; its request id is 0.
+pub fn encode_notice(notice: &Notice) -> Result<Vec<u8>, EncodeError> {
+    match notice {
+        Notice::Exited { launch, exit, oom_killed } => packet(kind::EXITED, 0, &(launch, exit, oom_killed)),
+        Notice::OutOfMemory { launch } => packet(kind::OUT_OF_MEMORY, 0, launch),
+    }
+}
+
+/// A packet as what the launcher says.
+pub fn decode_from_launcher(bytes: &[u8]) -> Result<FromLauncher, DecodeError> {
+    let (kind, id, body) = header(bytes)?;
+    let reply = match kind {
+        kind::HELLO_REPLY => {
+            let (version, pid) = parse(kind, id, body)?;
+            Reply::Hello { version, pid }
+        }
+        kind::PROBE_REPLY => Reply::Probe(parse::<Vec<Probed>>(kind, id, body)?),
+        kind::LAUNCHED => Reply::Launched(parse::<Launched>(kind, id, body)?),
+        kind::DONE => {
+            parse::<()>(kind, id, body)?;
+            Reply::Done
+        }
+        kind::INSPECTED => Reply::Inspected(parse::<Vec<ControlState>>(kind, id, body)?),
+        kind::REFUSED => Reply::Refused(parse::<Refusal>(kind, id, body)?),
+        kind::EXITED => {
+            let (launch, exit, oom_killed) = parse::<(LaunchId, Exit, bool)>(kind, id, body)?;
+            return Ok(FromLauncher::Notice(Notice::Exited { launch, exit, oom_killed }));
+        }
+        kind::OUT_OF_MEMORY => {
+            return Ok(FromLauncher::Notice(Notice::OutOfMemory { launch: parse(kind, id, body)? }));
+        }
+        _ => return Err(DecodeError::Kind { id, kind }),
+    };
+    Ok(FromLauncher::Reply { id, reply })
+}
+
+fn packet<T: Serialize + ?Sized>(kind: u16, id: u64, body: &T) -> Result<Vec<u8>, EncodeError> {
+    let mut bytes = Vec::with_capacity(256);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&kind.to_le_bytes());
+    bytes.extend_from_slice(&id.to_le_bytes());
+    let bytes = postcard::to_extend(body, bytes).map_err(|error| EncodeError::Body(error.to_string()))?;
+    if bytes.len() > MAX_PACKET {
+        return Err(EncodeError::Long { len: bytes.len() });
+    }
+    Ok(bytes)
+}
+
+fn header(bytes: &[u8]) -> Result<(u16, u64, &[u8]), DecodeError> {
+    let len = bytes.len();
+    if len > MAX_PACKET {
+        return Err(DecodeError::Long { len });
+    }
+    let short = DecodeError::Short { len };
+    let (version, rest) = bytes.split_first_chunk::<2>().ok_or_else(|| short.clone())?;
+    let (kind, rest) = rest.split_first_chunk::<2>().ok_or_else(|| short.clone())?;
+    let (id, body) = rest.split_first_chunk::<8>().ok_or(short)?;
+    let id = u64::from_le_bytes(*id);
+    let version = u16::from_le_bytes(*version);
+    if version != VERSION {
+        return Err(DecodeError::Version { id, version });
+    }
+    Ok((u16::from_le_bytes(*kind), id, body))
+}
+
+fn parse<T: DeserializeOwned>(kind: u16, id: u64, body: &[u8]) -> Result<T, DecodeError> {
+    match postcard::take_from_bytes::<T>(body) {
+        Ok((value, [])) => Ok(value),
+        Ok((_, rest)) => Err(DecodeError::Body { id, kind, why: format!("{} bytes too many", rest.len()) }),
+        Err(error) => Err(DecodeError::Body { id, kind, why: error.to_string() }),
+    }
+}

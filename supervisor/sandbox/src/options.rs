@@ -1,0 +1,224 @@
+//! The launcher's command line, for both sides: the starter writes it, the launcher reads it.
+//!
+//! In the embedded default this is the launcher's whole policy: it is fixed before the starter drops its privileges, and
+//! nothing that comes through the socket later can widen it.
+
+use std::{
+    ffi::{OsStr, OsString},
+    ops::RangeInclusive,
+    os::{fd::RawFd, unix::ffi::OsStrExt},
+    path::{Component, Path, PathBuf},
+};
+
+/// The uids that plugins get when the starter names none: the part of the uid space that systemd's `UIDS-GIDS` lists as
+/// unused, so that neither people, services, nor containers are met there.
+pub const DEFAULT_UIDS: RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
+
+/// What the launcher may do. Written as flags by [`Options::to_args`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// `--socket-fd N`: the inherited connection to the supervisor; not 0, 1 or 2.
+    pub socket_fd: RawFd,
+    /// `--uid-range A-B`: uids for plugins, used when the launcher is root; never holding 0.
+    pub uids: RangeInclusive<u32>,
+    /// `--cgroup-root NAME`: the group below the launcher's own in each hierarchy in which each launch gets a child.
+    pub cgroup_root: String,
+    /// `--bundle-root DIR`, repeatable: a bundle's directory must lie beneath one of these. Absolute paths.
+    pub bundle_roots: Vec<PathBuf>,
+    /// `--max-plugins N`: how many may run at once.
+    pub max_plugins: u32,
+    /// `--runtime-directory DIR`: an existing private directory in which the launcher makes `launcher/` for its
+    /// sockets. Absolute.
+    pub runtime_directory: PathBuf,
+}
+
+/// Why a command line was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// A flag that does not exist.
+    #[error(
+        "unknown flag {0:?}; the flags are --socket-fd, --uid-range, --cgroup-root, --bundle-root, --max-plugins and --runtime-directory"
+    )]
+    Unknown(String),
+    /// A flag without its value.
+    #[error("{0} needs a value")]
+    NoValue(&'static str),
+    /// A flag given twice that may be given once.
+    #[error("{0} was given twice")]
+    Twice(&'static str),
+    /// A value that does not fit its flag.
+    #[error("{flag}: {value:?} is refused: {why}")]
+    Value {
+        /// The flag.
+        flag: &'static str,
+        /// What was given.
+        value: String,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// A required flag is missing.
+    #[error("{0} is required")]
+    Missing(&'static str),
+}
+
+const SOCKET: &str = "--socket-fd";
+const UIDS: &str = "--uid-range";
+const CGROUP: &str = "--cgroup-root";
+const BUNDLES: &str = "--bundle-root";
+const MAX: &str = "--max-plugins";
+const RUNTIME: &str = "--runtime-directory";
+
+impl Options {
+    /// The defaults for what the starter seldom sets: [`DEFAULT_UIDS`], the cgroup `plugvisor-<pid of the starter>`, 64
+    /// plugins.
+    #[must_use]
+    pub fn new(socket_fd: RawFd, runtime_directory: PathBuf, bundle_roots: Vec<PathBuf>) -> Self {
+        Self {
+            socket_fd,
+            uids: DEFAULT_UIDS,
+            cgroup_root: format!("plugvisor-{}", std::process::id()),
+            bundle_roots,
+            max_plugins: 64,
+            runtime_directory,
+        }
+    }
+
+    /// The arguments after the program's name.
+    #[must_use]
+    pub fn to_args(&self) -> Vec<OsString> {
+        let Self { socket_fd, uids, cgroup_root, bundle_roots, max_plugins, runtime_directory } = self;
+        let mut args: Vec<OsString> = Vec::new();
+        let mut push = |flag: &str, value: &OsStr| args.extend([OsString::from(flag), value.to_owned()]);
+        push(SOCKET, socket_fd.to_string().as_ref());
+        push(UIDS, format!("{}-{}", uids.start(), uids.end()).as_ref());
+        push(CGROUP, cgroup_root.as_ref());
+        push(MAX, max_plugins.to_string().as_ref());
+        push(RUNTIME, runtime_directory.as_os_str());
+        for root in bundle_roots {
+            push(BUNDLES, root.as_os_str());
+        }
+        args
+    }
+
+    /// Reads the arguments after the program's name.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, OptionsError> {
+        let mut args = args.into_iter();
+        let (mut socket, mut uids, mut cgroup, mut max, mut runtime) = (None, None, None, None, None);
+        let mut bundle_roots = Vec::new();
+        while let Some(flag) = args.next() {
+            let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
+            match flag.to_str().unwrap_or_default() {
+                SOCKET => once(SOCKET, &mut socket, parse_fd(&value(SOCKET)?)?)?,
+                UIDS => once(UIDS, &mut uids, parse_uids(&value(UIDS)?)?)?,
+                CGROUP => once(CGROUP, &mut cgroup, parse_group(&value(CGROUP)?)?)?,
+                MAX => once(MAX, &mut max, parse_max(&value(MAX)?)?)?,
+                RUNTIME => once(RUNTIME, &mut runtime, parse_dir(RUNTIME, &value(RUNTIME)?)?)?,
+                BUNDLES => bundle_roots.push(parse_dir(BUNDLES, &value(BUNDLES)?)?),
+                _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
+            }
+        }
+        Ok(Self {
+            socket_fd: socket.ok_or(OptionsError::Missing(SOCKET))?,
+            uids: uids.unwrap_or(DEFAULT_UIDS),
+            cgroup_root: cgroup.ok_or(OptionsError::Missing(CGROUP))?,
+            bundle_roots,
+            max_plugins: max.unwrap_or(64),
+            runtime_directory: runtime.ok_or(OptionsError::Missing(RUNTIME))?,
+        })
+    }
+}
+
+fn once<T>(flag: &'static str, slot: &mut Option<T>, value: T) -> Result<(), OptionsError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(OptionsError::Twice(flag)),
+    }
+}
+
+fn refuse(flag: &'static str, value: &OsStr, why: &'static str) -> OptionsError {
+    OptionsError::Value { flag, value: value.to_string_lossy().into_owned(), why }
+}
+
+fn parse_fd(value: &OsStr) -> Result<RawFd, OptionsError> {
+    let fd = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd > 2);
+    fd.ok_or_else(|| refuse(SOCKET, value, "it must be a descriptor's number above 2"))
+}
+
+fn parse_uids(value: &OsStr) -> Result<RangeInclusive<u32>, OptionsError> {
+    let bounds = value.to_str().and_then(|text| text.split_once('-'));
+    let bounds = bounds.and_then(|(a, b)| Some((a.parse::<u32>().ok()?, b.parse::<u32>().ok()?)));
+    match bounds {
+        // u32::MAX is "no change" to setresuid, and 65534 is what unmapped ids look like.
+        Some((a, b)) if a > 0 && a <= b && b < u32::MAX && !(a..=b).contains(&65534) => Ok(a..=b),
+        _ => Err(refuse(UIDS, value, "it must be FIRST-LAST with neither 0, 65534 nor 4294967295 inside")),
+    }
+}
+
+fn parse_group(value: &OsStr) -> Result<String, OptionsError> {
+    let fits = |text: &&str| {
+        (1..=64).contains(&text.len())
+            && !text.starts_with('.')
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+    };
+    let name = value.to_str().filter(fits).map(str::to_owned);
+    name.ok_or_else(|| refuse(CGROUP, value, "it must be one name of 1 to 64 letters, digits, '-', '_' or '.'"))
+}
+
+fn parse_max(value: &OsStr) -> Result<u32, OptionsError> {
+    let max = value.to_str().and_then(|text| text.parse().ok()).filter(|max| (1..=1024).contains(max));
+    max.ok_or_else(|| refuse(MAX, value, "it must be a number from 1 to 1024"))
+}
+
+fn parse_dir(flag: &'static str, value: &OsStr) -> Result<PathBuf, OptionsError> {
+    let path = Path::new(value);
+    let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if path.is_absolute() && plain && value.len() <= 1024 && !value.as_bytes().contains(&0) {
+        Ok(path.to_owned())
+    } else {
+        Err(refuse(flag, value, "it must be an absolute path without '..'"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Options, OptionsError> {
+        Options::parse(args.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let options = Options {
+            uids: 5000..=5999,
+            max_plugins: 3,
+            ..Options::new(9, "/run/plugvisor".into(), vec!["/srv/a b".into(), "/opt/plugins".into()])
+        };
+        assert_eq!(Options::parse(options.to_args()), Ok(options));
+    }
+
+    #[test]
+    fn each_wrong_flag_is_named() {
+        let base = ["--socket-fd", "3", "--cgroup-root", "p", "--runtime-directory", "/run/p"];
+        assert!(parse(&base).is_ok());
+        for (extra, named) in [
+            (["--uid-range", "0-5"], "--uid-range"),
+            (["--uid-range", "9-5"], "--uid-range"),
+            (["--uid-range", "60000-70000"], "--uid-range"),
+            (["--max-plugins", "0"], "--max-plugins"),
+            (["--bundle-root", "relative"], "--bundle-root"),
+            (["--bundle-root", "/a/../b"], "--bundle-root"),
+            (["--socket-fd", "4"], "--socket-fd"),
+            (["--verbose", "1"], "--verbose"),
+        ] {
+            let args: Vec<&str> = base.iter().copied().chain(extra).collect();
+            let error = parse(&args).expect_err(extra[1]).to_string();
+            assert!(error.contains(named), "{error}");
+        }
+        for group in ["", "..", "a/b", "a b"] {
+            assert!(parse(&["--socket-fd", "3", "--cgroup-root", group, "--runtime-directory", "/r"]).is_err());
+        }
+        assert_eq!(parse(&["--socket-fd"]), Err(OptionsError::NoValue("--socket-fd")));
+        assert_eq!(parse(&base[2..]), Err(OptionsError::Missing("--socket-fd")));
+    }
+}
