@@ -1,3 +1,55 @@
-//! Under construction.
+//! The commands of the project itself: `cargo xtask demo|test|bench|setup`.
+//!
+//! It builds and drives the real binaries from outside; it knows nothing of their insides.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod bench;
+mod build;
+mod setup;
+mod skips;
+mod steps;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The commands of the Plugvisor project.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check everything that continuous integration checks.
+    Test {
+        /// The long suites too: more rounds, more cases.
+        #[arg(long)]
+        full: bool,
+    },
+    /// Measure; the last line on standard output is one JSON object.
+    Bench {
+        #[command(subcommand)]
+        what: bench::Bench,
+    },
+    /// Install what the other commands need: on Debian as root by apt-get, otherwise it names the command.
+    Setup,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Test { full } => test::all(full),
+        Command::Bench { what } => bench::run(&what),
+        Command::Setup => setup::run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Installs what the other commands need and the host lacks. It never starts a service.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+use crate::steps;
+
+/// A program that a command needs, and the Debian package that has it.
+#[derive(Clone, Copy, Debug)]
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+    needed_for: &'static str,
+}
+
+/// `demo` and `test` need only what building with Rust needs anyway.
+const BUILD: &[Tool] = &[Tool { program: "cc", package: "gcc", needed_for: "linking" }];
+
+/// The peers of `bench broker`.
+const PEERS: &[Tool] = &[
+    Tool { program: "haproxy", package: "haproxy", needed_for: "bench broker" },
+    Tool { program: "nginx", package: "nginx-light", needed_for: "bench broker" },
+];
+
+/// Installs everything for every command.
+///
+/// # Errors
+/// When something is missing and cannot be installed here; the message is the command to run.
+pub(crate) fn run() -> anyhow::Result<()> {
+    install(BUILD)?;
+    install(PEERS)
+}
+
+/// Installs what building needs.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_build() -> anyhow::Result<()> {
+    install(BUILD)
+}
+
+/// Installs the peers of `bench broker`. A caller that can do without prints the error and goes on.
+///
+/// # Errors
+/// As [`run`].
+#[allow(dead_code, reason = "called by the benchmark")]
+pub(crate) fn for_bench() -> anyhow::Result<()> {
+    install(PEERS)
+}
+
+fn install(tools: &[Tool]) -> anyhow::Result<()> {
+    let missing: Vec<Tool> = tools.iter().copied().filter(|tool| !is_installed(tool.program)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
+    let names: Vec<String> = missing.iter().map(|tool| format!("{} ({})", tool.program, tool.needed_for)).collect();
+    let names = names.join(", ");
+    let command = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    if !Path::new("/etc/debian_version").exists() {
+        bail!("missing: {names}; this is not Debian, so install them with your own package manager");
+    }
+    if !rustix::process::geteuid().is_root() {
+        bail!("missing: {names}; run: sudo {command}");
+    }
+    eprintln!("installing {names}");
+    let quiet_services = ServicesStayOff::new()?;
+    // The lists of a fresh container are empty.
+    steps::run(Command::new("apt-get").args(["-qq", "update"]))?;
+    steps::run(
+        Command::new("apt-get")
+            .args(["-qq", "-y", "--no-install-recommends", "install"])
+            .args(&packages)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+    )?;
+    drop(quiet_services);
+    match missing.iter().find(|tool| !is_installed(tool.program)) {
+        None => Ok(()),
+        Some(tool) => bail!("{} was installed and {} is still not in PATH or sbin", tool.package, tool.program),
+    }
+}
+
+/// Looks through `PATH` and the directories of administrators' programs.
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(Into::into)).any(|directory| {
+        fs::metadata(directory.join(program)).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    })
+}
+
+/// While it lives, a package's scripts may not start services: Debian asks `/usr/sbin/policy-rc.d` (invoke-rc.d(8)),
+/// and 101 is "forbidden". An administrator's own file is left as it is.
+struct ServicesStayOff {
+    made: bool,
+}
+
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+impl ServicesStayOff {
+    fn new() -> anyhow::Result<Self> {
+        if Path::new(POLICY).exists() {
+            return Ok(Self { made: false });
+        }
+        fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("cannot write {POLICY}"))?;
+        fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("cannot chmod {POLICY}"))?;
+        Ok(Self { made: true })
+    }
+}
+
+impl Drop for ServicesStayOff {
+    fn drop(&mut self) {
+        if self.made
+            && let Err(error) = fs::remove_file(POLICY)
+        {
+            eprintln!("warning: cannot remove {POLICY}: {error}; services will not start until it is removed");
+        }
+    }
+}

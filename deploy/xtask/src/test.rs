@@ -1,0 +1,83 @@
+//! `cargo xtask test`: everything that continuous integration holds, in one command.
+
+use std::fs;
+use std::io::BufReader;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+
+use crate::build::{Profile, binaries, cargo, target_directory, workspace_root};
+use crate::steps::{run, step};
+use crate::{setup, skips};
+
+/// The version that the project's deny.toml is written for.
+const CARGO_DENY: &str = "0.20.2";
+
+/// Makes the long suites run; tests read it.
+const FULL: &str = "PLUGVISOR_FULL";
+
+/// Runs every check and stops at the first that fails.
+///
+/// # Errors
+/// The step that failed and what to do next.
+pub(crate) fn all(full: bool) -> anyhow::Result<()> {
+    step("tools", "run the command it names, then `cargo xtask test` again", setup::for_build)?;
+    step("format", "`cargo fmt --all`", || run(cargo().args(["fmt", "--all", "--check"])))?;
+    step("clippy", "fix what it shows; `cargo clippy --workspace --all-targets --all-features` repeats it", || {
+        run(cargo().args([
+            "clippy",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    })?;
+    step("dependencies", "see deny.toml: remove the dependency, or state there why it may stay", deny)?;
+    step("binaries", "fix what the compiler shows", || binaries(Profile::Dev).map(drop))?;
+    step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
+    step("documentation", "fix what rustdoc shows", || {
+        run(cargo().args(["doc", "--locked", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))
+    })?;
+    eprintln!("everything passed{}", if full { ", long suites too" } else { "; `--full` adds the long suites" });
+    Ok(())
+}
+
+/// cargo-deny, fetched once into the target directory; advisories need a database that may not be reachable.
+fn deny() -> anyhow::Result<()> {
+    let tools = target_directory()?.join("tools");
+    let program = tools.join("bin/cargo-deny");
+    if !program.exists() {
+        eprintln!("    installing cargo-deny {CARGO_DENY} into {} (once, about two minutes)", tools.display());
+        run(cargo()
+            .args(["install", "cargo-deny", "--version", CARGO_DENY, "--locked", "--no-default-features", "--debug"])
+            .arg("--root")
+            .arg(&tools))?;
+    }
+    run(Command::new(program).current_dir(workspace_root()).args(["check", "bans", "licenses", "sources"]))
+}
+
+/// Runs the tests and holds what they say they skipped against the checked-in list.
+fn tests(full: bool) -> anyhow::Result<()> {
+    let mut command = cargo();
+    command.args(["test", "--locked", "--workspace", "--no-fail-fast", "--", "--show-output"]);
+    command.stdout(Stdio::piped());
+    if full {
+        command.env(FULL, "1");
+    }
+    let mut running = command.spawn().context("cannot start cargo test")?;
+    let output = running.stdout.take().context("cargo test has no standard output")?;
+    let skips = skips::collect(BufReader::new(output), |line| println!("{line}"))?;
+    let status = running.wait().context("cannot wait for cargo test")?;
+    if !status.success() {
+        bail!("`cargo test --workspace` ended with {status}");
+    }
+    for (name, why) in &skips {
+        eprintln!("    skipped {name}: {why}");
+    }
+    let list = workspace_root().join("tests/expected-skips.txt");
+    let expected = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
+    skips::check(&skips, &expected)
+}

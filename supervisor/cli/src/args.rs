@@ -1,0 +1,180 @@
+//! The command line: commands, flags, their help. It knows no behaviour; man pages and completions can be made from it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Operate Plugvisor: see, load, call and check plugins.
+///
+/// Exit codes: 0 ok, 1 failed, 2 usage, 3 degraded, 4 not found, 5 denied, 6 timeout, 7 daemon down, 8 invalid
+/// configuration.
+#[derive(Debug, Parser)]
+#[command(name = "plugvisor", version, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Args, Debug)]
+pub(crate) struct Global {
+    /// The supervisor's admin socket [default: admin.sock in the runtime directory].
+    #[arg(long, value_name = "PATH", env = "PLUGVISOR_ADMIN", global = true)]
+    pub(crate) socket: Option<PathBuf>,
+    /// How to print what was found.
+    #[arg(short, long, value_enum, default_value_t = Format::Table, global = true)]
+    pub(crate) output: Format,
+    /// The longest time to wait for an answer, such as 500ms, 10s or 2m.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, global = true)]
+    pub(crate) timeout: Option<Duration>,
+    /// No colours; NO_COLOR and a pipe mean the same.
+    #[arg(long, global = true)]
+    pub(crate) no_color: bool,
+}
+
+/// How to print what was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Columns for people.
+    Table,
+    /// More columns for people.
+    Wide,
+    /// One JSON document.
+    Json,
+    /// One JSON object per line.
+    Jsonl,
+    /// Names only, one per line.
+    Name,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start the supervisor here, in this terminal.
+    #[command(disable_help_flag = true)]
+    Run {
+        /// Handed to plugvisord, for example --config FILE.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+        arguments: Vec<std::ffi::OsString>,
+    },
+    /// Show the supervisor and every plugin.
+    Status,
+    /// Show everything about one plugin: walls, grants, services, history.
+    Describe {
+        /// The plugin's name.
+        name: String,
+    },
+    /// Show events, oldest first.
+    Events {
+        /// Stay and show new events as they come.
+        #[arg(short, long)]
+        follow: bool,
+        /// Only this plugin's.
+        #[arg(long, value_name = "NAME")]
+        plugin: Option<String>,
+        /// Only types that start so, such as breaker. or plugin.exited.
+        #[arg(long = "type", value_name = "PREFIX")]
+        type_prefix: Option<String>,
+        /// Only events after this sequence number.
+        #[arg(long, value_name = "SEQUENCE")]
+        after: Option<u64>,
+    },
+    /// Show what plugins printed.
+    Logs {
+        /// Stay and show new lines as they come.
+        #[arg(short, long)]
+        follow: bool,
+        /// Begin with this many kept lines; 0 is all of them.
+        #[arg(short = 'n', long, default_value_t = 0, value_name = "LINES")]
+        tail: u32,
+        /// The plugin's name; without it, every plugin's lines.
+        name: Option<String>,
+    },
+    /// Load a discovered plugin, or a bundle directory.
+    Load {
+        /// The plugin's name, or the path of a bundle directory.
+        plugin: String,
+    },
+    /// Stop a plugin and keep it stopped.
+    Unload {
+        /// The plugin's name.
+        name: String,
+    },
+    /// Stop a plugin and start it again.
+    Restart {
+        /// The plugin's name.
+        name: String,
+    },
+    /// Call a plugin's method with JSON.
+    Call(CallArgs),
+    /// Work on plugins as their author.
+    Plugin {
+        #[command(subcommand)]
+        command: PluginCommand,
+    },
+}
+
+/// What to call.
+#[derive(Args, Debug)]
+pub(crate) struct CallArgs {
+    /// The method, as package.Service/Method.
+    #[arg(value_name = "SERVICE/METHOD")]
+    pub(crate) method: String,
+    /// The request as JSON; @FILE reads a file, - reads standard input. A method that takes a stream takes an array.
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    pub(crate) json: String,
+    /// Selects the provider where several offer the service.
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) token: Option<String>,
+    /// The socket of calls [default: as the supervisor says].
+    #[arg(long, value_name = "PATH", env = "PLUGVISOR_CALLS")]
+    pub(crate) calls_socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PluginCommand {
+    /// Check a bundle directory or a plugin.json; every problem is listed.
+    Validate {
+        /// The bundle directory, or its plugin.json.
+        path: PathBuf,
+    },
+}
+
+/// Reads "500ms", "10s", "2m", "1h".
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| "write a number and a unit, such as 500ms, 10s or 2m".to_owned())?;
+    let milliseconds = match unit {
+        "ms" => Some(number),
+        "s" => number.checked_mul(1_000),
+        "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        _ => return Err(format!("unit {unit:?} is none of ms, s, m, h; write for example {number}s")),
+    };
+    milliseconds.filter(|ms| *ms > 0).map(Duration::from_millis).ok_or_else(|| "must be more than 0".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_tree_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_need_a_unit() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        assert!(parse_duration("10").unwrap_err().contains("10s"));
+        assert!(parse_duration("s").is_err());
+        assert!(parse_duration("0s").is_err());
+        assert!(parse_duration("99999999999999999h").is_err());
+    }
+}
