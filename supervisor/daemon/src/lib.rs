@@ -3,3 +3,5 @@
 //! It never forks a plugin itself and holds no privilege: the launcher does both. Rules live in `plugvisor-core`;
 //! this crate carries out what they decide and converts between wire and domain types at its edges.
 #![forbid(unsafe_code)]
+
+pub mod broker;

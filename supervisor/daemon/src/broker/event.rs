@@ -1,0 +1,74 @@
+//! What the broker noticed by itself and tells the supervisor. It decides nothing: drivers do.
+
+use super::identity::PluginIdentity;
+
+/// Something the broker noticed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BrokerEvent {
+    /// A provider's breaker changed its state.
+    BreakerChanged {
+        /// Whose breaker.
+        provider: PluginIdentity,
+        /// The state before.
+        from: BreakerState,
+        /// The state now.
+        to: BreakerState,
+    },
+    /// The connection to a provider ended, or could not be made, while the provider was expected to serve.
+    ProviderLost {
+        /// Which provider.
+        provider: PluginIdentity,
+        /// What the system or HTTP/2 said.
+        detail: String,
+        /// Calls that were in flight on the connection.
+        in_flight: usize,
+    },
+    /// A provider broke HTTP/2 or gRPC.
+    ProviderProtocolError {
+        /// Which provider.
+        provider: PluginIdentity,
+        /// Which rule it broke.
+        detail: String,
+    },
+    /// A caller broke HTTP/2, did not begin it in time, or is not who may use the socket; the connection was closed.
+    CallerRejected {
+        /// The caller, in words.
+        caller: String,
+        /// Why.
+        detail: String,
+    },
+    /// A provider sent, or was sent, a message over its limit.
+    MessageTooLarge {
+        /// Which provider.
+        provider: PluginIdentity,
+        /// The caller, in words.
+        caller: String,
+        /// Who sent the message.
+        sender: Sender,
+        /// The size that the message's prefix announced.
+        size: u32,
+        /// The limit.
+        limit: u32,
+    },
+}
+
+/// One of the two ends of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sender {
+    /// Who made the call.
+    Caller,
+    /// Who serves it.
+    Provider,
+}
+
+/// A breaker's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BreakerState {
+    /// Calls pass.
+    Closed,
+    /// Calls are refused.
+    Open,
+    /// A few calls pass as a trial.
+    HalfOpen,
+}
