@@ -4,14 +4,28 @@
 //! no async runtime. Every limit on size, depth and count is a value that the caller passes in.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "bundle")]
+mod bundle;
 mod capability;
 mod digest;
 mod isolation;
+mod limits;
+mod manifest;
 mod name;
+mod problem;
 mod trust;
 
+#[cfg(feature = "bundle")]
+pub use bundle::{Bundle, BundleError, BundleFile, Entry, EntryKind, Refusal, Services};
 pub use capability::{Capability, CapabilityError};
 pub use digest::{Digest, DigestError};
 pub use isolation::IsolationLevel;
+pub use limits::{BundleLimits, ManifestLimits};
+pub use manifest::{
+    Activation, BundleOptimization, ByteSize, Caching, CircuitBreaker, Compression, Config, CrossPluginService,
+    Dependency, Events, Guard, GuardScope, LifecycleHooks, Manifest, Module, Monitoring, NotChecked, Optimization,
+    ResourceLimits, Runtime, RuntimeKind, Sandbox, Security, Signature, SignatureAlgorithm, SocketMode, Unsupported,
+};
 pub use name::{PluginName, PluginNameError};
+pub use problem::{Problem, Problems};
 pub use trust::TrustTier;
