@@ -1,0 +1,273 @@
+//! `plugvisor.toml`: from text to values that the rest may rely upon.
+//!
+//! Everything is read and checked before anything is bound or started, and all problems are reported at once, each with
+//! its line, its key and, for a misspelt name, a suggestion. This module knows no socket, no plugin and no kernel.
+
+pub mod defaults;
+mod problem;
+mod raw;
+mod reader;
+#[cfg(feature = "schema")]
+mod schema;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::Read as _,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use plugvisor_package::{Capability, PluginName, TrustTier};
+use plugvisor_sandbox::protocol::Control;
+
+pub use problem::{ConfigError, Problem};
+#[cfg(feature = "schema")]
+pub use schema::schema;
+
+/// The whole configuration, checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The file it was read from; `None` when there was none and the defaults hold.
+    pub file: Option<PathBuf>,
+    /// The supervisor's own settings.
+    pub supervisor: SupervisorConfig,
+    /// Where bundles are looked for, in the order given.
+    pub directories: Vec<DirectoryConfig>,
+    /// Settings of single plugins; a plugin that is not here has [`PluginConfig::default`].
+    pub plugins: BTreeMap<PluginName, PluginConfig>,
+}
+
+/// The supervisor's own settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SupervisorConfig {
+    /// Absolute; holds the sockets and the lock.
+    pub runtime_directory: PathBuf,
+    /// Where `/metrics`, `/healthz` and `/readyz` are served; always a loopback address.
+    pub metrics_address: SocketAddr,
+    /// The user to become when started by root.
+    pub user: String,
+    /// Controls that may be missing on this host.
+    pub allow_degraded: BTreeSet<Control>,
+}
+
+/// One directory of bundles.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectoryConfig {
+    /// Absolute.
+    pub path: PathBuf,
+    /// The tier that the operator gives to every bundle in it.
+    pub tier: TrustTier,
+    /// The capabilities that bundles in it may hold.
+    pub grants: BTreeSet<Capability>,
+}
+
+/// Whether a discovered plugin is loaded at start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadMode {
+    /// At start.
+    #[default]
+    Auto,
+    /// When an operator asks.
+    Manual,
+}
+
+/// Settings of one plugin. `None` leaves what the manifest or the default says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PluginConfig {
+    /// Whether it is loaded at start.
+    pub load: LoadMode,
+    /// Replaces the directory's grants.
+    pub grants: Option<BTreeSet<Capability>>,
+    /// Laid over the manifest's defaults and handed to `Worker.Init`.
+    pub config: serde_json::Map<String, serde_json::Value>,
+    /// Limits that replace the manifest's; the tier's ceilings still hold.
+    pub limits: LimitsConfig,
+    /// Restart and back-off.
+    pub restart: RestartConfig,
+    /// The circuit breaker.
+    pub breaker: BreakerConfig,
+    /// Probes and time limits of the plugin's life.
+    pub health: HealthConfig,
+}
+
+/// Limits of one plugin.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LimitsConfig {
+    /// Bytes of memory of all its processes together.
+    pub memory_bytes: Option<u64>,
+    /// Percent of one CPU.
+    pub cpu_percent: Option<u32>,
+    /// Processes and threads together.
+    pub pids: Option<u32>,
+    /// The largest file that it may write.
+    pub file_size_bytes: Option<u64>,
+    /// Open descriptors of one process.
+    pub open_files: Option<u32>,
+    /// The longest call that the broker lets run.
+    pub call_timeout: Option<Duration>,
+}
+
+/// Restart and back-off of one plugin.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RestartConfig {
+    /// `false` leaves a plugin that ended in FAILED.
+    pub enabled: Option<bool>,
+    /// The first delay.
+    pub initial_delay: Option<Duration>,
+    /// The longest delay.
+    pub max_delay: Option<Duration>,
+    /// Exits inside the window that make a crash loop.
+    pub crash_loop_exits: Option<u32>,
+    /// The window of the crash loop.
+    pub crash_loop_window: Option<Duration>,
+}
+
+/// The circuit breaker of one plugin.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BreakerConfig {
+    /// `false` never opens.
+    pub enabled: Option<bool>,
+    /// Failures in a row that open it.
+    pub failure_threshold: Option<u32>,
+    /// How long it stays open at first.
+    pub recovery_timeout: Option<Duration>,
+    /// Calls let through while half open.
+    pub half_open_max_calls: Option<u32>,
+}
+
+/// Probes and time limits of one plugin's life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthConfig {
+    /// From launch to ready; `None` leaves the manifest's `maxStartupTime`.
+    pub startup_timeout: Option<Duration>,
+    /// Between liveness probes.
+    pub liveness_interval: Duration,
+    /// How long one liveness probe may take.
+    pub liveness_timeout: Duration,
+    /// Liveness probes missed in a row that end the process.
+    pub liveness_misses: u32,
+    /// Between readiness probes.
+    pub readiness_interval: Duration,
+    /// How long a drain may take before SIGTERM.
+    pub drain_timeout: Duration,
+    /// From SIGTERM to the kill.
+    pub stop_timeout: Duration,
+}
+
+impl Default for HealthConfig {
+    fn default() -> Self {
+        Self {
+            startup_timeout: None,
+            liveness_interval: defaults::LIVENESS_INTERVAL,
+            liveness_timeout: defaults::LIVENESS_TIMEOUT,
+            liveness_misses: defaults::LIVENESS_MISSES,
+            readiness_interval: defaults::READINESS_INTERVAL,
+            drain_timeout: defaults::DRAIN_TIMEOUT,
+            stop_timeout: defaults::STOP_TIMEOUT,
+        }
+    }
+}
+
+impl Config {
+    /// What holds when there is no file.
+    #[must_use]
+    pub fn without_file(surroundings: &Surroundings) -> Self {
+        Self {
+            file: None,
+            supervisor: SupervisorConfig {
+                runtime_directory: surroundings.runtime_directory(),
+                metrics_address: defaults::METRICS_ADDRESS,
+                user: defaults::USER.to_owned(),
+                allow_degraded: BTreeSet::new(),
+            },
+            directories: Vec::new(),
+            plugins: BTreeMap::new(),
+        }
+    }
+
+    /// Reads `path`, or without one the default file, which may be absent.
+    pub fn load(path: Option<&Path>, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        let (path, required) = match path {
+            Some(path) => (path.to_owned(), true),
+            None => match surroundings.config_file() {
+                Some(path) => (path, false),
+                None => return Ok(Self::without_file(surroundings)),
+            },
+        };
+        let read = |path: &Path| {
+            let mut text = String::new();
+            // One byte more than allowed, so that a longer file is noticed and never read whole.
+            fs::File::open(path)?.take(defaults::MAX_FILE_BYTES + 1).read_to_string(&mut text)?;
+            Ok::<_, std::io::Error>(text)
+        };
+        match read(&path) {
+            Ok(text) if text.len() as u64 > defaults::MAX_FILE_BYTES => Err(ConfigError::too_long(path)),
+            Ok(text) => Self::parse(&text, &path, surroundings),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {
+                Ok(Self::without_file(surroundings))
+            }
+            Err(error) => Err(ConfigError::Unreadable { path, source: error }),
+        }
+    }
+
+    /// Checks `text`. `path` names the file in errors and is what relative paths in it are relative to.
+    pub fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        validate::parse(text, path, surroundings)
+            .map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
+    }
+
+    /// The settings of one plugin.
+    #[must_use]
+    pub fn plugin(&self, name: &PluginName) -> PluginConfig {
+        self.plugins.get(name).cloned().unwrap_or_default()
+    }
+}
+
+/// What the process was started with and the defaults depend on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// The effective uid.
+    pub uid: u32,
+    /// `XDG_RUNTIME_DIR`, when it is set and absolute.
+    pub xdg_runtime_dir: Option<PathBuf>,
+    /// `XDG_CONFIG_HOME`, else `$HOME/.config`.
+    pub xdg_config_home: Option<PathBuf>,
+}
+
+impl Surroundings {
+    /// Those of this process.
+    #[must_use]
+    pub fn of_process() -> Self {
+        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        Self {
+            uid: rustix::process::geteuid().as_raw(),
+            xdg_runtime_dir: absolute("XDG_RUNTIME_DIR"),
+            xdg_config_home: absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config"))),
+        }
+    }
+
+    /// The default runtime directory: `/run/plugvisor` as root, `$XDG_RUNTIME_DIR/plugvisor`, else
+    /// `/tmp/plugvisor-<uid>`.
+    #[must_use]
+    pub fn runtime_directory(&self) -> PathBuf {
+        match &self.xdg_runtime_dir {
+            _ if self.uid == 0 => PathBuf::from(defaults::ROOT_RUNTIME_DIRECTORY),
+            Some(directory) => directory.join("plugvisor"),
+            None => PathBuf::from(format!("/tmp/plugvisor-{}", self.uid)),
+        }
+    }
+
+    /// The default configuration file.
+    #[must_use]
+    pub fn config_file(&self) -> Option<PathBuf> {
+        if self.uid == 0 {
+            return Some(PathBuf::from(defaults::ROOT_CONFIG_FILE));
+        }
+        Some(self.xdg_config_home.as_ref()?.join("plugvisor/plugvisor.toml"))
+    }
+}

@@ -1,0 +1,129 @@
+//! The file's tables as they are written. Every key is optional here; what is missing is filled in by `validate`.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+/// `[supervisor]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Supervisor {
+    /// Directory of the sockets and the lock. Default: /run/plugvisor as root, $XDG_RUNTIME_DIR/plugvisor, else
+    /// /tmp/plugvisor-<uid>.
+    pub(super) runtime_directory: Option<PathBuf>,
+    /// Loopback address of /metrics, /healthz and /readyz. Default: 127.0.0.1:4001. Port 0 takes a free one.
+    pub(super) metrics_address: Option<String>,
+    /// User to become when started by root. Default: nobody.
+    pub(super) user: Option<String>,
+    /// Controls of the walls that may be missing on this host, such as "memory-limit". Default: none.
+    pub(super) allow_degraded: Option<Vec<String>>,
+}
+
+/// `[[directory]]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Directory {
+    /// Directory whose subdirectories are bundles. Relative to this file. Required.
+    pub(super) path: Option<PathBuf>,
+    /// Trust that you give to every bundle in it: internal, verified, community, untrusted or quarantined.
+    /// Default: untrusted.
+    pub(super) tier: Option<String>,
+    /// Capabilities that bundles in it may hold, such as "api:internal-calls". Default: none.
+    pub(super) grants: Option<Vec<String>>,
+}
+
+/// `[plugin.NAME]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Plugin {
+    /// "auto" loads it at start, "manual" on request. Default: auto.
+    pub(super) load: Option<String>,
+    /// Replaces the directory's grants.
+    pub(super) grants: Option<Vec<String>>,
+    /// Laid over the manifest's defaults and handed to the plugin.
+    #[cfg_attr(feature = "schema", schemars(with = "Option<std::collections::BTreeMap<String, serde_json::Value>>"))]
+    pub(super) config: Option<toml::Table>,
+    /// Limits that replace the manifest's.
+    pub(super) limits: Option<Limits>,
+    /// Restart and back-off.
+    pub(super) restart: Option<Restart>,
+    /// The circuit breaker.
+    pub(super) breaker: Option<Breaker>,
+    /// Probes and time limits.
+    pub(super) health: Option<Health>,
+}
+
+/// `[plugin.NAME.limits]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Limits {
+    /// Bytes of memory of all its processes together.
+    pub(super) memory_bytes: Option<u64>,
+    /// Percent of one CPU.
+    pub(super) cpu_percent: Option<u32>,
+    /// Processes and threads together.
+    pub(super) pids: Option<u32>,
+    /// Largest file that it may write, in bytes.
+    pub(super) file_size_bytes: Option<u64>,
+    /// Open descriptors of one process.
+    pub(super) open_files: Option<u32>,
+    /// Longest call, in milliseconds.
+    pub(super) call_timeout_ms: Option<u64>,
+}
+
+/// `[plugin.NAME.restart]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Restart {
+    /// false leaves a plugin that ended in FAILED. Default: true.
+    pub(super) enabled: Option<bool>,
+    /// First delay, in milliseconds. Default: 500.
+    pub(super) initial_delay_ms: Option<u64>,
+    /// Longest delay, in milliseconds. Default: 60000.
+    pub(super) max_delay_ms: Option<u64>,
+    /// Exits inside the window that make a crash loop. Default: 5.
+    pub(super) crash_loop_exits: Option<u32>,
+    /// Window of the crash loop, in milliseconds. Default: 60000.
+    pub(super) crash_loop_window_ms: Option<u64>,
+}
+
+/// `[plugin.NAME.breaker]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Breaker {
+    /// false never opens. Default: true.
+    pub(super) enabled: Option<bool>,
+    /// Failures in a row that open it. Default: 5.
+    pub(super) failure_threshold: Option<u32>,
+    /// How long it stays open at first, in milliseconds. Default: 60000.
+    pub(super) recovery_timeout_ms: Option<u64>,
+    /// Calls let through while half open. Default: 3.
+    pub(super) half_open_max_calls: Option<u32>,
+}
+
+/// `[plugin.NAME.health]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Health {
+    /// From launch to ready, in milliseconds. Default: the manifest's maxStartupTime, else 30000.
+    pub(super) startup_timeout_ms: Option<u64>,
+    /// Between liveness probes, in milliseconds. Default: 5000.
+    pub(super) liveness_interval_ms: Option<u64>,
+    /// How long a liveness probe may take, in milliseconds. Default: 1000.
+    pub(super) liveness_timeout_ms: Option<u64>,
+    /// Liveness probes missed in a row that end the process. Default: 3.
+    pub(super) liveness_misses: Option<u32>,
+    /// Between readiness probes, in milliseconds. Default: 2000.
+    pub(super) readiness_interval_ms: Option<u64>,
+    /// How long a drain may take before SIGTERM, in milliseconds. Default: 10000.
+    pub(super) drain_timeout_ms: Option<u64>,
+    /// From SIGTERM to the kill, in milliseconds. Default: 10000.
+    pub(super) stop_timeout_ms: Option<u64>,
+}

@@ -1,0 +1,142 @@
+//! Golden texts of what people see, and that a full file comes through.
+
+use std::path::{Path, PathBuf};
+
+use super::*;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(text, Path::new("/etc/plugvisor/plugvisor.toml"), &Surroundings { uid: 0, ..Default::default() })
+}
+
+fn problems(text: &str) -> String {
+    parse(text).expect_err("the text has problems").to_string()
+}
+
+#[test]
+fn a_full_file_comes_through() {
+    let config = parse(
+        r#"
+        [supervisor]
+        runtime_directory = "/run/other"
+        metrics_address = "[::1]:0"
+        user = "plugvisor"
+        allow_degraded = ["memory-limit", "cpu-limit"]
+
+        [[directory]]
+        path = "bundles"
+        tier = "verified"
+        grants = ["api:internal-calls"]
+
+        [plugin.gallery]
+        load = "manual"
+        grants = []
+        config = { title = "Holidays", columns = 3, since = 2024-01-02 }
+        [plugin.gallery.limits]
+        memory_bytes = 67108864
+        call_timeout_ms = 2500
+        [plugin.gallery.restart]
+        enabled = false
+        [plugin.gallery.breaker]
+        failure_threshold = 2
+        [plugin.gallery.health]
+        liveness_misses = 9
+        stop_timeout_ms = 50
+        "#,
+    )
+    .unwrap();
+    assert_eq!(config.supervisor.runtime_directory, Path::new("/run/other"));
+    assert_eq!(config.supervisor.metrics_address, "[::1]:0".parse().unwrap());
+    assert_eq!(config.supervisor.user, "plugvisor");
+    assert_eq!(config.supervisor.allow_degraded, BTreeSet::from([Control::MemoryLimit, Control::CpuLimit]));
+    assert_eq!(
+        config.directories,
+        [DirectoryConfig {
+            path: PathBuf::from("/etc/plugvisor/bundles"),
+            tier: TrustTier::Verified,
+            grants: BTreeSet::from([Capability::InternalCalls]),
+        }]
+    );
+    let gallery = config.plugin(&"gallery".parse().unwrap());
+    assert_eq!(gallery.load, LoadMode::Manual);
+    assert_eq!(gallery.grants, Some(BTreeSet::new()));
+    let expected = serde_json::json!({ "title": "Holidays", "columns": 3, "since": "2024-01-02" });
+    assert_eq!(serde_json::Value::Object(gallery.config), expected);
+    assert_eq!(gallery.limits.memory_bytes, Some(64 << 20));
+    assert_eq!(gallery.limits.call_timeout, Some(Duration::from_millis(2500)));
+    assert_eq!(gallery.restart.enabled, Some(false));
+    assert_eq!(gallery.breaker.failure_threshold, Some(2));
+    let health = HealthConfig { liveness_misses: 9, stop_timeout: Duration::from_millis(50), ..Default::default() };
+    assert_eq!(gallery.health, health);
+    assert_eq!(config.plugin(&"other".parse().unwrap()), PluginConfig::default());
+}
+
+#[test]
+fn every_problem_is_reported_with_its_line_and_a_suggestion() {
+    let text = r#"[supervisor]
+metrics_adress = "127.0.0.1:4001"
+user = "root"
+allow_degraded = ["memory-limt"]
+
+[[directory]]
+path = "/srv/bundles"
+tier = "verifed"
+grants = ["api:internal-call"]
+
+[[directory]]
+tier = "internal"
+
+[plugin.Gallery]
+load = "auto"
+
+[plugin.gallery]
+lod = "auto"
+config = { ratio = nan }
+[plugin.gallery.limits]
+memory_bytes = "64M"
+cpu_percent = 0
+[plugin.gallery.health]
+liveness_timeout_ms = 0
+
+[plugins]
+"#;
+    let expected = r#"the configuration /etc/plugvisor/plugvisor.toml has 13 problems:
+  line 2: supervisor.metrics_adress: unknown key; did you mean "metrics_address"?
+  line 3: supervisor.user: must not be root: the supervisor holds no privilege; name an unprivileged user
+  line 4: supervisor.allow_degraded: "memory-limt" is no control; did you mean "memory-limit"?
+  line 8: directory[0].tier: "verifed" is no tier; did you mean "verified"?
+  line 9: directory[0].grants: "api:internal-call" is no capability; did you mean "api:internal-calls"?
+  line 11: directory[1].path: is required: the directory whose subdirectories are bundles
+  line 14: plugin.Gallery: "Gallery" is not a plugin name: it must begin with a letter a-z
+  line 18: plugin.gallery.lod: unknown key; did you mean "load"?
+  line 19: plugin.gallery.config: ratio holds nan or inf, which JSON cannot carry to the plugin
+  line 21: plugin.gallery.limits.memory_bytes: invalid type: string "64M", expected u64
+  line 22: plugin.gallery.limits.cpu_percent: 0 is too small; the least is 1
+  line 24: plugin.gallery.health.liveness_timeout_ms: must be between 1 ms and one day (86400000)
+  line 26: plugins: unknown key; the tables are [supervisor], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
+    assert_eq!(problems(text), expected);
+}
+
+#[test]
+fn addresses_off_the_loopback_are_refused() {
+    let text = problems("[supervisor]\nmetrics_address = \"0.0.0.0:4001\"\n");
+    assert!(text.contains("is not a loopback address"), "{text}");
+}
+
+#[test]
+fn broken_toml_is_reported_by_line() {
+    let text = problems("[supervisor]\nuser = \n");
+    assert!(text.contains("line 2: "), "{text}");
+}
+
+#[test]
+fn the_file_may_be_absent_only_when_nobody_named_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let surroundings =
+        Surroundings { uid: 1000, xdg_runtime_dir: None, xdg_config_home: Some(directory.path().to_owned()) };
+    let config = Config::load(None, &surroundings).unwrap();
+    assert_eq!(config.file, None);
+    assert_eq!(config.supervisor.runtime_directory, Path::new("/tmp/plugvisor-1000"));
+    let missing = directory.path().join("missing.toml");
+    let error = Config::load(Some(&missing), &surroundings).unwrap_err().to_string();
+    assert!(error.contains("missing.toml") && error.contains("check the path"), "{error}");
+}

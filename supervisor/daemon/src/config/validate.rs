@@ -1,0 +1,344 @@
+//! From the file's tables to checked values.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    ops::Range,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use plugvisor_package::{Capability, PluginName, TrustTier};
+use plugvisor_sandbox::protocol::Control;
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{
+    BreakerConfig, Config, DirectoryConfig, HealthConfig, LimitsConfig, LoadMode, PluginConfig, Problem, RestartConfig,
+    Surroundings, defaults,
+    problem::{Problems, nearest},
+    raw,
+    reader::{Section, into_table, section},
+};
+
+const TIERS: [TrustTier; 5] =
+    [TrustTier::Internal, TrustTier::Verified, TrustTier::Community, TrustTier::Untrusted, TrustTier::Quarantined];
+
+/// No setting of time may be longer; a day is beyond every use and far from overflow.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
+pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Config, Vec<Problem>> {
+    let mut problems = Problems::new(text);
+    let (document, errors) = DeTable::parse_recoverable(text);
+    for error in &errors {
+        problems.add(&error.span().unwrap_or(0..0), "", error.message());
+    }
+    let mut config = Config { file: Some(path.to_owned()), ..Config::without_file(surroundings) };
+    if !errors.is_empty() {
+        return problems.finish(config);
+    }
+    let base = path.parent().unwrap_or(Path::new("."));
+    for (key, value) in document.into_inner() {
+        match key.get_ref().as_ref() {
+            "supervisor" => supervisor(&section("supervisor", value, &mut problems), base, &mut config, &mut problems),
+            "directory" => config.directories = directories(value, base, &mut problems),
+            "plugin" => config.plugins = plugins(value, &mut problems),
+            other => {
+                let suggestion = nearest(other, ["supervisor", "directory", "plugin"]);
+                let message = "unknown key; the tables are [supervisor], [[directory]] and [plugin.NAME]";
+                problems.suggest(&key.span(), other, message, suggestion);
+            }
+        }
+    }
+    problems.finish(config)
+}
+
+fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
+    let raw::Supervisor { runtime_directory, metrics_address, user, allow_degraded } = &table.value;
+    let settings = &mut config.supervisor;
+    if let Some(path) = runtime_directory {
+        settings.runtime_directory = absolute(base, path);
+    }
+    if let Some(text) = metrics_address {
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => settings.metrics_address = address,
+            Ok(_) => problems.add(
+                table.at("metrics_address"),
+                table.key("metrics_address"),
+                format!("{text:?} is not a loopback address; use 127.0.0.1:PORT or [::1]:PORT"),
+            ),
+            Err(_) => problems.add(
+                table.at("metrics_address"),
+                table.key("metrics_address"),
+                format!("{text:?} is not an address; write IP:PORT, such as \"127.0.0.1:4001\""),
+            ),
+        }
+    }
+    match user.as_deref() {
+        None => {}
+        Some("") => problems.add(table.at("user"), table.key("user"), "must name a user"),
+        Some("root") => {
+            let message = "must not be root: the supervisor holds no privilege; name an unprivileged user";
+            problems.add(table.at("user"), table.key("user"), message);
+        }
+        Some(user) => settings.user = user.to_owned(),
+    }
+    if let Some(names) = allow_degraded {
+        let known = Control::ALL.map(|control| (control.as_str(), control));
+        let (key, at) = (table.key("allow_degraded"), table.at("allow_degraded"));
+        settings.allow_degraded = named(names, &known, "control", &key, at, problems);
+    }
+}
+
+fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems<'_>) -> Vec<DirectoryConfig> {
+    let span = value.span();
+    let DeValue::Array(entries) = value.into_inner() else {
+        problems.add(&span, "directory", "must be written as [[directory]], once for each directory");
+        return Vec::new();
+    };
+    let mut found: Vec<DirectoryConfig> = Vec::new();
+    for (index, entry) in entries.into_iter().enumerate() {
+        let table: Section<raw::Directory> = section(&format!("directory[{index}]"), entry, problems);
+        let raw::Directory { path, tier, grants } = &table.value;
+        let tier = tier.as_ref().and_then(|text| {
+            let known = TIERS.map(|tier| (tier.as_str(), tier));
+            one_of(text, &known, "tier", &table.key("tier"), table.at("tier"), problems)
+        });
+        let grants = grants.as_ref().map(|names| capabilities(names, &table, problems));
+        let Some(path) = path else {
+            problems.add(
+                table.at("path"),
+                table.key("path"),
+                "is required: the directory whose subdirectories are bundles",
+            );
+            continue;
+        };
+        let path = absolute(base, path);
+        if found.iter().any(|other| other.path == path) {
+            problems.add(table.at("path"), table.key("path"), format!("{} is listed twice", path.display()));
+            continue;
+        }
+        let tier = tier.unwrap_or(TrustTier::Untrusted);
+        found.push(DirectoryConfig { path, tier, grants: grants.unwrap_or_default() });
+    }
+    found
+}
+
+fn plugins(value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> BTreeMap<PluginName, PluginConfig> {
+    let mut found = BTreeMap::new();
+    for (key, value) in into_table("plugin", value, problems).unwrap_or_default() {
+        let path = format!("plugin.{}", key.get_ref());
+        let name = match key.get_ref().parse::<PluginName>() {
+            Ok(name) => Some(name),
+            Err(error) => {
+                problems.add(&key.span(), path.as_str(), error.to_string());
+                None
+            }
+        };
+        let config = plugin(&path, value, problems);
+        found.extend(name.map(|name| (name, config)));
+    }
+    found
+}
+
+fn plugin(path: &str, value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> PluginConfig {
+    // The nested tables are read by themselves, so that each of their keys is judged alone too.
+    let span = value.span();
+    let Some(mut table) = into_table(path, value, problems) else { return PluginConfig::default() };
+    let limits = nested(&mut table, path, "limits", problems);
+    let restart = nested(&mut table, path, "restart", problems);
+    let breaker = nested(&mut table, path, "breaker", problems);
+    let health = nested(&mut table, path, "health", problems);
+    let table: Section<raw::Plugin> = section(path, Spanned::new(span, DeValue::Table(table)), problems);
+    let raw::Plugin { load, grants, config, limits: None, restart: None, breaker: None, health: None } = &table.value
+    else {
+        unreachable!("the nested tables were taken out above")
+    };
+    let load = load.as_ref().and_then(|text| {
+        let known = [("auto", LoadMode::Auto), ("manual", LoadMode::Manual)];
+        one_of(text, &known, "way to load", &table.key("load"), table.at("load"), problems)
+    });
+    let mut object = serde_json::Map::new();
+    for (key, value) in config.iter().flatten() {
+        match json(value) {
+            Some(value) => drop(object.insert(key.clone(), value)),
+            None => {
+                let message = format!("{key} holds nan or inf, which JSON cannot carry to the plugin");
+                problems.add(table.at("config"), table.key("config"), message);
+            }
+        }
+    }
+    PluginConfig {
+        load: load.unwrap_or_default(),
+        grants: grants.as_ref().map(|names| capabilities(names, &table, problems)),
+        config: object,
+        limits: limits.map(|table| limits_config(&table, problems)).unwrap_or_default(),
+        restart: restart.map(|table| restart_config(&table, problems)).unwrap_or_default(),
+        breaker: breaker.map(|table| breaker_config(&table, problems)).unwrap_or_default(),
+        health: health.map(|table| health_config(&table, problems)).unwrap_or_default(),
+    }
+}
+
+fn nested<'i, T: serde::de::DeserializeOwned + Default>(
+    table: &mut DeTable<'i>,
+    path: &str,
+    key: &str,
+    problems: &mut Problems<'_>,
+) -> Option<Section<T>> {
+    Some(section(&format!("{path}.{key}"), table.remove(key)?, problems))
+}
+
+fn limits_config(table: &Section<raw::Limits>, problems: &mut Problems<'_>) -> LimitsConfig {
+    let raw::Limits { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_timeout_ms } = table.value;
+    LimitsConfig {
+        memory_bytes: at_least(table, "memory_bytes", memory_bytes, 1024 * 1024, problems),
+        cpu_percent: at_least(table, "cpu_percent", cpu_percent, 1, problems),
+        pids: at_least(table, "pids", pids, 1, problems),
+        file_size_bytes,
+        open_files: at_least(table, "open_files", open_files, 16, problems),
+        call_timeout: millis(table, "call_timeout_ms", call_timeout_ms, problems),
+    }
+}
+
+fn restart_config(table: &Section<raw::Restart>, problems: &mut Problems<'_>) -> RestartConfig {
+    let raw::Restart { enabled, initial_delay_ms, max_delay_ms, crash_loop_exits, crash_loop_window_ms } = table.value;
+    let initial_delay = millis(table, "initial_delay_ms", initial_delay_ms, problems);
+    let max_delay = millis(table, "max_delay_ms", max_delay_ms, problems);
+    if let (Some(initial), Some(max)) = (initial_delay, max_delay) {
+        if max < initial {
+            problems.add(table.at("max_delay_ms"), table.key("max_delay_ms"), "is shorter than initial_delay_ms");
+        }
+    }
+    RestartConfig {
+        enabled,
+        initial_delay,
+        max_delay,
+        crash_loop_exits: at_least(table, "crash_loop_exits", crash_loop_exits, 1, problems),
+        crash_loop_window: millis(table, "crash_loop_window_ms", crash_loop_window_ms, problems),
+    }
+}
+
+fn breaker_config(table: &Section<raw::Breaker>, problems: &mut Problems<'_>) -> BreakerConfig {
+    let raw::Breaker { enabled, failure_threshold, recovery_timeout_ms, half_open_max_calls } = table.value;
+    BreakerConfig {
+        enabled,
+        failure_threshold: at_least(table, "failure_threshold", failure_threshold, 1, problems),
+        recovery_timeout: millis(table, "recovery_timeout_ms", recovery_timeout_ms, problems),
+        half_open_max_calls: at_least(table, "half_open_max_calls", half_open_max_calls, 1, problems),
+    }
+}
+
+fn health_config(table: &Section<raw::Health>, problems: &mut Problems<'_>) -> HealthConfig {
+    let raw::Health {
+        startup_timeout_ms,
+        liveness_interval_ms,
+        liveness_timeout_ms,
+        liveness_misses,
+        readiness_interval_ms,
+        drain_timeout_ms,
+        stop_timeout_ms,
+    } = table.value;
+    let mut time = |key, value, default| millis(table, key, value, problems).unwrap_or(default);
+    let health = HealthConfig {
+        startup_timeout: None,
+        liveness_interval: time("liveness_interval_ms", liveness_interval_ms, defaults::LIVENESS_INTERVAL),
+        liveness_timeout: time("liveness_timeout_ms", liveness_timeout_ms, defaults::LIVENESS_TIMEOUT),
+        liveness_misses: defaults::LIVENESS_MISSES,
+        readiness_interval: time("readiness_interval_ms", readiness_interval_ms, defaults::READINESS_INTERVAL),
+        drain_timeout: time("drain_timeout_ms", drain_timeout_ms, defaults::DRAIN_TIMEOUT),
+        stop_timeout: time("stop_timeout_ms", stop_timeout_ms, defaults::STOP_TIMEOUT),
+    };
+    HealthConfig {
+        startup_timeout: millis(table, "startup_timeout_ms", startup_timeout_ms, problems),
+        liveness_misses: at_least(table, "liveness_misses", liveness_misses, 1, problems)
+            .unwrap_or(defaults::LIVENESS_MISSES),
+        ..health
+    }
+}
+
+fn millis<T>(table: &Section<T>, key: &str, value: Option<u64>, problems: &mut Problems<'_>) -> Option<Duration> {
+    let value = Duration::from_millis(value?);
+    if value.is_zero() || value > LONGEST {
+        problems.add(table.at(key), table.key(key), "must be between 1 ms and one day (86400000)");
+        return None;
+    }
+    Some(value)
+}
+
+fn at_least<T, N: PartialOrd + std::fmt::Display>(
+    table: &Section<T>,
+    key: &str,
+    value: Option<N>,
+    least: N,
+    problems: &mut Problems<'_>,
+) -> Option<N> {
+    let value = value?;
+    if value < least {
+        problems.add(table.at(key), table.key(key), format!("{value} is too small; the least is {least}"));
+        return None;
+    }
+    Some(value)
+}
+
+fn capabilities<T>(names: &[String], table: &Section<T>, problems: &mut Problems<'_>) -> BTreeSet<Capability> {
+    let known: Vec<_> = Capability::ALL.iter().map(|capability| (capability.as_str(), *capability)).collect();
+    named(names, &known, "capability", &table.key("grants"), table.at("grants"), problems)
+}
+
+fn named<T: Copy + Ord>(
+    names: &[String],
+    known: &[(&str, T)],
+    what: &str,
+    key: &str,
+    at: &Range<usize>,
+    problems: &mut Problems<'_>,
+) -> BTreeSet<T> {
+    let mut one = |name: &String| one_of(name, known, what, key, at, problems);
+    names.iter().filter_map(&mut one).collect()
+}
+
+fn one_of<T: Copy>(
+    text: &str,
+    known: &[(&str, T)],
+    what: &str,
+    key: &str,
+    at: &Range<usize>,
+    problems: &mut Problems<'_>,
+) -> Option<T> {
+    let found = known.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
+    if found.is_none() {
+        let names = known.iter().map(|(name, _)| *name);
+        let suggestion = nearest(text, names.clone());
+        let all = if suggestion.is_none() {
+            format!("; known are {}", names.collect::<Vec<_>>().join(", "))
+        } else {
+            String::new()
+        };
+        problems.suggest(at, key, format!("{text:?} is no {what}{all}"), suggestion);
+    }
+    found
+}
+
+fn absolute(base: &Path, path: &Path) -> PathBuf {
+    let joined = base.join(path);
+    // Lexical only: nothing on disk is touched while the configuration is read. `..` is kept as it is.
+    std::path::absolute(&joined).unwrap_or(joined)
+}
+
+/// TOML as JSON: times become text; nan and inf have no JSON.
+fn json(value: &toml::Value) -> Option<serde_json::Value> {
+    Some(match value {
+        toml::Value::String(text) => text.as_str().into(),
+        toml::Value::Integer(number) => (*number).into(),
+        toml::Value::Float(number) => serde_json::Number::from_f64(*number)?.into(),
+        toml::Value::Boolean(truth) => (*truth).into(),
+        toml::Value::Datetime(time) => time.to_string().into(),
+        toml::Value::Array(items) => items.iter().map(json).collect::<Option<Vec<_>>>()?.into(),
+        toml::Value::Table(table) => {
+            let entries = table.iter().map(|(key, value)| Some((key.clone(), json(value)?)));
+            serde_json::Value::Object(entries.collect::<Option<_>>()?)
+        }
+    })
+}
