@@ -6,3 +6,6 @@
 
 pub mod broker;
 pub mod config;
+pub mod journal;
+pub mod privileges;
+pub mod runtime_directory;
