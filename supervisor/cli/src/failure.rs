@@ -1,11 +1,21 @@
 //! How a command ends when it does not succeed: a stable exit code and a message that names the next command.
 
-use std::fmt;
+use std::error::Error;
+use std::io::{self, IsTerminal};
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
-/// The stable exit codes; 0 is success, and clap uses 2 by itself.
+use tonic::{Code, Status};
+
+use crate::output::colour_wanted;
+use crate::text::{Line, Style};
+
+/// The stable exit codes; clap uses 2 by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
+    /// The reader of our output went away: not our failure.
+    ReaderGone,
     Failed,
     Usage,
     Degraded,
@@ -20,6 +30,7 @@ impl Outcome {
     /// The number for the shell.
     pub(crate) const fn code(self) -> u8 {
         match self {
+            Self::ReaderGone => 0,
             Self::Failed => 1,
             Self::Usage => 2,
             Self::Degraded => 3,
@@ -39,7 +50,7 @@ impl From<Outcome> for ExitCode {
 }
 
 /// A command that did not do what was asked.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) outcome: Outcome,
     /// What happened, to what, why. Empty when the output already said everything.
@@ -57,12 +68,161 @@ impl Failure {
     pub(crate) const fn silent(outcome: Outcome) -> Self {
         Self { outcome, message: String::new(), hint: String::new() }
     }
-}
 
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+    /// The answer did not come in time.
+    pub(crate) fn timeout(what: &str, after: Duration) -> Self {
+        Self::new(
+            Outcome::Timeout,
+            format!("{what}: no answer within {after:?}"),
+            "wait longer with --timeout, or see `plugvisor status`",
+        )
+    }
+
+    /// A refusal by the supervisor on its admin socket.
+    pub(crate) fn from_admin(what: &str, socket: &Path, status: &Status) -> Self {
+        if let Some(error) = io_cause(status) {
+            return Self::unreachable(socket, error);
+        }
+        let code = trailer(status, "plugvisor-code");
+        let outcome = match status.code() {
+            _ if code.as_deref().is_some_and(|code| code.starts_with("configuration.")) => {
+                Outcome::InvalidConfiguration
+            }
+            Code::NotFound => Outcome::NotFound,
+            Code::PermissionDenied | Code::Unauthenticated => Outcome::Denied,
+            Code::DeadlineExceeded => Outcome::Timeout,
+            Code::Unavailable if code.is_none() => Outcome::DaemonDown,
+            _ => Outcome::Failed,
+        };
+        let message = match code {
+            Some(code) => format!("{what}: {} [{code}]", status.message()),
+            None => format!("{what}: {}", said(status)),
+        };
+        Self::new(outcome, message, trailer(status, "plugvisor-hint").unwrap_or_default())
+    }
+
+    /// A call to a plugin that did not succeed, refused by the broker or by the plugin itself.
+    pub(crate) fn from_call(method: &str, socket: &Path, status: &Status) -> Self {
+        if let Some(error) = io_cause(status) {
+            return Self::unreachable(socket, error);
+        }
+        let outcome = match status.code() {
+            Code::NotFound | Code::Unimplemented => Outcome::NotFound,
+            Code::PermissionDenied | Code::Unauthenticated => Outcome::Denied,
+            Code::DeadlineExceeded => Outcome::Timeout,
+            _ => Outcome::Failed,
+        };
+        let reason = trailer(status, "plugvisor-reason");
+        let who = match &reason {
+            Some(reason) => format!("refused by the broker, {reason}"),
+            None => "from the plugin".to_owned(),
+        };
+        let message = format!("{method}: {} ({who})", said(status));
+        Self::new(outcome, message, trailer(status, "plugvisor-hint").unwrap_or_default())
+    }
+
+    /// Nobody answers at the socket.
+    pub(crate) fn unreachable(socket: &Path, error: &io::Error) -> Self {
+        let at = socket.display();
+        match error.kind() {
+            io::ErrorKind::NotFound => Self::new(
+                Outcome::DaemonDown,
+                format!("the supervisor is not running: there is no socket at {at}"),
+                "start it with `plugvisor run`, or name its socket with --socket PATH",
+            ),
+            io::ErrorKind::ConnectionRefused => Self::new(
+                Outcome::DaemonDown,
+                format!("the supervisor is not running: nobody listens at {at}"),
+                "it ended without cleaning up; start it again with `plugvisor run`",
+            ),
+            io::ErrorKind::PermissionDenied => Self::new(
+                Outcome::Denied,
+                format!("you may not connect to {at}"),
+                "run the command as the user that started the supervisor, or as root",
+            ),
+            _ => Self::new(
+                Outcome::DaemonDown,
+                format!("cannot talk to the supervisor at {at}: {error}"),
+                "is it running?",
+            ),
+        }
+    }
+
+    /// Prints the message and the hint to standard error.
+    pub(crate) fn print(&self, no_color: bool) {
+        let colour = colour_wanted(no_color, io::stderr().is_terminal());
+        for (number, line) in self.message.lines().enumerate() {
+            let first = if number == 0 { Line::default().add(Style::Bad, "error: ") } else { Line::new("  ") };
+            eprintln!("{}", first.add(Style::Plain, line).render(colour));
+        }
+        for line in self.hint.lines() {
+            eprintln!("{}", Line::default().add(Style::Title, "next: ").add(Style::Plain, line).render(colour));
+        }
     }
 }
 
-impl std::error::Error for Failure {}
+/// The code and the message of a status.
+fn said(status: &Status) -> String {
+    // Code's Debug is its name; its Display is a sentence.
+    match status.message() {
+        "" => format!("{:?}", status.code()),
+        message => format!("{:?}: {message}", status.code()),
+    }
+}
+
+fn trailer(status: &Status, name: &str) -> Option<String> {
+    status.metadata().get(name)?.to_str().ok().map(str::to_owned).filter(|value| !value.is_empty())
+}
+
+/// The error of the socket beneath a status that tonic made itself.
+fn io_cause(status: &Status) -> Option<&io::Error> {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return Some(error);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::metadata::MetadataMap;
+
+    use super::*;
+
+    fn refused(code: Code, message: &str, trailers: &[(&'static str, &'static str)]) -> Status {
+        let mut metadata = MetadataMap::new();
+        for (name, value) in trailers {
+            metadata.insert(*name, value.parse().unwrap());
+        }
+        Status::with_metadata(code, message, metadata)
+    }
+
+    #[test]
+    fn admin_refusals_keep_their_code_and_hint() {
+        let status = refused(
+            Code::NotFound,
+            "no plugin is called thumbnailr",
+            &[("plugvisor-code", "plugin.not_found"), ("plugvisor-hint", "did you mean thumbnailer?")],
+        );
+        let failure = Failure::from_admin("describe", Path::new("/s"), &status);
+        assert_eq!(failure.outcome.code(), 4);
+        assert_eq!(failure.message, "describe: no plugin is called thumbnailr [plugin.not_found]");
+        assert_eq!(failure.hint, "did you mean thumbnailer?");
+    }
+
+    #[test]
+    fn the_broker_and_the_plugin_are_told_apart() {
+        let broker = refused(Code::Unavailable, "breaker open", &[("plugvisor-reason", "breaker_open")]);
+        let failure = Failure::from_call("a.B/C", Path::new("/s"), &broker);
+        assert_eq!(failure.message, "a.B/C: Unavailable: breaker open (refused by the broker, breaker_open)");
+        assert_eq!(failure.outcome, Outcome::Failed, "the supervisor answered, so it is not down");
+
+        let plugin = refused(Code::PermissionDenied, "", &[]);
+        let failure = Failure::from_call("a.B/C", Path::new("/s"), &plugin);
+        assert_eq!(failure.message, "a.B/C: PermissionDenied (from the plugin)");
+        assert_eq!(failure.outcome.code(), 5);
+    }
+}

@@ -4,30 +4,74 @@
 //! supervisor works; what plugins say is printed only after control characters are taken out.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod args;
+mod codec;
+mod command;
 mod failure;
+mod output;
+mod quantity;
+mod text;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Cli, Command};
+use crate::admin::Admin;
+use crate::args::{Cli, Command, PluginCommand};
+use crate::command::{call, describe, events, life, logs, run, status, validate};
 use crate::failure::{Failure, Outcome};
+use crate::output::Output;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(&cli) {
+    let no_color = cli.global.no_color;
+    match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            failure.print(no_color);
             failure.outcome.into()
         }
     }
 }
 
-fn run(cli: &Cli) -> Result<(), Failure> {
-    let Command::Status = cli.command else {
-        return Err(Failure::new(Outcome::Failed, "this command has not landed yet", ""));
-    };
-    Err(Failure::silent(Outcome::DaemonDown))
+/// Commands without a supervisor are done here; all others need a runtime and a connection.
+fn dispatch(cli: Cli) -> Result<(), Failure> {
+    match cli.command {
+        Command::Run { arguments } => Err(run::run(&arguments)),
+        Command::Plugin { command: PluginCommand::Validate { path } } => {
+            validate::validate(&Output::new(&cli.global)?, &path)
+        }
+        command => {
+            let output = Output::new(&cli.global)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
+                Failure::new(Outcome::Failed, format!("cannot start: {error}"), "is the system out of descriptors?")
+            })?;
+            runtime.block_on(async {
+                let admin = Admin::connect(cli.global.socket.as_deref(), cli.global.timeout).await?;
+                ask(command, &admin, &output, cli.global.timeout).await
+            })
+        }
+    }
+}
+
+async fn ask(
+    command: Command,
+    admin: &Admin,
+    output: &Output,
+    timeout: Option<std::time::Duration>,
+) -> Result<(), Failure> {
+    match command {
+        Command::Run { .. } | Command::Plugin { .. } => unreachable!("done without a supervisor"),
+        Command::Status => status::status(admin, output).await,
+        Command::Describe { name } => describe::describe(admin, output, &name).await,
+        Command::Events { follow, plugin, type_prefix, after } => {
+            events::events(admin, output, events::Filter { follow, plugin, type_prefix, after }).await
+        }
+        Command::Logs { follow, tail, name } => logs::logs(admin, output, name.as_deref(), tail, follow).await,
+        Command::Load { plugin } => life::load(admin, output, &plugin).await,
+        Command::Unload { name } => life::unload(admin, output, &name).await,
+        Command::Restart { name } => life::restart(admin, output, &name).await,
+        Command::Call(arguments) => call::call(admin, output, &arguments, timeout).await,
+    }
 }

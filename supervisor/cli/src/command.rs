@@ -1,0 +1,11 @@
+//! The commands, one module each.
+
+pub(crate) mod call;
+pub(crate) mod describe;
+pub(crate) mod events;
+pub(crate) mod follow;
+pub(crate) mod life;
+pub(crate) mod logs;
+pub(crate) mod run;
+pub(crate) mod status;
+pub(crate) mod validate;

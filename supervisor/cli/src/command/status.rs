@@ -1,0 +1,179 @@
+//! `plugvisor status`: the truth about everything in one screen, and the next command.
+
+use std::time::SystemTime;
+
+use plugvisor_proto::admin::v1::{GetStatusRequest, GetStatusResponse, PluginState, PluginStatus, SupervisorStatus};
+
+use crate::admin::{Admin, QUESTION};
+use crate::args::Format;
+use crate::failure::{Failure, Outcome};
+use crate::output::Output;
+use crate::quantity::{age, bytes, span};
+use crate::text::{Line, Style, Table};
+
+/// Prints the status; [`Outcome::Degraded`] when something does not work as it should.
+pub(crate) async fn status(admin: &Admin, output: &Output) -> Result<(), Failure> {
+    let answer = admin
+        .ask("status", QUESTION, GetStatusRequest {}, |mut client, question| async move {
+            client.get_status(question).await
+        })
+        .await?;
+    match output.format {
+        Format::Table | Format::Wide => print(output, &answer)?,
+        Format::Json => output.json(&output.to_json("plugvisor.admin.v1.GetStatusResponse", &answer)?)?,
+        Format::Jsonl => {
+            for plugin in &answer.plugins {
+                output.json(&output.to_json("plugvisor.admin.v1.PluginStatus", plugin)?)?;
+            }
+        }
+        Format::Name => answer.plugins.iter().try_for_each(|plugin| output.line(&Line::new(&plugin.name)))?,
+    }
+    let ready = answer.supervisor.as_ref().is_some_and(|supervisor| supervisor.ready);
+    if ready && answer.plugins.iter().all(is_well) { Ok(()) } else { Err(Failure::silent(Outcome::Degraded)) }
+}
+
+fn print(output: &Output, answer: &GetStatusResponse) -> Result<(), Failure> {
+    let now = SystemTime::now();
+    let wide = output.format == Format::Wide;
+    if let Some(supervisor) = &answer.supervisor {
+        output.lines(&supervisor_lines(supervisor, wide, now))?;
+    }
+    output.line(&Line::default())?;
+    if answer.plugins.is_empty() {
+        return output.line(&Line::new(
+            "No plugins. Name a directory of bundles in the configuration, or `plugvisor load /path/of/a/bundle`.",
+        ));
+    }
+    let mut titles =
+        vec!["NAME", "VERSION", "STATE", "SINCE", "PID", "RESTARTS", "BREAKER", "CALLS", "FAILED", "MEMORY"];
+    if wide {
+        titles.extend(["GENERATION", "LEVEL", "TIER"]);
+    }
+    let mut table = Table::new(&titles);
+    for plugin in &answer.plugins {
+        let mut cells = vec![
+            Line::new(&plugin.name),
+            Line::new(&plugin.version),
+            state(plugin),
+            Line::new(age(plugin.since, now)),
+            Line::new(if plugin.pid == 0 { "-".to_owned() } else { plugin.pid.to_string() }),
+            Line::new(plugin.restarts.to_string()),
+            breaker(&plugin.breaker),
+            Line::new(plugin.calls_total.to_string()),
+            Line::new(plugin.calls_failed_total.to_string()),
+            Line::new(bytes(plugin.memory_bytes)),
+        ];
+        if wide {
+            cells.push(Line::new(plugin.generation.to_string()));
+            cells.push(Line::new(&plugin.isolation_level));
+            cells.push(Line::new(&plugin.tier));
+        }
+        table.row(cells);
+    }
+    output.lines(&table.lines())?;
+    for plugin in answer.plugins.iter().filter(|plugin| !plugin.last_error.is_empty()) {
+        output.line(&Line::default())?;
+        output.lines(&trouble(plugin))?;
+    }
+    Ok(())
+}
+
+fn supervisor_lines(supervisor: &SupervisorStatus, wide: bool, now: SystemTime) -> Vec<Line> {
+    let ready = if supervisor.ready { (Style::Good, "ready") } else { (Style::Bad, "not ready") };
+    let mut lines = vec![
+        Line::new(format!("plugvisord {}, ", supervisor.version))
+            .add(ready.0, ready.1)
+            .add(Style::Plain, format!(", up {}", age(supervisor.started_at, now))),
+        Line::new(format!(
+            "pid {} ({}), launcher pid {} ({})",
+            supervisor.pid,
+            bytes(supervisor.resident_bytes),
+            supervisor.launcher_pid,
+            bytes(supervisor.launcher_resident_bytes)
+        )),
+    ];
+    if !supervisor.metrics_address.is_empty() {
+        lines.push(Line::new(format!("metrics http://{}/metrics", supervisor.metrics_address)));
+    }
+    if !supervisor.degraded.is_empty() {
+        lines.push(
+            Line::default()
+                .add(Style::Warning, "not enforced on this host, as you allowed: ")
+                .add(Style::Plain, format!("{} (`plugvisor status -o wide` says why)", supervisor.degraded.join(", "))),
+        );
+    }
+    if wide {
+        lines.push(Line::new(format!("calls {}", supervisor.calls_socket)));
+        let file = &supervisor.configuration_file;
+        lines.push(Line::new(format!("configuration {}", if file.is_empty() { "none, defaults" } else { file })));
+        for feature in &supervisor.features {
+            let mark = if feature.works { (Style::Good, "works ") } else { (Style::Warning, "lacks ") };
+            lines.push(
+                Line::new("  ").add(mark.0, mark.1).add(Style::Plain, format!("{}: {}", feature.name, feature.detail)),
+            );
+        }
+    }
+    lines
+}
+
+/// The state's name, with its phase or conditions.
+pub(crate) fn state(plugin: &PluginStatus) -> Line {
+    let state = plugin.state();
+    let style = match state {
+        PluginState::Loaded if is_well(plugin) => Style::Good,
+        PluginState::Loaded | PluginState::Loading => Style::Warning,
+        PluginState::Failed | PluginState::Quarantined => Style::Bad,
+        PluginState::Unspecified | PluginState::Unknown | PluginState::Discovered | PluginState::Unloaded => {
+            Style::Plain
+        }
+    };
+    let name = state.as_str_name();
+    let mut text = name.strip_prefix("PLUGIN_STATE_").unwrap_or(name).to_owned();
+    let details: Vec<&str> = match state {
+        PluginState::Loading if !plugin.phase.is_empty() => vec![&plugin.phase],
+        // Serving is what LOADED means to everyone; only what deviates is worth the room.
+        PluginState::Loaded => plugin.conditions.iter().map(String::as_str).filter(|c| *c != "serving").collect(),
+        _ => vec![],
+    };
+    if !details.is_empty() {
+        text.push_str(&format!(" ({})", details.join(", ")));
+    }
+    Line::default().add(style, text)
+}
+
+/// The breaker's state; nothing but closed is normal.
+pub(crate) fn breaker(state: &str) -> Line {
+    let style = match state {
+        "" | "closed" => Style::Plain,
+        "open" => Style::Bad,
+        _ => Style::Warning,
+    };
+    Line::default().add(style, if state.is_empty() { "-" } else { state })
+}
+
+/// What last went wrong, what happens now, and the next command.
+pub(crate) fn trouble(plugin: &PluginStatus) -> Vec<Line> {
+    let mut line = Line::default().add(Style::Bad, &plugin.name).add(Style::Plain, format!(": {}", plugin.last_error));
+    if let Some(time) = plugin.restart_in {
+        line = line.add(Style::Plain, format!(", restart {} in {}", plugin.restarts + 1, span(time)));
+    }
+    if plugin.calls_failed_total > 0 {
+        let calls = if plugin.calls_failed_total == 1 { "call" } else { "calls" };
+        line = line.add(Style::Plain, format!(", {} {calls} failed", plugin.calls_failed_total));
+    }
+    let mut lines = vec![line];
+    if !plugin.hint.is_empty() {
+        lines.push(Line::new(format!("  {}", plugin.hint)));
+    }
+    lines.push(Line::new(format!("  see `plugvisor describe {}`", plugin.name)));
+    lines
+}
+
+/// Loaded without a deviating condition, or not wanted.
+fn is_well(plugin: &PluginStatus) -> bool {
+    match plugin.state() {
+        PluginState::Loaded => !plugin.conditions.iter().any(|condition| condition == "degraded"),
+        PluginState::Discovered | PluginState::Loading | PluginState::Unloaded => true,
+        PluginState::Unspecified | PluginState::Unknown | PluginState::Failed | PluginState::Quarantined => false,
+    }
+}
