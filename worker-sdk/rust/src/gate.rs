@@ -1,0 +1,192 @@
+//! The way in: every call passes here on its way to a service.
+//!
+//! ```text
+//!  connection ──► Gate ──► health, Worker              (from the first moment)
+//!                   └────► the plugin's own services   (once started: counted, and inside a CallContext)
+//! ```
+//!
+//! It keeps a panic of a handler from ending more than its own call. It knows no service by name.
+
+use std::{
+    convert::Infallible,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll, ready},
+};
+
+use http::{HeaderMap, Request, Response};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use plugvisor_client::CallContext;
+use tonic::{Status, body::Body};
+use tower::Service;
+
+use crate::{
+    inflight::{Inflight, InflightGuard},
+    services::Services,
+};
+
+type BoxedAnswer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+/// The plugin's own services, once it has started.
+pub(crate) type OwnServices = Arc<OnceLock<Services>>;
+
+/// The root service of a plugin's server; clones share everything.
+#[derive(Debug, Clone)]
+pub(crate) struct Gate {
+    fixed: Arc<Services>,
+    own: OwnServices,
+    inflight: Inflight,
+}
+
+impl Gate {
+    /// A gate with `fixed` open from the first moment and `own` once it is set.
+    pub(crate) fn new(fixed: Services, own: OwnServices, inflight: Inflight) -> Self {
+        Self { fixed: Arc::new(fixed), own, inflight }
+    }
+
+    fn answer(&self, mut request: Request<Body>) -> GateFuture {
+        let path = request.uri().path();
+        if let Some(service) = self.fixed.find(path) {
+            let answer = service.clone().call(request);
+            return GateFuture::Called { answer, call: Call { context: CallContext::default(), guard: None } };
+        }
+        let Some(own) = self.own.get() else {
+            return GateFuture::refused(Status::unavailable("the plugin has not been initialised yet"));
+        };
+        let Some(service) = own.find(path) else {
+            let served: Vec<_> = own.names().collect();
+            return GateFuture::refused(Status::unimplemented(format!(
+                "this plugin does not serve {path}; it serves {}",
+                served.join(", ")
+            )));
+        };
+        let mut service = service.clone();
+        let context = CallContext::from_headers(request.headers());
+        request.extensions_mut().insert(context.clone());
+        let guard = Some(self.inflight.enter());
+        // Generated servers do their work in the future, not in `call`, so the context need not surround this.
+        GateFuture::Called { answer: service.call(request), call: Call { context, guard } }
+    }
+}
+
+impl Service<Request<Body>> for Gate {
+    type Response = Response<GateBody>;
+    type Error = Infallible;
+    type Future = GateFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> GateFuture {
+        self.answer(request)
+    }
+}
+
+/// One call that is being served: what its code sees as its context, and its place in the count.
+#[derive(Debug)]
+pub(crate) struct Call {
+    context: CallContext,
+    guard: Option<InflightGuard>,
+}
+
+pub(crate) enum GateFuture {
+    Called { answer: BoxedAnswer, call: Call },
+    Ended(Option<Response<GateBody>>),
+}
+
+impl GateFuture {
+    fn refused(status: Status) -> Self {
+        Self::Ended(Some(response_of(&status)))
+    }
+}
+
+impl Future for GateFuture {
+    type Output = Result<Response<GateBody>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<Self::Output> {
+        let response = match &mut *self {
+            Self::Called { answer, call } => {
+                let polled = contained(&call.context, || answer.as_mut().poll(task));
+                match polled {
+                    Ok(polled) => {
+                        let Ok(response) = ready!(polled);
+                        let Call { context, guard } = call;
+                        let call = Call { context: context.clone(), guard: guard.take() };
+                        response.map(|inner| GateBody::Running { inner, call })
+                    }
+                    Err(status) => response_of(&status),
+                }
+            }
+            Self::Ended(response) => response.take().expect("a future is not polled after its end"),
+        };
+        *self = Self::Ended(None);
+        Poll::Ready(Ok(response))
+    }
+}
+
+/// The body of an answer. The handler of a streaming call runs while this is read, so it carries the call on; the call
+/// has ended when the body is dropped.
+pub(crate) enum GateBody {
+    Running { inner: Body, call: Call },
+    Ended,
+}
+
+impl HttpBody for GateBody {
+    type Data = <Body as HttpBody>::Data;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        task: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let Self::Running { inner, call } = &mut *self else { return Poll::Ready(None) };
+        let polled = match contained(&call.context, || Pin::new(inner).poll_frame(task)) {
+            Ok(polled) => ready!(polled),
+            Err(status) => {
+                // A stream that has begun can only end with trailers.
+                *self = Self::Ended;
+                return Poll::Ready(Some(Ok(Frame::trailers(trailers_of(&status)))));
+            }
+        };
+        if polled.is_none() {
+            *self = Self::Ended;
+        }
+        Poll::Ready(polled)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Running { inner, .. } => inner.is_end_stream(),
+            Self::Ended => true,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Running { inner, .. } => inner.size_hint(),
+            Self::Ended => SizeHint::with_exact(0),
+        }
+    }
+}
+
+/// Runs one step of a handler inside its context. A panic becomes a status; the panic hook has logged where it was.
+fn contained<R>(context: &CallContext, step: impl FnOnce() -> R) -> Result<R, Status> {
+    let step = || context.clone().sync_scope(step);
+    // A handler that panicked is never polled again, so nothing of it is seen in a broken state.
+    catch_unwind(AssertUnwindSafe(step)).map_err(|_| Status::internal("the plugin's handler panicked; see its log"))
+}
+
+fn response_of(status: &Status) -> Response<GateBody> {
+    let response = status.clone().into_http::<Body>();
+    response.map(|_| GateBody::Ended)
+}
+
+fn trailers_of(status: &Status) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    if status.add_header(&mut trailers).is_err() {
+        trailers.insert("grpc-status", http::HeaderValue::from_static("13"));
+    }
+    trailers
+}
