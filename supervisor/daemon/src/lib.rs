@@ -7,5 +7,8 @@
 pub mod broker;
 pub mod config;
 pub mod journal;
+pub mod launcher;
+pub mod logs;
 pub mod privileges;
+mod readiness;
 pub mod runtime_directory;

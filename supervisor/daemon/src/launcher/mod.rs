@@ -1,0 +1,10 @@
+//! The supervisor's side of the launcher: starting it, and asking it.
+//!
+//! [`spawn`] runs while the process has one thread and, perhaps, root; [`Launcher::start`] takes the connection into
+//! the runtime. Which plugin is launched how is the drivers' business; what a request may do, the launcher's own.
+
+mod client;
+mod spawn;
+
+pub use client::{Gone, Launcher, LauncherEnd, LauncherError, Process, describe_exit, signal_name};
+pub use spawn::{PROGRAM, SpawnError, Spawned, beside_this_program, spawn};

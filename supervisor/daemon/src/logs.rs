@@ -1,0 +1,325 @@
+//! What plugins print: read by line, kept in bounded rings, tagged, and handed to whoever follows.
+//!
+//! The pipes are always drained, so that no plugin blocks on its own log; what is over a plugin's rate is dropped and
+//! counted, and the next line that is kept says how many were. Lines are text for people: nothing here parses them.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use plugvisor_package::PluginName;
+use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch, time::Instant};
+
+use crate::journal::{Journal, JournalLimits};
+
+/// Bounds of what is read and kept, for each plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogLimits {
+    /// The longest line; the rest of a longer one is dropped.
+    pub line_bytes: usize,
+    /// What is kept.
+    pub kept: JournalLimits,
+    /// Lines kept in a second, in the long run and as a burst.
+    pub lines_per_second: u32,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        let kept = JournalLimits { entries: 1000, weight: 256 * 1024 };
+        Self { line_bytes: 8 * 1024, kept, lines_per_second: 500 }
+    }
+}
+
+/// Which pipe a line came through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+impl LogStream {
+    /// `stdout` or `stderr`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        }
+    }
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogLine {
+    /// When it was read.
+    pub at: SystemTime,
+    /// Whose it is.
+    pub plugin: PluginName,
+    /// Which generation's.
+    pub generation: u64,
+    /// Where it came through.
+    pub stream: LogStream,
+    /// The text, without its end of line; bytes that are not UTF-8 are replaced.
+    pub line: String,
+    /// It was longer than the limit.
+    pub truncated: bool,
+    /// Lines dropped before this one, because the plugin printed faster than its rate.
+    pub dropped_before: u64,
+}
+
+/// The logs of every plugin.
+#[derive(Debug)]
+pub struct Logs {
+    journals: Mutex<BTreeMap<PluginName, Arc<Journal<LogLine>>>>,
+    /// Changes with every line of anyone.
+    changed: watch::Sender<()>,
+    limits: LogLimits,
+}
+
+impl Logs {
+    /// Nothing kept yet.
+    #[must_use]
+    pub fn new(limits: LogLimits) -> Self {
+        Self { journals: Mutex::default(), changed: watch::Sender::new(()), limits }
+    }
+
+    /// Reads a pipe until it ends. Never fails the plugin: a pipe that cannot be read ends its log.
+    pub async fn read(self: Arc<Self>, plugin: PluginName, generation: u64, stream: LogStream, pipe: OwnedFd) {
+        let mut pipe = match pipe::Receiver::from_owned_fd(pipe) {
+            Ok(pipe) => pipe,
+            Err(error) => {
+                tracing::warn!(%plugin, generation, stream = stream.as_str(), %error, "the log pipe cannot be read");
+                return;
+            }
+        };
+        let journal = self.journal(&plugin);
+        let mut lines = Lines::new(self.limits.line_bytes);
+        let mut rate = Rate::new(self.limits.lines_per_second, Instant::now());
+        let mut buffer = vec![0; 16 * 1024];
+        loop {
+            let read = pipe.read(&mut buffer).await.unwrap_or(0);
+            let mut keep = |line: &[u8], truncated| {
+                let Some(dropped_before) = rate.admit(Instant::now()) else { return };
+                let line = String::from_utf8_lossy(line).into_owned();
+                tracing::info!(
+                    target: "plugin", %plugin, generation, stream = stream.as_str(), dropped_before, "{}", visible(&line)
+                );
+                let line = LogLine {
+                    at: SystemTime::now(),
+                    plugin: plugin.clone(),
+                    generation,
+                    stream,
+                    line,
+                    truncated,
+                    dropped_before,
+                };
+                journal.push(line.line.len() + 128, |_| line);
+                self.changed.send_replace(());
+            };
+            if read == 0 {
+                lines.finish(&mut keep);
+                return;
+            }
+            lines.feed(&buffer[..read], &mut keep);
+        }
+    }
+
+    /// One plugin's journal; made when it is first asked for.
+    #[must_use]
+    pub fn journal(&self, plugin: &PluginName) -> Arc<Journal<LogLine>> {
+        let mut journals = self.lock();
+        if let Some(journal) = journals.get(plugin) {
+            return Arc::clone(journal);
+        }
+        let journal = Arc::new(Journal::new(self.limits.kept));
+        journals.insert(plugin.clone(), Arc::clone(&journal));
+        journal
+    }
+
+    /// Every plugin that has a journal.
+    #[must_use]
+    pub fn plugins(&self) -> Vec<PluginName> {
+        self.lock().keys().cloned().collect()
+    }
+
+    /// Forgets a plugin's lines.
+    pub fn remove(&self, plugin: &PluginName) {
+        self.lock().remove(plugin);
+    }
+
+    /// Wakes on every line of anyone.
+    #[must_use]
+    pub fn changed(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// The last `count` lines on a generation's stderr.
+    #[must_use]
+    pub fn stderr_tail(&self, plugin: &PluginName, generation: u64, count: usize) -> Vec<String> {
+        let kept = self.journal(plugin).read(0, usize::MAX).entries;
+        let wanted = |line: &&LogLine| line.generation == generation && line.stream == LogStream::Stderr;
+        let lines = kept.iter().map(|(_, line)| &**line).filter(wanted);
+        let mut tail: Vec<String> = lines.rev().take(count).map(|line| line.line.clone()).collect();
+        tail.reverse();
+        tail
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PluginName, Arc<Journal<LogLine>>>> {
+        self.journals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Control characters would let a plugin forge or hide lines on the operator's terminal.
+fn visible(line: &str) -> std::borrow::Cow<'_, str> {
+    if line.chars().any(|c| c.is_control() && c != '\t') {
+        line.chars()
+            .flat_map(|c| if c.is_control() && c != '\t' { c.escape_default().collect() } else { vec![c] })
+            .collect()
+    } else {
+        line.into()
+    }
+}
+
+/// Cuts a stream of bytes into lines of bounded length.
+struct Lines {
+    partial: Vec<u8>,
+    most: usize,
+    /// The current line was over the limit and was handed on; its rest is skipped.
+    skipping: bool,
+}
+
+impl Lines {
+    fn new(most: usize) -> Self {
+        Self { partial: Vec::new(), most, skipping: false }
+    }
+
+    fn feed(&mut self, mut bytes: &[u8], keep: &mut impl FnMut(&[u8], bool)) {
+        while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+            self.take(&bytes[..end], keep);
+            if !std::mem::take(&mut self.skipping) {
+                let line = std::mem::take(&mut self.partial);
+                keep(line.strip_suffix(b"\r").unwrap_or(&line), false);
+            }
+            bytes = &bytes[end + 1..];
+        }
+        self.take(bytes, keep);
+    }
+
+    fn take(&mut self, part: &[u8], keep: &mut impl FnMut(&[u8], bool)) {
+        if self.skipping {
+            return;
+        }
+        let room = self.most - self.partial.len();
+        self.partial.extend_from_slice(&part[..part.len().min(room)]);
+        if part.len() > room {
+            keep(&std::mem::take(&mut self.partial), true);
+            self.skipping = true;
+        }
+    }
+
+    fn finish(&mut self, keep: &mut impl FnMut(&[u8], bool)) {
+        if !self.partial.is_empty() {
+            keep(&std::mem::take(&mut self.partial), false);
+        }
+    }
+}
+
+/// A token bucket of one second.
+struct Rate {
+    tokens: f64,
+    most: f64,
+    at: Instant,
+    dropped: u64,
+}
+
+impl Rate {
+    fn new(per_second: u32, now: Instant) -> Self {
+        let most = f64::from(per_second);
+        Self { tokens: most, most, at: now, dropped: 0 }
+    }
+
+    /// `Some` with the number dropped before, when one more line may be kept.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        let passed: Duration = now.saturating_duration_since(self.at);
+        self.at = now;
+        self.tokens = (self.tokens + passed.as_secs_f64() * self.most).min(self.most);
+        if self.tokens < 1.0 {
+            self.dropped += 1;
+            return None;
+        }
+        self.tokens -= 1.0;
+        Some(std::mem::take(&mut self.dropped))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn lines(most: usize, parts: &[&[u8]]) -> Vec<(String, bool)> {
+        let mut found = Vec::new();
+        let mut keep = |line: &[u8], truncated| found.push((String::from_utf8_lossy(line).into_owned(), truncated));
+        let mut lines = Lines::new(most);
+        for part in parts {
+            lines.feed(part, &mut keep);
+        }
+        lines.finish(&mut keep);
+        found
+    }
+
+    #[test]
+    fn lines_are_cut_at_their_ends_and_at_the_limit() {
+        let line = |text: &str| (text.to_owned(), false);
+        let cut = |text: &str| (text.to_owned(), true);
+        assert_eq!(lines(8, &[b"a\nb", b"c\r\n\nlast"]), [line("a"), line("bc"), line(""), line("last")]);
+        assert_eq!(lines(4, &[b"12345", b"678\nnext\n"]), [cut("1234"), line("next")]);
+        assert_eq!(lines(4, &[b"1234\n1234", b"\n"]), [line("1234"), line("1234")]);
+        assert_eq!(lines(4, &[b"12", b"3456", b"78\n", b"\xff\n"]), [cut("1234"), line("\u{fffd}")]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_rate_drops_and_counts() {
+        let mut rate = Rate::new(2, Instant::now());
+        let mut admit = || rate.admit(Instant::now());
+        assert_eq!([admit(), admit(), admit(), admit()], [Some(0), Some(0), None, None]);
+        tokio::time::advance(Duration::from_millis(500)).await;
+        assert_eq!([admit(), admit()], [Some(2), None]);
+    }
+
+    #[tokio::test]
+    async fn a_flood_neither_blocks_the_writer_nor_grows() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let kept = JournalLimits { entries: 10, weight: 1 << 20 };
+        let logs = Arc::new(Logs::new(LogLimits { line_bytes: 64, kept, lines_per_second: 100 }));
+        let plugin: PluginName = "noisy".parse().unwrap();
+        let read = tokio::spawn(Arc::clone(&logs).read(plugin.clone(), 3, LogStream::Stderr, reader));
+        let wrote = tokio::task::spawn_blocking(move || {
+            let mut writer = std::fs::File::from(writer);
+            // Eight megabytes without an end of line, then more lines than the rate lets through.
+            for _ in 0..128 {
+                writer.write_all(&[b'x'; 64 * 1024]).unwrap();
+            }
+            writer.write_all("\nshort".repeat(10_000).as_bytes()).unwrap();
+        });
+        wrote.await.unwrap();
+        read.await.unwrap();
+        let batch = logs.journal(&plugin).read(0, usize::MAX);
+        assert_eq!(batch.entries.len(), 10);
+        assert!(batch.missed < 10_000, "the rate dropped most of the lines");
+        assert_eq!(logs.stderr_tail(&plugin, 3, 2), ["short", "short"]);
+        assert!(logs.stderr_tail(&plugin, 2, 2).is_empty());
+    }
+
+    #[test]
+    fn control_characters_are_made_visible() {
+        assert_eq!(visible("a\tb"), "a\tb");
+        assert_eq!(visible("a\u{1b}[2Jb"), "a\\u{1b}[2Jb");
+    }
+}
