@@ -19,6 +19,9 @@ pub(crate) const QUESTION: Duration = Duration::from_secs(10);
 /// For loads and restarts, which wait for a plugin to be ready or given up.
 pub(crate) const LIFE: Duration = Duration::from_secs(120);
 
+/// How long after a time limit a call that others should have ended is given up.
+pub(crate) const MARGIN: Duration = Duration::from_secs(1);
+
 /// Descriptor sets and kept logs are larger than tonic's 4 MiB at times.
 const LARGEST_ANSWER: usize = 64 * 1024 * 1024;
 
@@ -56,10 +59,11 @@ impl Admin {
         let limit = self.timeout.unwrap_or(usual);
         let mut request = Request::new(question);
         request.set_timeout(limit);
-        match tokio::time::timeout(limit, call(self.client.clone(), request)).await {
+        // The supervisor and tonic hold the limit; this is for a supervisor that hangs.
+        match tokio::time::timeout(limit + MARGIN, call(self.client.clone(), request)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             Ok(Err(status)) => Err(self.refused(what, &status)),
-            Err(_) => Err(Failure::timeout(what, limit)),
+            Err(_) => Err(Failure::timeout(what)),
         }
     }
 
@@ -88,7 +92,7 @@ pub(crate) async fn connect(socket: &Path, limit: Duration) -> Result<Channel, F
     match tokio::time::timeout(limit, endpoint.connect()).await {
         Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => Err(Failure::from_admin("connect", socket, &Status::from_error(Box::new(error)))),
-        Err(_) => Err(Failure::timeout(&format!("connect to {}", socket.display()), limit)),
+        Err(_) => Err(Failure::timeout(&format!("connect to {}", socket.display()))),
     }
 }
 

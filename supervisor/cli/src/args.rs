@@ -22,7 +22,7 @@ pub(crate) struct Cli {
 #[derive(Args, Debug)]
 pub(crate) struct Global {
     /// The supervisor's admin socket [default: admin.sock in the runtime directory].
-    #[arg(long, value_name = "PATH", env = "PLUGVISOR_ADMIN", global = true)]
+    #[arg(long, value_name = "PATH", env = "PLUGVISOR_ADMIN", hide_env_values = true, global = true)]
     pub(crate) socket: Option<PathBuf>,
     /// How to print what was found.
     #[arg(short, long, value_enum, default_value_t = Format::Table, global = true)]
@@ -129,7 +129,7 @@ pub(crate) struct CallArgs {
     #[arg(long, value_name = "TOKEN")]
     pub(crate) token: Option<String>,
     /// The socket of calls [default: as the supervisor says].
-    #[arg(long, value_name = "PATH", env = "PLUGVISOR_CALLS")]
+    #[arg(long, value_name = "PATH", env = "PLUGVISOR_CALLS", hide_env_values = true)]
     pub(crate) calls_socket: Option<PathBuf>,
 }
 
@@ -152,6 +152,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "s" => number.checked_mul(1_000),
         "m" => number.checked_mul(60_000),
         "h" => number.checked_mul(3_600_000),
+        "" => return Err(format!("the unit is missing; write for example {number}s")),
         _ => return Err(format!("unit {unit:?} is none of ms, s, m, h; write for example {number}s")),
     };
     milliseconds.filter(|ms| *ms > 0).map(Duration::from_millis).ok_or_else(|| "must be more than 0".to_owned())

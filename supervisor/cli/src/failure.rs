@@ -4,9 +4,8 @@ use std::error::Error;
 use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use tonic::{Code, Status};
+use tonic::{Code, Status, TimeoutExpired};
 
 use crate::output::colour_wanted;
 use crate::text::{Line, Style};
@@ -70,10 +69,10 @@ impl Failure {
     }
 
     /// The answer did not come in time.
-    pub(crate) fn timeout(what: &str, after: Duration) -> Self {
+    pub(crate) fn timeout(what: &str) -> Self {
         Self::new(
             Outcome::Timeout,
-            format!("{what}: no answer within {after:?}"),
+            format!("{what}: no answer in time"),
             "wait longer with --timeout, or see `plugvisor status`",
         )
     }
@@ -82,6 +81,9 @@ impl Failure {
     pub(crate) fn from_admin(what: &str, socket: &Path, status: &Status) -> Self {
         if let Some(error) = io_cause(status) {
             return Self::unreachable(socket, error);
+        }
+        if is_late(status) {
+            return Self::timeout(what);
         }
         let code = trailer(status, "plugvisor-code");
         let outcome = match status.code() {
@@ -105,6 +107,9 @@ impl Failure {
     pub(crate) fn from_call(method: &str, socket: &Path, status: &Status) -> Self {
         if let Some(error) = io_cause(status) {
             return Self::unreachable(socket, error);
+        }
+        if is_late(status) {
+            return Self::timeout(method);
         }
         let outcome = match status.code() {
             Code::NotFound | Code::Unimplemented => Outcome::NotFound,
@@ -174,16 +179,18 @@ fn trailer(status: &Status, name: &str) -> Option<String> {
     status.metadata().get(name)?.to_str().ok().map(str::to_owned).filter(|value| !value.is_empty())
 }
 
+/// Whether tonic gave up waiting: it says so as a cause, with the code CANCELLED.
+fn is_late(status: &Status) -> bool {
+    causes(status).any(|error| error.is::<TimeoutExpired>())
+}
+
 /// The error of the socket beneath a status that tonic made itself.
 fn io_cause(status: &Status) -> Option<&io::Error> {
-    let mut cause = status.source();
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<io::Error>() {
-            return Some(error);
-        }
-        cause = error.source();
-    }
-    None
+    causes(status).find_map(|error| error.downcast_ref())
+}
+
+fn causes(status: &Status) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    std::iter::successors(status.source(), |error| error.source())
 }
 
 #[cfg(test)]

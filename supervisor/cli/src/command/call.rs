@@ -14,7 +14,7 @@ use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
 
-use crate::admin::{self, Admin, QUESTION};
+use crate::admin::{self, Admin, MARGIN, QUESTION};
 use crate::args::{CallArgs, Format};
 use crate::codec::DynamicCodec;
 use crate::failure::{Failure, Outcome};
@@ -46,10 +46,9 @@ pub(crate) async fn call(
     let call = Call { method, requests, limit, token: arguments.token.as_deref() };
     let refused = |status: &tonic::Status| Failure::from_call(&arguments.method, &socket, status);
     // The broker and the plugin hold the deadline too; this is for a supervisor that hangs.
-    let late = limit + Duration::from_secs(1);
-    match tokio::time::timeout(late, call.run(channel, output, refused)).await {
+    match tokio::time::timeout(limit + MARGIN, call.run(channel, output, refused)).await {
         Ok(result) => result,
-        Err(_) => Err(Failure::timeout(&arguments.method, limit)),
+        Err(_) => Err(Failure::timeout(&arguments.method)),
     }
 }
 
@@ -69,7 +68,11 @@ fn split(method: &str) -> Result<(&str, &str), Failure> {
 /// The text of `--json`: itself, a file's, or standard input's.
 fn read_input(argument: &str) -> Result<String, Failure> {
     let failed = |from: &str, error: &dyn std::fmt::Display| {
-        Failure::new(Outcome::Usage, format!("cannot read the request from {from}: {error}"), "")
+        Failure::new(
+            Outcome::Usage,
+            format!("cannot read the request from {from}: {error}"),
+            "give --json the JSON itself, @FILE, or - for standard input",
+        )
     };
     if argument == "-" {
         let mut text = String::new();

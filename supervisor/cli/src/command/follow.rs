@@ -51,7 +51,7 @@ impl<'a, M> Follower<'a, M> {
         let stream = match opened {
             Ok(Ok(answer)) => answer.into_inner(),
             Ok(Err(status)) => return Err(admin.refused(what, &status)),
-            Err(_) => return Err(Failure::timeout(what, limit)),
+            Err(_) => return Err(Failure::timeout(what)),
         };
         Ok(Self { admin, output, what, stream, limit: (!follow).then_some(limit), collected: Vec::new() })
     }
@@ -60,9 +60,9 @@ impl<'a, M> Follower<'a, M> {
     pub(crate) async fn next(&mut self) -> Result<Option<M>, Failure> {
         let message = match self.limit {
             None => self.stream.message().await,
-            Some(limit) => tokio::time::timeout(limit, self.stream.message())
-                .await
-                .map_err(|_| Failure::timeout(self.what, limit))?,
+            Some(limit) => {
+                tokio::time::timeout(limit, self.stream.message()).await.map_err(|_| Failure::timeout(self.what))?
+            }
         };
         message.map_err(|status| self.admin.refused(self.what, &status))
     }
