@@ -181,7 +181,7 @@ fn trailer(status: &Status, name: &str) -> Option<String> {
 
 /// Whether tonic gave up waiting: it says so as a cause, with the code CANCELLED.
 fn is_late(status: &Status) -> bool {
-    causes(status).any(|error| error.is::<TimeoutExpired>())
+    causes(status).any(<dyn Error>::is::<TimeoutExpired>)
 }
 
 /// The error of the socket beneath a status that tonic made itself.
@@ -190,7 +190,7 @@ fn io_cause(status: &Status) -> Option<&io::Error> {
 }
 
 fn causes(status: &Status) -> impl Iterator<Item = &(dyn Error + 'static)> {
-    std::iter::successors(status.source(), |error| error.source())
+    std::iter::successors(status.source(), |error| (*error).source())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What every command prints and how it ends, as files: the real program against a supervisor that only answers.
 //!
 //! `PLUGVISOR_BLESS=1 cargo test -p plugvisor-cli` writes the files anew; read the difference before committing it.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod fake;
 
