@@ -1,0 +1,176 @@
+//! The decision for one plugin.
+
+use plugvisor_package::{Capability, IsolationLevel, PluginName, TrustTier};
+
+use super::{CapabilitySet, LimitNote, Limits, Policy};
+use crate::{Code, Error};
+
+/// What a manifest asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// `security.trustLevel`: an upper bound; `None` when it is silent.
+    pub tier: Option<TrustTier>,
+    /// `security.capabilities`.
+    pub capabilities: CapabilitySet,
+    /// `security.sandbox.isolationLevel`, or NONE for `sandbox.enabled: false`; `None` when it is silent.
+    pub level: Option<IsolationLevel>,
+    /// `security.sandbox.resourceLimits`.
+    pub limits: Limits,
+}
+
+/// What the operator set for the plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operator {
+    /// The tier of the directory that it was found in.
+    pub tier: TrustTier,
+    /// The grants of the directory and of the plugin together.
+    pub grants: CapabilitySet,
+    /// Limits in place of the manifest's; the tier's ceilings hold all the same.
+    pub limits: Limits,
+}
+
+/// What the plugin gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The tier that counts.
+    pub tier: TrustTier,
+    /// The walls.
+    pub level: IsolationLevel,
+    /// The capabilities granted.
+    pub granted: CapabilitySet,
+    /// Every capability asked for or granted by the operator, and what became of it; in the order of
+    /// [`Capability::ALL`].
+    pub capabilities: Vec<CapabilityVerdict>,
+    /// The limits that hold.
+    pub limits: Limits,
+    /// Where limits differ from what was asked.
+    pub limit_notes: Vec<LimitNote>,
+}
+
+/// What became of one capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CapabilityVerdict {
+    /// Which one.
+    pub capability: Capability,
+    /// `None` when it is granted.
+    pub why_not: Option<WhyNot>,
+}
+
+/// Why a capability is not granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhyNot {
+    /// The manifest does not ask for it.
+    NotAsked,
+    /// The tier may not hold it.
+    TierForbids(TrustTier),
+    /// The operator did not grant it.
+    NotGranted,
+}
+
+impl WhyNot {
+    /// In words, for `describe`.
+    #[must_use]
+    pub fn describe(self) -> String {
+        match self {
+            Self::NotAsked => "granted by the operator, but the manifest does not ask for it".to_owned(),
+            Self::TierForbids(tier) => format!("plugins of the tier {tier} may not hold it"),
+            Self::NotGranted => "not in the operator's grants".to_owned(),
+        }
+    }
+}
+
+/// The capabilities whose mechanism this version has.
+pub const IMPLEMENTED: CapabilitySet = CapabilitySet::of(&[
+    Capability::WriteTemp,
+    Capability::SpawnChild,
+    Capability::InternalCalls,
+    Capability::PublishEvents,
+]);
+
+impl Policy {
+    /// What the plugin called `name` gets.
+    ///
+    /// # Errors
+    ///
+    /// Every reason why it may not run at all, so that they can be mended at once: its tier never runs, its walls or a
+    /// capability that would be granted have no mechanism in this version.
+    pub fn decide(&self, name: &PluginName, asked: &Asked, operator: &Operator) -> Result<Verdict, Vec<Error>> {
+        let tier = asked.tier.map_or(operator.tier, |bound| bound.min(operator.tier));
+        let rules = self.rules(tier);
+        let Some(weakest) = rules.weakest else {
+            let hint = if operator.tier == tier {
+                "set another tier for its directory in plugvisor.toml, if you trust it"
+            } else {
+                "its plugin.json limits it to this tier with security.trustLevel"
+            };
+            return Err(vec![Error::new(
+                Code::TierNeverRuns,
+                format!("plugin {name} is of the tier {tier}, which never runs"),
+                hint,
+            )]);
+        };
+
+        let mut errors = Vec::new();
+        let level = asked.level.unwrap_or(IsolationLevel::Process).max(weakest);
+        if level != IsolationLevel::Process {
+            errors.push(level_not_implemented(name, tier, level, asked.level, operator.tier));
+        }
+
+        let mut granted = CapabilitySet::EMPTY;
+        let mut capabilities = Vec::new();
+        for capability in asked.capabilities.or(operator.grants).iter() {
+            let why_not = if !asked.capabilities.contains(capability) {
+                Some(WhyNot::NotAsked)
+            } else if !rules.capabilities.contains(capability) {
+                Some(WhyNot::TierForbids(tier))
+            } else if !operator.grants.contains(capability) {
+                Some(WhyNot::NotGranted)
+            } else {
+                granted = granted.or(CapabilitySet::of(&[capability]));
+                None
+            };
+            capabilities.push(CapabilityVerdict { capability, why_not });
+        }
+        errors.extend(granted.minus(IMPLEMENTED).iter().map(|capability| {
+            Error::new(
+                Code::CapabilityNotImplemented,
+                format!("plugin {name} would be granted {capability}, which is not implemented in this version"),
+                format!("remove {capability} from its grants in plugvisor.toml"),
+            )
+        }));
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let (limits, limit_notes) =
+            Limits::effective(&asked.limits, &operator.limits, &rules.defaults, &rules.ceilings, tier);
+        Ok(Verdict { tier, level, granted, capabilities, limits, limit_notes })
+    }
+}
+
+fn level_not_implemented(
+    name: &PluginName,
+    tier: TrustTier,
+    level: IsolationLevel,
+    asked: Option<IsolationLevel>,
+    directory: TrustTier,
+) -> Error {
+    let hint = if asked == Some(level) {
+        "set security.sandbox.isolationLevel in its plugin.json to \"process\"".to_owned()
+    } else if tier < directory {
+        format!("its plugin.json limits it to the tier {tier} with security.trustLevel: raise it to \"verified\"")
+    } else {
+        "set the tier of its directory in plugvisor.toml to \"verified\" or \"internal\", if you trust it".to_owned()
+    };
+    let because = if asked == Some(level) {
+        "its manifest asks for it".to_owned()
+    } else {
+        format!("the tier {tier} requires it")
+    };
+    Error::new(
+        Code::LevelNotImplemented,
+        format!(
+            "plugin {name} needs the isolation level {level}, because {because}; this version launches only process"
+        ),
+        hint,
+    )
+}

@@ -1,0 +1,161 @@
+//! When a plugin that ended is started again. Owns the back-off and the crash-loop count; sleeping is the driver's.
+
+use std::{collections::VecDeque, time::Duration};
+
+use crate::{Jitter, Time};
+
+/// Whether a plugin that ended unasked is started again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RestartMode {
+    /// Always, unless its end was permanent.
+    #[default]
+    Always,
+    /// Never; it stays FAILED.
+    Never,
+}
+
+/// The rules of restarting. The defaults are those of `Default`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RestartPolicy {
+    /// Whether to restart at all. Default: always.
+    pub mode: RestartMode,
+    /// The delay after the first failure. Default: 500 ms. It doubles with each further failure.
+    pub base: Duration,
+    /// The longest delay. Default: 60 s.
+    pub cap: Duration,
+    /// This many failures within [`crash_window`](Self::crash_window) are a crash loop. Default: 5.
+    pub crash_count: u32,
+    /// See [`crash_count`](Self::crash_count). Default: 60 s.
+    pub crash_window: Duration,
+    /// Having been ready for this many times the last delay forgives the failures. Default: 10.
+    pub forgive_factor: u32,
+    /// The shortest time of being ready that forgives. Default: 60 s.
+    pub forgive_min: Duration,
+    /// The longest time of being ready that forgiving may need. Default: 10 min.
+    pub forgive_max: Duration,
+    /// Exit statuses that mean "do not start me again". Default: 78 (`EX_CONFIG` of sysexits.h).
+    pub permanent_codes: Vec<i32>,
+}
+
+impl Default for RestartPolicy {
+    fn default() -> Self {
+        Self {
+            mode: RestartMode::Always,
+            base: Duration::from_millis(500),
+            cap: Duration::from_secs(60),
+            crash_count: 5,
+            crash_window: Duration::from_secs(60),
+            forgive_factor: 10,
+            forgive_min: Duration::from_secs(60),
+            forgive_max: Duration::from_secs(600),
+            permanent_codes: vec![78],
+        }
+    }
+}
+
+impl RestartPolicy {
+    /// The full delay after `failures` earlier failures: `min(cap, base · 2ⁿ)`.
+    #[must_use]
+    pub fn delay(&self, failures: u32) -> Duration {
+        let factor = 1_u32.checked_shl(failures).unwrap_or(u32::MAX);
+        self.base.checked_mul(factor).map_or(self.cap, |delay| delay.min(self.cap))
+    }
+
+    /// How long a plugin must have been ready for its failures to be forgiven, when the last delay was `delay`.
+    #[must_use]
+    pub fn forgive_after(&self, delay: Duration) -> Duration {
+        let asked = delay.checked_mul(self.forgive_factor).unwrap_or(Duration::MAX);
+        asked.min(self.forgive_max).max(self.forgive_min)
+    }
+}
+
+/// What happens after a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// Start again after the delay.
+    After {
+        /// Counts the restarts since failures were last forgiven, from 1.
+        attempt: u32,
+        /// How long to wait, jitter included.
+        delay: Duration,
+        /// Whether the plugin is in a crash loop, and how this failure made it one.
+        pace: Pace,
+    },
+    /// Not started again: the failure is permanent, or the policy says never.
+    Never,
+}
+
+/// How the failures follow one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Backing off.
+    Normal,
+    /// This failure made it a crash loop.
+    CrashLoopBegins {
+        /// Failures within the window.
+        count: u32,
+        /// The window.
+        window: Duration,
+    },
+    /// It was a crash loop before, and is one still.
+    CrashLoop,
+}
+
+/// The failures of one plugin as far as they matter for the next delay.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restarts {
+    failures: u32,
+    crash_loop: bool,
+    last_delay: Duration,
+    recent: VecDeque<Time>,
+    total: u32,
+}
+
+impl Restarts {
+    /// Restarts scheduled in this plugin's life, never reset.
+    #[must_use]
+    pub const fn total(&self) -> u32 {
+        self.total
+    }
+
+    /// Failures since they were last forgiven.
+    #[must_use]
+    pub const fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Forgets the failures, because an operator asked for a start.
+    pub fn forgive(&mut self) {
+        let total = self.total;
+        *self = Self { total, ..Self::default() };
+    }
+
+    /// Notes a failure that might pass and says when to try again. `ready_for` is how long the plugin had been ready
+    /// without a break when it failed; `None` when it never was.
+    pub fn failed(&mut self, policy: &RestartPolicy, ready_for: Option<Duration>, now: Time, jitter: Jitter) -> Retry {
+        if policy.mode == RestartMode::Never {
+            return Retry::Never;
+        }
+        if ready_for.is_some_and(|ready| ready >= policy.forgive_after(self.last_delay)) {
+            self.forgive();
+        }
+        let kept = policy.crash_count.max(1) as usize;
+        self.recent.push_back(now);
+        while self.recent.len() > kept || self.recent.front().is_some_and(|at| now - *at > policy.crash_window) {
+            self.recent.pop_front();
+        }
+        let pace = if self.crash_loop {
+            Pace::CrashLoop
+        } else if self.recent.len() == kept {
+            self.crash_loop = true;
+            Pace::CrashLoopBegins { count: policy.crash_count.max(1), window: policy.crash_window }
+        } else {
+            Pace::Normal
+        };
+        let full = if self.crash_loop { policy.cap } else { policy.delay(self.failures) };
+        self.failures = self.failures.saturating_add(1);
+        self.total = self.total.saturating_add(1);
+        self.last_delay = full;
+        Retry::After { attempt: self.failures, delay: jitter.between(full / 2, full), pace }
+    }
+}
