@@ -1,1 +1,68 @@
-//! The harness.
+//! The harness: the real binaries, started in a temporary directory, watched through their own interfaces.
+//!
+//! A test makes a [`World`] (a lane, bundles, a configuration), starts it as a [`Daemon`], and waits for events; nothing
+//! here sleeps. [`Daemon::stop`] asserts that nothing is left behind. The harness knows the daemon only from outside: its
+//! sockets, its events, `/proc` and the cgroup tree.
+#![forbid(unsafe_code)]
+
+mod binaries;
+mod bundle;
+mod cli;
+mod daemon;
+pub mod events;
+mod lane;
+mod neighbour;
+mod process;
+mod scrape;
+mod world;
+
+pub use binaries::Binaries;
+pub use bundle::BundleBuilder;
+pub use cli::CliOutput;
+pub use daemon::{Daemon, Remains};
+pub use events::EventLog;
+pub use lane::Lane;
+pub use neighbour::{Neighbour, Quiet};
+pub use process::{Process, descendants};
+pub use scrape::{Sample, Scrape};
+pub use world::{NotStarted, World};
+
+/// Runs a scenario to its end on a runtime of its own.
+///
+/// # Panics
+/// When the scenario fails, with the whole chain of causes.
+pub fn run<F: Future<Output = anyhow::Result<()>>>(scenario: F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    if let Err(error) = runtime.block_on(scenario) {
+        panic!("{error:?}");
+    }
+}
+
+/// Makes a test per lane out of each `async fn(Lane) -> anyhow::Result<()>`.
+#[macro_export]
+macro_rules! scenarios {
+    ($($name:ident),+ $(,)?) => {
+        $(mod $name {
+            #[test]
+            fn privileged() {
+                if $crate::Lane::possible().contains(&$crate::Lane::Privileged) {
+                    $crate::run(super::$name($crate::Lane::Privileged));
+                }
+            }
+            #[test]
+            fn rootless() {
+                $crate::run(super::$name($crate::Lane::Rootless));
+            }
+        })+
+    };
+}
+
+/// The contracts of the test plugins, from `tests/proto`.
+#[allow(missing_docs, reason = "generated; the .proto file is the documentation")]
+#[allow(clippy::all, unreachable_pub, unused_qualifications, reason = "generated")]
+pub mod contract {
+    tonic::include_proto!("plugvisor.test.v1");
+
+    /// The contracts as a serialised `google.protobuf.FileDescriptorSet`.
+    pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/test-descriptor.binpb"));
+}

@@ -1,0 +1,392 @@
+//! A running plugvisord: its clients, what it prints, and its end with nothing left behind.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use plugvisor_client::Client;
+use plugvisor_proto::admin::v1::{
+    DescribePluginRequest, DescribePluginResponse, GetStatusRequest, GetStatusResponse, PluginState, PluginStatus,
+    WatchEventsRequest, admin_client::AdminClient,
+};
+use rustix::process::Signal;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    net::UnixStream,
+    process::{Child, ChildStderr},
+    sync::watch,
+    task::JoinHandle,
+};
+
+use crate::{CliOutput, EventLog, Lane, Neighbour, Process, Scrape, World, cli, descendants, events, scrape};
+
+/// How long a start may take.
+const START: Duration = Duration::from_secs(30);
+/// How long a stop may take: a drain, a plugin that ignores SIGTERM, and the slowness of the machine.
+const STOP: Duration = Duration::from_secs(40);
+/// How many lines of the daemon's output are kept for messages.
+const LINES: usize = 400;
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    world: World,
+    child: Child,
+    process: Process,
+    launcher: Process,
+    printed: Printed,
+    events: EventLog,
+    watching: JoinHandle<()>,
+    metrics: String,
+}
+
+/// What belonged to a daemon at one moment and must be gone after its end.
+#[derive(Debug)]
+pub struct Remains {
+    processes: Vec<Process>,
+    cgroups: BTreeSet<PathBuf>,
+    runtime: PathBuf,
+}
+
+impl Daemon {
+    pub(crate) async fn start(world: World) -> anyhow::Result<Self> {
+        let mut child = world.command()?.spawn().context("cannot start plugvisord")?;
+        let pid = child.id().context("plugvisord has no pid")?;
+        let stderr = child.stderr.take().context("plugvisord has no standard error")?;
+        let printed = Printed::read(stderr);
+        let admin = world.runtime().join("admin.sock");
+        if let Err(error) = tokio::time::timeout(START, answers(&admin, &mut child, &printed))
+            .await
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("no answer on {} in {START:?}", admin.display())))
+        {
+            bail!("plugvisord ({}) did not start: {error:#}\n{}", world.lane(), printed.text());
+        }
+        let mut client = AdminClient::new(Client::lazy(&admin));
+        let status = client.get_status(GetStatusRequest {}).await.context("GetStatus")?.into_inner();
+        let supervisor = status.supervisor.context("the status has no supervisor")?;
+        ensure!(supervisor.pid == pid, "the status says pid {}, plugvisord is {pid}", supervisor.pid);
+        let process = Process::open(pid).context("plugvisord has ended")?;
+        let launcher = Process::open(supervisor.launcher_pid)
+            .with_context(|| format!("the launcher {} has ended", supervisor.launcher_pid))?;
+        let events = EventLog::new();
+        let request = WatchEventsRequest { after_sequence: Some(0), follow: true, ..WatchEventsRequest::default() };
+        let mut stream = client.watch_events(request).await.context("WatchEvents")?.into_inner();
+        let log = events.clone();
+        let watching = tokio::spawn(async move {
+            while let Ok(Some(answer)) = stream.message().await {
+                if let Some(event) = answer.event {
+                    log.push(event);
+                }
+            }
+        });
+        Ok(Self { world, child, process, launcher, printed, events, watching, metrics: supervisor.metrics_address })
+    }
+
+    /// The lane.
+    #[must_use]
+    pub fn lane(&self) -> Lane {
+        self.world.lane()
+    }
+
+    /// The temporary directory and what is in it.
+    #[must_use]
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// plugvisord's process.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// The launcher's process.
+    #[must_use]
+    pub fn launcher(&self) -> &Process {
+        &self.launcher
+    }
+
+    /// What the daemon said since its start.
+    #[must_use]
+    pub fn events(&self) -> &EventLog {
+        &self.events
+    }
+
+    /// The address of `/metrics`, as the status gives it.
+    #[must_use]
+    pub fn metrics_address(&self) -> &str {
+        &self.metrics
+    }
+
+    /// What plugvisord printed on standard error, the last lines.
+    #[must_use]
+    pub fn printed(&self) -> String {
+        self.printed.text()
+    }
+
+    /// A client of the admin socket.
+    #[must_use]
+    pub fn admin(&self) -> AdminClient<Client> {
+        AdminClient::new(Client::lazy(self.world.runtime().join("admin.sock")))
+    }
+
+    /// A connection to `calls.sock`, for any generated client.
+    #[must_use]
+    pub fn calls(&self) -> Client {
+        Client::lazy(self.calls_socket())
+    }
+
+    /// The path of `calls.sock`.
+    #[must_use]
+    pub fn calls_socket(&self) -> PathBuf {
+        self.world.runtime().join("calls.sock")
+    }
+
+    /// Begins to call the echo service, which must not notice anything.
+    #[must_use]
+    pub fn neighbour(&self) -> Neighbour {
+        Neighbour::start(&self.calls_socket())
+    }
+
+    /// The whole status.
+    ///
+    /// # Errors
+    /// When the admin socket does not answer.
+    pub async fn status(&self) -> anyhow::Result<GetStatusResponse> {
+        Ok(self.admin().get_status(GetStatusRequest {}).await.context("GetStatus")?.into_inner())
+    }
+
+    /// One plugin's line of the status.
+    ///
+    /// # Errors
+    /// When there is no such plugin.
+    pub async fn plugin(&self, name: &str) -> anyhow::Result<PluginStatus> {
+        let status = self.status().await?;
+        let names: Vec<String> = status.plugins.iter().map(|plugin| plugin.name.clone()).collect();
+        status
+            .plugins
+            .into_iter()
+            .find(|plugin| plugin.name == name)
+            .with_context(|| format!("no plugin {name} in the status, only {names:?}\n{}", self.account()))
+    }
+
+    /// Everything about one plugin.
+    ///
+    /// # Errors
+    /// When there is no such plugin.
+    pub async fn describe(&self, name: &str) -> anyhow::Result<DescribePluginResponse> {
+        let request = DescribePluginRequest { name: name.to_owned() };
+        Ok(self.admin().describe_plugin(request).await.with_context(|| format!("DescribePlugin {name}"))?.into_inner())
+    }
+
+    /// Waits until the plugin is LOADED and returns its status. Driven by the events: each may have changed it.
+    ///
+    /// # Errors
+    /// When it is not in [`events::PATIENCE`].
+    pub async fn loaded(&self, name: &str) -> anyhow::Result<PluginStatus> {
+        self.in_state(name, PluginState::Loaded).await
+    }
+
+    /// Waits until the plugin is in this state and returns its status.
+    ///
+    /// # Errors
+    /// When it is not in [`events::PATIENCE`].
+    pub async fn in_state(&self, name: &str, state: PluginState) -> anyhow::Result<PluginStatus> {
+        self.until(name, state.as_str_name(), |plugin| plugin.state() == state).await
+    }
+
+    /// Waits until the plugin's status is as wanted and returns it.
+    ///
+    /// # Errors
+    /// When it is not in [`events::PATIENCE`].
+    pub async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        wanted: impl Fn(&PluginStatus) -> bool,
+    ) -> anyhow::Result<PluginStatus> {
+        let deadline = tokio::time::Instant::now() + events::PATIENCE;
+        loop {
+            let mark = self.events.mark();
+            let plugin = self.plugin(name).await?;
+            if wanted(&plugin) {
+                return Ok(plugin);
+            }
+            let next = self.events.wait_after(mark, "any event", |_| true);
+            if !matches!(tokio::time::timeout_at(deadline, next).await, Ok(Ok(_))) {
+                bail!("{name} is not {what} but {plugin:?}\n{}", self.account());
+            }
+        }
+    }
+
+    /// Runs the command line tool against this daemon.
+    ///
+    /// # Errors
+    /// When it cannot be run or does not end.
+    pub async fn cli(&self, arguments: &[&str]) -> anyhow::Result<CliOutput> {
+        let program = self.world.binaries().path("plugvisor")?;
+        cli::run(&program, &self.world.runtime().join("admin.sock"), arguments).await
+    }
+
+    /// Reads `/metrics`.
+    ///
+    /// # Errors
+    /// When it does not answer 200 in the text format.
+    pub async fn scrape(&self) -> anyhow::Result<Scrape> {
+        let (status, body) = self.http("/metrics").await?;
+        ensure!(status == 200, "/metrics answered {status}: {body}");
+        Scrape::parse(&body)
+    }
+
+    /// GETs a path at the metrics address: the status and the body.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn http(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        scrape::get(&self.metrics, path).await
+    }
+
+    /// Events and output so far, for messages.
+    #[must_use]
+    pub fn account(&self) -> String {
+        format!("{}{}", self.events.listing(), self.printed.text())
+    }
+
+    /// What belongs to the daemon now.
+    #[must_use]
+    pub fn remains(&self) -> Remains {
+        let processes = descendants(self.process.pid);
+        let cgroups = processes.iter().flat_map(Process::own_cgroups).collect();
+        Remains { processes, cgroups, runtime: self.world.runtime() }
+    }
+
+    /// Ends the daemon with SIGTERM and asserts that it ended well and left nothing.
+    ///
+    /// # Errors
+    /// Names what is left, or how it ended.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        let remains = self.remains();
+        self.process.signal(Signal::TERM).context("SIGTERM to plugvisord")?;
+        let ended = tokio::time::timeout(STOP, self.child.wait()).await;
+        self.watching.abort();
+        let printed = self.printed.text();
+        let status = ended.with_context(|| format!("plugvisord runs {STOP:?} after SIGTERM\n{printed}"))??;
+        ensure!(status.success(), "plugvisord ended with {status} after SIGTERM\n{printed}");
+        remains.gone().await.with_context(|| format!("after a clean stop\n{printed}"))?;
+        remains.no_files().with_context(|| format!("after a clean stop\n{printed}"))
+    }
+
+    /// Waits for the daemon's own end and returns its exit code, `None` when a signal ended it.
+    ///
+    /// # Errors
+    /// When it goes on running.
+    pub async fn ended(&mut self) -> anyhow::Result<Option<i32>> {
+        let status = tokio::time::timeout(STOP, self.child.wait())
+            .await
+            .with_context(|| format!("plugvisord goes on running\n{}", self.printed.text()))??;
+        Ok(status.code())
+    }
+}
+
+impl Remains {
+    /// The processes that were found.
+    #[must_use]
+    pub fn processes(&self) -> &[Process] {
+        &self.processes
+    }
+
+    /// The cgroup directories that were found.
+    #[must_use]
+    pub fn cgroups(&self) -> &BTreeSet<PathBuf> {
+        &self.cgroups
+    }
+
+    /// Asserts that every process has ended and every cgroup was removed.
+    ///
+    /// # Errors
+    /// Names those that are left.
+    pub async fn gone(&self) -> anyhow::Result<()> {
+        for process in &self.processes {
+            process.wait(Duration::from_secs(5)).await.context("a process is left")?;
+        }
+        let left: Vec<&PathBuf> = self.cgroups.iter().filter(|path| path.exists()).collect();
+        ensure!(left.is_empty(), "cgroups are left: {left:?}");
+        Ok(())
+    }
+
+    /// Asserts that the runtime directory is empty or gone.
+    ///
+    /// # Errors
+    /// Names the files that are left.
+    pub fn no_files(&self) -> anyhow::Result<()> {
+        let left: Vec<_> = fs::read_dir(&self.runtime)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok().map(|entry| entry.file_name()))
+            .collect();
+        ensure!(left.is_empty(), "{} still has {left:?}", self.runtime.display());
+        Ok(())
+    }
+}
+
+/// Waits until somebody answers on the socket: tried again whenever the daemon printed something.
+async fn answers(socket: &Path, child: &mut Child, printed: &Printed) -> anyhow::Result<()> {
+    let mut lines = printed.count.subscribe();
+    loop {
+        if UnixStream::connect(socket).await.is_ok() {
+            return Ok(());
+        }
+        tokio::select! {
+            status = child.wait() => bail!("it ended with {}", status?),
+            changed = lines.changed() => {
+                if changed.is_err() {
+                    // Standard error was closed: only its end can follow.
+                    bail!("it ended with {}", child.wait().await?);
+                }
+            }
+        }
+    }
+}
+
+/// The last lines of the daemon's standard error.
+#[derive(Clone, Debug)]
+struct Printed {
+    lines: Arc<Mutex<VecDeque<String>>>,
+    count: watch::Sender<u64>,
+}
+
+impl Printed {
+    fn read(stderr: ChildStderr) -> Self {
+        let lines = Arc::new(Mutex::new(VecDeque::new()));
+        let count = watch::Sender::new(0);
+        let (kept, counted) = (Arc::clone(&lines), count.clone());
+        tokio::spawn(async move {
+            let mut reader = BufReader::new(stderr).lines();
+            while let Ok(Some(line)) = reader.next_line().await {
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                if kept.len() == LINES {
+                    kept.pop_front();
+                }
+                kept.push_back(line);
+                counted.send_modify(|count| *count += 1);
+            }
+        });
+        Self { lines, count }
+    }
+
+    fn text(&self) -> String {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut text = String::from("plugvisord printed:\n");
+        for line in lines.iter() {
+            text.push_str("  ");
+            text.push_str(line);
+            text.push('\n');
+        }
+        text
+    }
+}

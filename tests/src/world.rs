@@ -1,0 +1,265 @@
+//! A temporary directory with everything that a daemon needs: configuration, bundles, and for an ordinary user the
+//! binaries too. Knows nothing about running one.
+
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    fs,
+    os::unix::fs::{PermissionsExt, chown},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context;
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::{Binaries, BundleBuilder, Daemon, Lane, binaries};
+
+/// What a daemon is started with.
+#[derive(Debug)]
+pub struct World {
+    lane: Lane,
+    binaries: Binaries,
+    directory: TempDir,
+    settings: Settings,
+}
+
+#[derive(Debug)]
+struct Settings {
+    tier: String,
+    grants: Vec<String>,
+    allow_degraded: Option<Vec<String>>,
+    runtime_directory: Option<PathBuf>,
+    metrics_address: String,
+    toml: String,
+}
+
+/// How a daemon ended that did not start.
+#[derive(Clone, Debug)]
+pub struct NotStarted {
+    /// The exit code; `None` when a signal ended it.
+    pub code: Option<i32>,
+    /// What it printed on standard error.
+    pub stderr: String,
+}
+
+impl World {
+    /// An empty world. Its plugin directory has the tier verified and grants nothing.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn new(lane: Lane) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("plugvisor-test-").tempdir()?;
+        let world = Self {
+            lane,
+            binaries: Binaries::find()?,
+            directory,
+            settings: Settings {
+                tier: "verified".to_owned(),
+                grants: Vec::new(),
+                allow_degraded: None,
+                runtime_directory: None,
+                metrics_address: "127.0.0.1:0".to_owned(),
+                toml: String::new(),
+            },
+        };
+        // The daemon drops to another user, which must be able to come here; only `home` is anybody's to write.
+        open_to_read(world.directory.path())?;
+        for name in ["plugins", "home", "bin"] {
+            let path = world.directory.path().join(name);
+            fs::create_dir(&path)?;
+            open_to_read(&path)?;
+        }
+        chown(world.directory.path().join("home"), Some(lane.uid()), None)?;
+        Ok(world)
+    }
+
+    /// Adds a bundle to the plugin directory.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn plugin(self, bundle: &BundleBuilder) -> anyhow::Result<Self> {
+        bundle.write(&self.plugins(), &self.binaries)?;
+        Ok(self)
+    }
+
+    /// Grants capabilities to every plugin.
+    #[must_use]
+    pub fn grants(mut self, names: &[&str]) -> Self {
+        self.settings.grants = names.iter().map(ToString::to_string).collect();
+        self
+    }
+
+    /// The tier of the plugin directory.
+    #[must_use]
+    pub fn tier(mut self, tier: &str) -> Self {
+        tier.clone_into(&mut self.settings.tier);
+        self
+    }
+
+    /// Allows exactly these controls to be missing. Without it, what this host lacks is allowed and nothing else.
+    #[must_use]
+    pub fn allow_degraded(mut self, controls: &[&str]) -> Self {
+        self.settings.allow_degraded = Some(controls.iter().map(ToString::to_string).collect());
+        self
+    }
+
+    /// Uses another runtime directory.
+    #[must_use]
+    pub fn runtime_directory(mut self, path: &Path) -> Self {
+        self.settings.runtime_directory = Some(path.to_path_buf());
+        self
+    }
+
+    /// Uses this metrics address instead of a free port.
+    #[must_use]
+    pub fn metrics_address(mut self, address: &str) -> Self {
+        address.clone_into(&mut self.settings.metrics_address);
+        self
+    }
+
+    /// Adds text to the configuration, such as a `[plugin.NAME]` table.
+    #[must_use]
+    pub fn toml(mut self, text: &str) -> Self {
+        self.settings.toml.push_str(text);
+        self.settings.toml.push('\n');
+        self
+    }
+
+    /// The lane.
+    #[must_use]
+    pub fn lane(&self) -> Lane {
+        self.lane
+    }
+
+    /// The temporary directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The directory of bundles.
+    #[must_use]
+    pub fn plugins(&self) -> PathBuf {
+        self.directory.path().join("plugins")
+    }
+
+    /// The built binaries.
+    #[must_use]
+    pub fn binaries(&self) -> &Binaries {
+        &self.binaries
+    }
+
+    /// Where the sockets will be.
+    #[must_use]
+    pub fn runtime(&self) -> PathBuf {
+        self.settings.runtime_directory.clone().unwrap_or_else(|| self.directory.path().join("home/run"))
+    }
+
+    /// Starts the daemon and waits until it answers on the admin socket.
+    ///
+    /// # Errors
+    /// When it ends first or does not answer; the message has what it printed.
+    pub async fn start(mut self) -> anyhow::Result<Daemon> {
+        if self.settings.allow_degraded.is_none() {
+            self.settings.allow_degraded = Some(Box::pin(lacking(self.lane)).await?);
+        }
+        Daemon::start(self).await
+    }
+
+    /// Starts the daemon and waits until it has ended.
+    ///
+    /// # Errors
+    /// When it still runs after 20 s.
+    pub async fn start_refused(self) -> anyhow::Result<NotStarted> {
+        let running = self.command()?.output();
+        let output = tokio::time::timeout(Duration::from_secs(20), running)
+            .await
+            .context("the daemon was expected to refuse to start, and runs")?
+            .context("cannot start plugvisord")?;
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok(NotStarted { code: output.status.code(), stderr })
+    }
+
+    /// The daemon's command line. Writes the configuration.
+    pub(crate) fn command(&self) -> anyhow::Result<Command> {
+        let file = self.directory.path().join("plugvisor.toml");
+        fs::write(&file, self.configuration())?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+        let mut command = Command::new(self.daemon_binary()?);
+        command
+            .arg("--config")
+            .arg(&file)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("HOME", self.directory.path().join("home"))
+            .env("RUST_BACKTRACE", "1")
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        if crate::lane::is_root() && self.lane == Lane::Rootless {
+            command.uid(self.lane.uid()).gid(self.lane.uid());
+        }
+        Ok(command)
+    }
+
+    /// The daemon's binary with the launcher beside it. The rootless lane of a privileged run gets its own names for
+    /// them, because its user may not be able to reach the target directory.
+    fn daemon_binary(&self) -> anyhow::Result<PathBuf> {
+        let built = self.binaries.path("plugvisord")?;
+        let launcher = self.binaries.path("plugvisor-launcher")?;
+        if !(crate::lane::is_root() && self.lane == Lane::Rootless) {
+            return Ok(built);
+        }
+        let directory = self.directory.path().join("bin");
+        let daemon = directory.join("plugvisord");
+        if !daemon.exists() {
+            binaries::place(&built, &daemon)?;
+            binaries::place(&launcher, &directory.join("plugvisor-launcher"))?;
+        }
+        Ok(daemon)
+    }
+
+    fn configuration(&self) -> String {
+        let Settings { tier, grants, allow_degraded, runtime_directory: _, metrics_address, toml } = &self.settings;
+        let mut text = String::new();
+        // Debug text of these values is valid TOML: paths and names of the tests are plain ASCII.
+        let _ = write!(
+            text,
+            "[supervisor]\nruntime_directory = {:?}\nmetrics_address = {metrics_address:?}\nallow_degraded = {:?}\n\n\
+             [[directory]]\npath = {:?}\ntier = {tier:?}\ngrants = {grants:?}\n\n{toml}",
+            self.runtime(),
+            allow_degraded.as_deref().unwrap_or_default(),
+            self.plugins(),
+        );
+        text
+    }
+}
+
+/// The controls that this host lacks in this lane, as a daemon without plugins says.
+pub(crate) async fn lacking(lane: Lane) -> anyhow::Result<Vec<String>> {
+    static KNOWN: Mutex<Option<HashMap<Lane, Vec<String>>>> = Mutex::new(None);
+    let known = |lane| KNOWN.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.get(&lane).cloned();
+    if let Some(found) = known(lane) {
+        return Ok(found);
+    }
+    let daemon = World::new(lane)?.allow_degraded(&[]).start().await.context("a daemon without plugins")?;
+    let status = daemon.status().await?;
+    let supervisor = status.supervisor.context("the status has no supervisor")?;
+    let found: Vec<String> =
+        supervisor.features.into_iter().filter(|feature| !feature.works).map(|feature| feature.name).collect();
+    daemon.stop().await.context("a daemon without plugins")?;
+    let mut all = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    all.get_or_insert_default().insert(lane, found.clone());
+    Ok(found)
+}
+
+fn open_to_read(path: &Path) -> anyhow::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("cannot open {} to others", path.display()))
+}
