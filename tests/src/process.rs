@@ -12,7 +12,6 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
-use tokio::io::{Interest, unix::AsyncFd};
 
 /// A process that ran when it was opened.
 #[derive(Debug)]
@@ -36,8 +35,7 @@ impl Process {
     /// Whether it has ended, reaped or not.
     #[must_use]
     pub fn ended(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+        ended_within(&self.pidfd, Duration::ZERO).unwrap_or(false)
     }
 
     /// Waits until it has ended.
@@ -45,11 +43,11 @@ impl Process {
     /// # Errors
     /// When it still runs after `longest`.
     pub async fn wait(&self, longest: Duration) -> anyhow::Result<()> {
-        let watched = AsyncFd::register_with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
-        match tokio::time::timeout(longest, watched.readable()).await {
-            Ok(ready) => Ok(drop(ready?)),
-            Err(_) => anyhow::bail!("process {} ({}) still runs after {longest:?}", self.pid, self.name),
-        }
+        let pidfd = self.pidfd.try_clone()?;
+        // A thread that polls: registering a descriptor with the runtime is an unsafe operation since tokio 1.54.
+        let ended = tokio::task::spawn_blocking(move || ended_within(&pidfd, longest)).await??;
+        anyhow::ensure!(ended, "process {} ({}) still runs after {longest:?}", self.pid, self.name);
+        Ok(())
     }
 
     /// Sends a signal.
@@ -88,6 +86,13 @@ impl Process {
         let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
         line.split_whitespace().next()?.parse().ok()
     }
+}
+
+/// A pidfd is readable once its process has ended (pidfd_open(2)).
+fn ended_within(pidfd: &OwnedFd, longest: Duration) -> anyhow::Result<bool> {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let time = Timespec { tv_sec: longest.as_secs().try_into()?, tv_nsec: longest.subsec_nanos().into() };
+    Ok(poll(&mut fds, Some(&time))? > 0)
 }
 
 /// Every running descendant of a process, itself not counted.
