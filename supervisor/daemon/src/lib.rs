@@ -9,6 +9,7 @@ pub mod config;
 pub mod journal;
 pub mod launcher;
 pub mod logs;
+pub mod observe;
 pub mod privileges;
 mod readiness;
 pub mod runtime_directory;
