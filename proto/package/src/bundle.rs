@@ -4,13 +4,30 @@
 //! directory's descriptor and without following a link; what is judged, hashed and handed on is what that one
 //! descriptor gave. This module does not know who launches the entry: the launcher hashes it again as it executes it.
 
+mod entry;
+mod services;
+mod walk;
+
 use std::{
     fs::File,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
 };
 
-use crate::{BundleLimits, Digest, Manifest, Problems};
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags},
+    io::Errno,
+};
+
+pub use self::services::Services;
+use self::{
+    entry::Verdict,
+    walk::{Found, Wanted},
+};
+use crate::{BundleFile, BundleLimits, Digest, Manifest, Problems, content_digest, descriptor};
 
 /// An opened bundle.
 #[derive(Debug)]
@@ -38,12 +55,14 @@ impl Bundle {
     ///
     /// See [`BundleError`].
     pub fn open(path: &Path, limits: &BundleLimits) -> Result<Self, BundleError> {
-        let _ = limits;
-        Err(BundleError::Io { path: path.to_owned(), source: std::io::ErrorKind::Unsupported.into() })
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(path, flags, Mode::empty());
+        let directory = directory.map_err(|errno| BundleError::Io { path: path.to_owned(), source: errno.into() })?;
+        Self::from_directory(directory, path.to_owned(), limits)
     }
 
-    /// Opens the bundle in the subdirectory `name` of `parent`, a descriptor of the directory `parent_path`. `name` is
-    /// one component, and a link is refused.
+    /// Opens the bundle in the subdirectory `name` of `parent`, a descriptor of the directory `parent_path`. A `name`
+    /// that is a link or more than one component is refused.
     ///
     /// # Errors
     ///
@@ -54,8 +73,63 @@ impl Bundle {
         name: &str,
         limits: &BundleLimits,
     ) -> Result<Self, BundleError> {
-        let _ = parent;
-        Self::open(&parent_path.join(name), limits)
+        let path = parent_path.join(name);
+        if name.contains('/') || matches!(name, "" | "." | "..") {
+            return Err(BundleError::Io { path, source: std::io::ErrorKind::InvalidInput.into() });
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat(parent, name, flags, Mode::empty()) {
+            Ok(directory) => Self::from_directory(directory, path, limits),
+            // With O_DIRECTORY the kernel says ENOTDIR for a link; only ELOOP names it on its own.
+            Err(errno @ (Errno::LOOP | Errno::NOTDIR)) => {
+                let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
+                match stat.map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+                    Ok(FileType::Symlink) => Err(BundleError::Refused { path, refusal: Refusal::SymbolicLink }),
+                    _ => Err(BundleError::Io { path, source: errno.into() }),
+                }
+            }
+            Err(errno) => Err(BundleError::Io { path, source: errno.into() }),
+        }
+    }
+
+    fn from_directory(directory: OwnedFd, path: PathBuf, limits: &BundleLimits) -> Result<Self, BundleError> {
+        let manifest_path = path.join(Manifest::FILE_NAME);
+        let most = limits.manifest.bytes as u64;
+        let Some(bytes) = walk::read_file(directory.as_fd(), &path, Manifest::FILE_NAME, most)? else {
+            return Err(BundleError::NoManifest { path });
+        };
+        let wrong = |problems| BundleError::Manifest { path: manifest_path.clone(), problems };
+        let manifest = Manifest::parse(&bytes, &limits.manifest).map_err(wrong)?;
+
+        let wanted = Wanted {
+            keep: manifest.runtime.exec.clone(),
+            load: manifest.runtime.descriptor_set.clone(),
+            skip: Manifest::FILE_NAME,
+        };
+        let Found { mut files, kept, loaded } = walk::walk(directory.as_fd(), &path, &wanted, limits)?;
+        let entry = Entry::judge(&path, &manifest.runtime.exec, kept, &files)?;
+
+        let canonical = manifest.canonical();
+        files.push(BundleFile {
+            path: Manifest::FILE_NAME.to_owned(),
+            executable: false,
+            size: canonical.len() as u64,
+            sha256: Digest::of(&canonical),
+        });
+        files.sort();
+        let digest = content_digest(&files);
+        if let Some(stated) = manifest.security.checksum.filter(|stated| *stated != digest) {
+            return Err(BundleError::Checksum { path, stated, actual: digest });
+        }
+
+        let descriptor_path = path.join(&manifest.runtime.descriptor_set);
+        if loaded.is_none() && manifest.runtime.descriptor_set_stated {
+            return Err(BundleError::DescriptorMissing { path: descriptor_path });
+        }
+        let known = loaded.as_deref().map(|bytes| descriptor::service_names(bytes, limits.services));
+        let known = known.transpose().map_err(|why| BundleError::Descriptor { path: descriptor_path, why })?;
+        let services = Services::resolve(&manifest, known.as_deref(), &limits.manifest).map_err(wrong)?;
+        Ok(Self { manifest, digest, entry, services, descriptor_set: loaded, files, directory, path })
     }
 
     /// The bundle's directory, open for reading. The launcher mounts it.
@@ -84,6 +158,36 @@ pub struct Entry {
     pub kind: EntryKind,
 }
 
+impl Entry {
+    fn judge(root: &Path, within: &str, kept: Option<File>, files: &[BundleFile]) -> Result<Self, BundleError> {
+        let path = root.join(within);
+        let listed = files.iter().find(|file| file.path == within);
+        let (Some(file), Some(listed)) = (kept, listed) else {
+            return Err(BundleError::EntryMissing { path });
+        };
+        if !listed.executable {
+            return Err(BundleError::EntryNotExecutable { path });
+        }
+        let mut head = [0; entry::HEAD];
+        let mut filled = 0;
+        while filled < head.len() {
+            match file.read_at(&mut head[filled..], filled as u64) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(BundleError::Io { path, source }),
+            }
+        }
+        match entry::judge(&head[..filled], entry::HOST) {
+            Verdict::Runs(kind) => Ok(Self { path: within.to_owned(), file, sha256: listed.sha256, kind }),
+            Verdict::NotAProgram => Err(BundleError::EntryNotAProgram { path }),
+            Verdict::WrongMachine { found } => {
+                Err(BundleError::EntryArchitecture { path, found, host: entry::HOST.name })
+            }
+        }
+    }
+}
+
 /// How the kernel runs an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryKind {
@@ -91,32 +195,6 @@ pub enum EntryKind {
     Elf,
     /// A text that begins with `#!`.
     Script,
-}
-
-/// One file of a bundle.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
-pub struct BundleFile {
-    /// Its path in the bundle, with `/` between components.
-    pub path: String,
-    /// Whether anyone may execute it.
-    pub executable: bool,
-    /// Its size in bytes; of `plugin.json`, the size of its canonical form.
-    pub size: u64,
-    /// The digest of its bytes; of `plugin.json`, of its canonical form.
-    pub sha256: Digest,
-}
-
-/// The services of a bundle by their full names, each list sorted and without repetition.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Services {
-    /// What the process serves (`module.providers`).
-    pub provided: Vec<String>,
-    /// What others may call (`module.exports`).
-    pub exported: Vec<String>,
-    /// What the gateway will offer (`module.controllers`).
-    pub controllers: Vec<String>,
-    /// What other plugins may call under conditions; `service_name` is the full name here.
-    pub cross_plugin: Vec<crate::CrossPluginService>,
 }
 
 /// Why a bundle was not opened. [`BundleError::hint`] says what to do.
@@ -253,7 +331,9 @@ impl BundleError {
             }
             Self::Descriptor { .. } => "write it with `protoc --include_imports --descriptor_set_out`".into(),
             Self::Checksum { actual, .. } => {
-                format!("do not load it if you did not change it; if you did, set the hash to {actual}")
+                let actual = actual.to_string();
+                let hash = actual.trim_start_matches("sha256:");
+                format!("if you did not change it, do not load it; if you did, set security.checksum.hash to {hash}")
             }
         }
     }

@@ -17,6 +17,9 @@ macro_rules! capabilities {
             /// Every capability, in the order of their categories.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
+            /// The names of all, in the same order.
+            pub const NAMES: &'static [&'static str] = &[$($text),+];
+
             /// The capability as the manifest writes it.
             #[must_use]
             pub const fn as_str(self) -> &'static str {

@@ -7,8 +7,12 @@
 #[cfg(feature = "bundle")]
 mod bundle;
 mod capability;
+mod content;
+#[cfg(feature = "bundle")]
+mod descriptor;
 mod digest;
 mod isolation;
+mod json;
 mod limits;
 mod manifest;
 mod name;
@@ -16,15 +20,17 @@ mod problem;
 mod trust;
 
 #[cfg(feature = "bundle")]
-pub use bundle::{Bundle, BundleError, BundleFile, Entry, EntryKind, Refusal, Services};
+pub use bundle::{Bundle, BundleError, Entry, EntryKind, Refusal, Services};
 pub use capability::{Capability, CapabilityError};
+pub use content::{BundleFile, content_digest};
 pub use digest::{Digest, DigestError};
 pub use isolation::IsolationLevel;
 pub use limits::{BundleLimits, ManifestLimits};
 pub use manifest::{
-    Activation, BundleOptimization, ByteSize, Caching, CircuitBreaker, Compression, Config, CrossPluginService,
-    Dependency, Events, Guard, GuardScope, LifecycleHooks, Manifest, Module, Monitoring, NotChecked, Optimization,
-    ResourceLimits, Runtime, RuntimeKind, Sandbox, Security, Signature, SignatureAlgorithm, SocketMode, Unsupported,
+    Activation, BundleOptimization, ByteSize, Caching, CircuitBreaker, Class, Compression, Config, CrossPluginService,
+    Dependency, Events, Field, GrammarError, Guard, GuardScope, Kind, LifecycleHooks, Manifest, Module, Monitoring,
+    NotChecked, Optimization, ResourceLimits, Runtime, RuntimeKind, Sandbox, Security, Signature, SignatureAlgorithm,
+    SocketMode, Unsupported,
 };
 pub use name::{PluginName, PluginNameError};
 pub use problem::{Problem, Problems};

@@ -10,9 +10,25 @@
 //!         sizes, depth            unknown keys       references
 //! ```
 
+mod grammar;
+mod judge;
+mod raw;
+mod reader;
+
 use std::{collections::BTreeMap, time::Duration};
 
-use crate::{Capability, Digest, IsolationLevel, ManifestLimits, PluginName, Problems, TrustTier};
+use serde_json::Value;
+
+use self::reader::{Notes, Read};
+pub use self::{
+    grammar::GrammarError,
+    reader::{Class, Field, Kind},
+};
+use crate::{
+    Capability, Digest, IsolationLevel, ManifestLimits, PluginName, Problems, TrustTier,
+    json::{self, At},
+    problem::Findings,
+};
 
 /// A checked manifest.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +61,7 @@ pub struct Manifest {
     pub module: Module,
     /// How its process is started.
     pub runtime: Runtime,
-    source: serde_json::Value,
+    source: Value,
     inactive: Vec<String>,
 }
 
@@ -53,21 +69,29 @@ impl Manifest {
     /// The manifest's file name in a bundle.
     pub const FILE_NAME: &'static str = "plugin.json";
 
+    /// Every field of the manifest, with its type, its description and what this version does with it.
+    pub const FIELDS: &'static [Field] = raw::Document::FIELDS;
+
     /// Reads and judges a manifest.
     ///
     /// # Errors
     ///
     /// Every problem found. When the document is not JSON, that is the only one.
     pub fn parse(bytes: &[u8], limits: &ManifestLimits) -> Result<Self, Problems> {
-        let _ = (bytes, limits);
-        let mut findings = crate::problem::Findings::new(1);
-        findings.add("", "the reader of manifests has not landed", None);
-        findings.into_result().map(|()| unreachable!("a problem was added"))
+        let mut findings = Findings::new(limits.problems);
+        let source = json::read(bytes, limits, &mut findings);
+        let mut notes = Notes { findings, inactive: Vec::new() };
+        let manifest = source.and_then(|source| {
+            let document = raw::Document::read(&source, At::Root, &mut notes)?;
+            judge::manifest(document, source, &mut notes)
+        });
+        notes.findings.into_result()?;
+        Ok(manifest.expect("a manifest that could not be made has a finding that says why"))
     }
 
     /// The document as it was written.
     #[must_use]
-    pub fn as_json(&self) -> &serde_json::Value {
+    pub fn as_json(&self) -> &Value {
         &self.source
     }
 
@@ -78,17 +102,86 @@ impl Manifest {
         &self.inactive
     }
 
-    /// The security fields whose mechanism has not landed. A host must refuse to load a plugin that has any: ignoring
-    /// one would leave the plugin with weaker walls than its author asked for.
+    /// The canonical form that the content digest covers: RFC 8785, without `security.signature` and
+    /// `security.checksum`, and without `security` when nothing else stands in it. So a signature and a checksum can be
+    /// added to any manifest without changing the digest that they state.
+    #[must_use]
+    pub fn canonical(&self) -> Vec<u8> {
+        let mut document = self.source.clone();
+        if let Some(document) = document.as_object_mut() {
+            let security = document.get_mut("security").and_then(Value::as_object_mut);
+            let empty = security.is_some_and(|security| {
+                security.remove("signature");
+                security.remove("checksum");
+                security.is_empty()
+            });
+            if empty {
+                document.remove("security");
+            }
+        }
+        serde_json_canonicalizer::to_vec(&document).expect("a value read from JSON can be written as JSON")
+    }
+
+    /// The security fields whose mechanism has not landed, and what would otherwise run in a way the author did not
+    /// mean. A host must refuse to load a plugin that has any: ignoring one would leave the plugin with weaker walls
+    /// than its author asked for.
     #[must_use]
     pub fn unsupported(&self) -> Vec<Unsupported> {
-        Vec::new()
+        let mut found = Vec::new();
+        let mut add = |path: &str, message: String, hint: &str| {
+            found.push(Unsupported { path: path.to_owned(), message, hint: hint.to_owned() });
+        };
+        if self.security.signature.is_some() {
+            let message = "signatures are not verified in this version".to_owned();
+            add("security.signature", message, "remove it; trust comes from the operator's directory setting");
+        }
+        let sandbox = &self.security.sandbox;
+        if let Some(level) = sandbox.isolation_level.filter(|level| *level > IsolationLevel::Process) {
+            let message = format!("the isolation level {level} is not implemented in this version");
+            add("security.sandbox.isolationLevel", message, "set it to \"process\", or leave it out");
+        }
+        if sandbox.resource_limits.max_network_bandwidth.is_some() {
+            let message = "network bandwidth is not limited in this version".to_owned();
+            add("security.sandbox.resourceLimits.maxNetworkBandwidth", message, "remove it");
+        }
+        if !self.module.guards.is_empty() {
+            let message = "guards are not run in this version".to_owned();
+            add("module.guards", message, "remove them, and decide inside the service who may do what");
+        }
+        if self.runtime.kind == RuntimeKind::Task {
+            let message = "one-shot tasks are not implemented in this version".to_owned();
+            add("runtime.kind", message, "set it to \"service\", and serve the task as a call");
+        }
+        if self.runtime.protocol != 1 {
+            let message = format!("protocol {} is not known to this version", self.runtime.protocol);
+            add("runtime.protocol", message, "set it to 1, or install a newer Plugvisor");
+        }
+        found
     }
 
     /// What only a host or a registry can tell: `validate` shows it, `verify` fails on it.
     #[must_use]
     pub fn not_checked(&self) -> Vec<NotChecked> {
-        Vec::new()
+        let mut found = Vec::new();
+        let mut add = |path: String, message: String| found.push(NotChecked { path, message });
+        for (index, dependency) in self.dependencies.iter().enumerate() {
+            let Dependency { name, range } = dependency;
+            add(format!("dependencies[{index}]"), format!("whether a host has {name} in a version that fits {range}"));
+        }
+        if let Some(signature) = &self.security.signature {
+            let message = format!("whether the key {:?} is known and the signature fits", signature.key_id);
+            add("security.signature.keyId".to_owned(), message);
+        }
+        for (index, module) in self.module.imports.iter().enumerate() {
+            add(format!("module.imports[{index}]"), format!("whether a host has the module {module}"));
+        }
+        for (index, guard) in self.module.guards.iter().enumerate() {
+            if let Some(source) = &guard.source {
+                let message = format!("whether {source} exports the guard {:?}", guard.name);
+                add(format!("module.guards[{index}]"), message);
+            }
+        }
+        found
     }
 }
 
@@ -396,6 +489,11 @@ pub struct Runtime {
     pub config: Config,
 }
 
+impl Runtime {
+    /// The default of `descriptorSet`.
+    pub const DESCRIPTOR_SET: &'static str = "descriptor.binpb";
+}
+
 /// Who binds the worker socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SocketMode {
@@ -430,7 +528,7 @@ pub enum Activation {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Config {
     /// Inactive: the JSON Schema that a configuration must satisfy.
-    pub schema: Option<serde_json::Map<String, serde_json::Value>>,
+    pub schema: Option<serde_json::Map<String, Value>>,
     /// What holds where the operator says nothing.
-    pub defaults: serde_json::Map<String, serde_json::Value>,
+    pub defaults: serde_json::Map<String, Value>,
 }

@@ -81,10 +81,6 @@ impl Findings {
         }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.problems.is_empty()
-    }
-
     /// `Ok` when nothing was found.
     pub(crate) fn into_result(mut self) -> Result<(), Problems> {
         if self.left_out > 0 {
