@@ -11,10 +11,18 @@ pub struct BrokerConfig {
     pub local_connections: ConnectionLimits,
     /// The deadline of a call that brings none.
     pub default_deadline: Duration,
-    /// How many plugins a call may pass through.
-    pub max_hops: usize,
-    /// How long a provider may take to accept a connection and begin HTTP/2.
+    /// How long a provider may take to accept a connection, and then to answer HTTP/2 on it.
     pub connect_timeout: Duration,
+    /// Bytes of one call's response that may wait in the broker. The connection's window is this times the provider's
+    /// concurrency limit: a caller that does not read can then hold up its own calls only.
+    pub provider_stream_window: u32,
+    /// The largest frame accepted from a provider, in bytes.
+    pub provider_max_frame_size: u32,
+    /// The longest deadline of a call to a provider that sets none of its own, and to the supervisor itself.
+    pub max_deadline: Duration,
+    /// A call that ran out of time counts against its provider's breaker only when it had at least this long, so that a
+    /// caller cannot open a breaker with deadlines that nobody can meet.
+    pub fair_deadline: Duration,
     /// How many distinct methods of one provider get metrics of their own; the others are counted together as `other`.
     pub max_method_series: usize,
     /// Commands waiting for the broker's thread; beyond that, senders wait.
@@ -29,8 +37,11 @@ impl Default for BrokerConfig {
             plugin_connections: ConnectionLimits::default(),
             local_connections: ConnectionLimits { max_connections: 128, ..ConnectionLimits::default() },
             default_deadline: Duration::from_secs(5),
-            max_hops: 8,
             connect_timeout: Duration::from_secs(10),
+            provider_stream_window: 256 * 1024,
+            provider_max_frame_size: 128 * 1024,
+            max_deadline: Duration::from_secs(24 * 3600),
+            fair_deadline: Duration::from_millis(100),
             max_method_series: 64,
             command_queue: 256,
             event_queue: 1024,
@@ -81,7 +92,7 @@ pub struct CallLimits {
     pub max_concurrent: usize,
     /// The largest message either way, in bytes as on the wire (compressed, if it is), without its five-byte prefix.
     pub max_message: u32,
-    /// The longest deadline (`maxExecutionTime`); a caller's longer one is cut to it. `None`: only the caller's counts.
+    /// The longest deadline (`maxExecutionTime`); a caller's longer one is cut to it.
     pub max_deadline: Option<Duration>,
 }
 

@@ -1,5 +1,7 @@
 //! What the broker noticed by itself and tells the supervisor. It decides nothing: drivers do.
 
+use plugvisor_core::breaker::Transition;
+
 use super::identity::PluginIdentity;
 
 /// Something the broker noticed.
@@ -10,10 +12,8 @@ pub enum BrokerEvent {
     BreakerChanged {
         /// Whose breaker.
         provider: PluginIdentity,
-        /// The state before.
-        from: BreakerState,
-        /// The state now.
-        to: BreakerState,
+        /// How, and why.
+        transition: Transition,
     },
     /// The connection to a provider ended, or could not be made, while the provider was expected to serve.
     ProviderLost {
@@ -60,15 +60,4 @@ pub enum Sender {
     Caller,
     /// Who serves it.
     Provider,
-}
-
-/// A breaker's state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum BreakerState {
-    /// Calls pass.
-    Closed,
-    /// Calls are refused.
-    Open,
-    /// A few calls pass as a trial.
-    HalfOpen,
 }

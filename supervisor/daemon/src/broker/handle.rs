@@ -1,20 +1,25 @@
 //! The broker as others see it: how it is started, and the commands it takes.
 
-use std::{convert::Infallible, io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{io, os::fd::OwnedFd, rc::Rc, sync::Arc, time::Duration};
 
-use tokio::sync::mpsc;
-use tonic::body::Body;
-use tower::{Service, util::BoxCloneSyncService};
+use plugvisor_core::{
+    breaker,
+    route::{PluginCaller, RouteTable},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::LocalSet,
+};
 
-use super::{BrokerConfig, BrokerEvent, CallLimits, PluginIdentity, Snapshot};
-
-/// The table over which calls are routed. Stands here until `plugvisor-core` brings its own.
-#[derive(Debug, Default)]
-pub struct RouteTable;
-
-/// A breaker's figures. Stands here until `plugvisor-core` brings its own.
-#[derive(Clone, Debug)]
-pub struct BreakerConfig;
+use super::{
+    actor::{self, Command},
+    config::{BrokerConfig, CallLimits},
+    event::BrokerEvent,
+    host::HostService,
+    identity::PluginIdentity,
+    shared::Shared,
+    snapshot::Snapshot,
+};
 
 /// Starts the broker.
 #[derive(Debug)]
@@ -27,10 +32,20 @@ impl Broker {
     /// When the system gives no thread or no event queue.
     pub fn start(
         config: BrokerConfig,
-        modules: Vec<HostModule>,
+        modules: Vec<HostService>,
     ) -> Result<(BrokerHandle, mpsc::Receiver<BrokerEvent>), StartError> {
-        let _ = (config, modules);
-        Err(StartError::Thread(io::Error::other("not landed")))
+        let (commands, received) = mpsc::channel(config.command_queue.max(1));
+        let (events, told) = mpsc::channel(config.event_queue.max(1));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError)?;
+        let thread = move || {
+            let local = LocalSet::new();
+            local.block_on(&runtime, async move {
+                let shared = Rc::new(Shared::new(config, modules, events));
+                actor::run(shared, received).await;
+            });
+        };
+        std::thread::Builder::new().name("broker".into()).spawn(thread).map_err(StartError)?;
+        Ok((BrokerHandle { commands }, told))
     }
 }
 
@@ -39,14 +54,14 @@ impl Broker {
 /// Every command waits until the broker's thread has carried it out, and fails only when the broker has stopped.
 #[derive(Clone, Debug)]
 pub struct BrokerHandle {
-    commands: mpsc::Sender<()>,
+    commands: mpsc::Sender<Command>,
 }
 
 /// A plugin generation that may call.
 #[derive(Debug)]
 pub struct CallerSpec {
-    /// Who every connection to the listener is.
-    pub identity: PluginIdentity,
+    /// Who every connection to the listener is, and what was granted to it.
+    pub caller: PluginCaller,
     /// A listening Unix stream socket that this generation alone can reach.
     pub listener: OwnedFd,
     /// The user that `SO_PEERCRED` must name. `None`: not checked.
@@ -70,7 +85,7 @@ pub struct ProviderSpec {
     /// An `O_PATH` descriptor of the worker socket; the broker connects through `/proc/self/fd`.
     pub socket: OwnedFd,
     /// Its breaker's figures.
-    pub breaker: BreakerConfig,
+    pub breaker: breaker::Settings,
     /// The bounds of its calls.
     pub limits: CallLimits,
 }
@@ -82,38 +97,20 @@ pub struct Drained {
     pub in_flight: usize,
 }
 
-/// A service that the supervisor itself offers on every plugin's broker socket.
-///
-/// It runs on the broker's thread and must not block it. The request carries a [`super::CallerIdentity`] among its
-/// extensions. Whether the caller may reach it is the route table's business.
-#[derive(Clone, Debug)]
-pub struct HostModule {
-    pub(super) service: &'static str,
-    pub(super) handler: BoxCloneSyncService<http::Request<Body>, http::Response<Body>, Infallible>,
-}
-
-impl HostModule {
-    /// Registers `handler` (a generated tonic server) for every method of `service`, such as
-    /// `plugvisor.host.v1.Events`.
-    pub fn new<S>(service: &'static str, handler: S) -> Self
-    where
-        S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
-            + Clone
-            + Send
-            + Sync
-            + 'static,
-        S::Future: Send + 'static,
-    {
-        Self { service, handler: BoxCloneSyncService::new(handler) }
-    }
-}
-
-/// Why the broker did not start.
+/// The system refused the broker a thread or an event queue.
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The system refused a thread or an event queue.
-    #[error("cannot start the broker's thread; check the limits on threads and open files of plugvisord")]
-    Thread(#[source] io::Error),
+#[error("cannot start the broker's thread; check the limits on threads and open files of plugvisord")]
+pub struct StartError(#[source] io::Error);
+
+/// Why a listener was not added.
+#[derive(Debug, thiserror::Error)]
+pub enum AddError {
+    /// The broker has stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+    /// The descriptor is not a listening Unix stream socket, or the system's event queue is full.
+    #[error("cannot accept calls on the socket; check the limit on open files of plugvisord")]
+    Listener(#[source] io::Error),
 }
 
 /// The broker has stopped and takes no commands.
@@ -122,22 +119,26 @@ pub enum StartError {
 pub struct Stopped;
 
 impl BrokerHandle {
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| Stopped)?;
+        answer.await.map_err(|_| Stopped)
+    }
+
     /// Routes every later call over this table; calls in flight go on.
     ///
     /// # Errors
     /// [`Stopped`].
     pub async fn publish_routes(&self, routes: Arc<RouteTable>) -> Result<(), Stopped> {
-        let _ = routes;
-        self.commands.send(()).await.map_err(|_| Stopped)
+        self.ask(|reply| Command::PublishRoutes(routes, reply)).await
     }
 
     /// Accepts calls from a plugin generation.
     ///
     /// # Errors
-    /// [`Stopped`].
-    pub async fn add_caller(&self, caller: CallerSpec) -> Result<(), Stopped> {
-        let _ = caller;
-        self.commands.send(()).await.map_err(|_| Stopped)
+    /// When the broker has stopped or cannot accept on the listener.
+    pub async fn add_caller(&self, caller: CallerSpec) -> Result<(), AddError> {
+        self.ask(|reply| Command::AddCaller(caller, reply)).await?
     }
 
     /// Closes a plugin generation's listener and connections; its calls in flight are cancelled.
@@ -145,17 +146,15 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`].
     pub async fn remove_caller(&self, caller: &PluginIdentity) -> Result<(), Stopped> {
-        let _ = caller;
-        self.commands.send(()).await.map_err(|_| Stopped)
+        self.ask(|reply| Command::RemoveCaller(caller.clone(), reply)).await
     }
 
     /// Accepts calls from local applications.
     ///
     /// # Errors
-    /// [`Stopped`].
-    pub async fn add_local(&self, local: LocalSpec) -> Result<(), Stopped> {
-        let _ = local;
-        self.commands.send(()).await.map_err(|_| Stopped)
+    /// When the broker has stopped or cannot accept on the listener.
+    pub async fn add_local(&self, local: LocalSpec) -> Result<(), AddError> {
+        self.ask(|reply| Command::AddLocal(local, reply)).await?
     }
 
     /// Adds a provider. Routes name it by its identity; it gets calls after [`BrokerHandle::set_ready`].
@@ -163,8 +162,7 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`].
     pub async fn add_provider(&self, provider: ProviderSpec) -> Result<(), Stopped> {
-        let _ = provider;
-        self.commands.send(()).await.map_err(|_| Stopped)
+        self.ask(|reply| Command::AddProvider(provider, reply)).await
     }
 
     /// Removes a provider and closes its connection; its calls in flight end as `provider_lost`.
@@ -172,17 +170,16 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`].
     pub async fn remove_provider(&self, provider: &PluginIdentity) -> Result<(), Stopped> {
-        let _ = provider;
-        self.commands.send(()).await.map_err(|_| Stopped)
+        self.ask(|reply| Command::RemoveProvider(provider.clone(), reply)).await
     }
 
-    /// Refuses new calls to a provider and waits until those in flight have ended, at most `patience`.
+    /// Refuses new calls to a provider and waits until those in flight have ended, at most `patience`. A provider that
+    /// is not there has none.
     ///
     /// # Errors
     /// [`Stopped`].
     pub async fn drain(&self, provider: &PluginIdentity, patience: Duration) -> Result<Drained, Stopped> {
-        let _ = (provider, patience);
-        Err(Stopped)
+        self.ask(|reply| Command::Drain(provider.clone(), patience, reply)).await
     }
 
     /// Lets calls through to a provider, or refuses them as `provider_not_ready`.
@@ -190,8 +187,7 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`].
     pub async fn set_ready(&self, provider: &PluginIdentity, ready: bool) -> Result<(), Stopped> {
-        let _ = (provider, ready);
-        self.commands.send(()).await.map_err(|_| Stopped)
+        self.ask(|reply| Command::SetReady(provider.clone(), ready, reply)).await
     }
 
     /// Tells a provider's breaker that a health probe succeeded, so that an idle breaker recovers too.
@@ -199,8 +195,7 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`].
     pub async fn health_probe_ok(&self, provider: &PluginIdentity) -> Result<(), Stopped> {
-        let _ = provider;
-        self.commands.send(()).await.map_err(|_| Stopped)
+        self.ask(|reply| Command::HealthProbeOk(provider.clone(), reply)).await
     }
 
     /// The figures now.
@@ -208,7 +203,7 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`].
     pub async fn snapshot(&self) -> Result<Snapshot, Stopped> {
-        Err(Stopped)
+        self.ask(Command::Snapshot).await
     }
 
     /// Refuses new calls as `stopping`, tells callers by GOAWAY, waits for the calls in flight at most `patience`, then
@@ -217,7 +212,6 @@ impl BrokerHandle {
     /// # Errors
     /// [`Stopped`] when it had stopped before.
     pub async fn stop(&self, patience: Duration) -> Result<usize, Stopped> {
-        let _ = patience;
-        Err(Stopped)
+        self.ask(|reply| Command::Stop(patience, reply)).await
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use plugvisor_core::Generation;
 use plugvisor_package::PluginName;
 
 /// One generation of a plugin, as the supervisor numbered it.
@@ -11,8 +12,8 @@ use plugvisor_package::PluginName;
 pub struct PluginIdentity {
     /// The plugin's name.
     pub name: PluginName,
-    /// The generation; grows with each launch of the name.
-    pub generation: u64,
+    /// The generation.
+    pub generation: Generation,
 }
 
 impl fmt::Display for PluginIdentity {

@@ -5,14 +5,31 @@
 //! (bodies pass as bytes), who may call whom (`plugvisor-core` decides over an immutable table), or when a plugin
 //! starts and stops (drivers say so through [`BrokerHandle`]).
 
+mod accept;
+mod actor;
+mod admit;
+mod call;
+mod caller;
 mod config;
+mod deadline;
 mod event;
+mod fault;
+mod frame;
 mod handle;
+mod headers;
+mod host;
 mod identity;
+mod lane;
+mod metrics;
+mod provider;
+mod pump;
+mod refusal;
+mod shared;
 mod snapshot;
 
 pub use config::{BrokerConfig, CallLimits, ConnectionLimits};
-pub use event::{BreakerState, BrokerEvent, Sender};
-pub use handle::{Broker, BrokerHandle, CallerSpec, Drained, HostModule, LocalSpec, ProviderSpec, StartError, Stopped};
+pub use event::{BrokerEvent, Sender};
+pub use handle::{AddError, Broker, BrokerHandle, CallerSpec, Drained, LocalSpec, ProviderSpec, StartError, Stopped};
+pub use host::HostService;
 pub use identity::{CallerIdentity, PluginIdentity};
 pub use snapshot::{CallSeries, DURATION_BOUNDS, ProviderSnapshot, RejectedSeries, STATUS_CODES, Snapshot};

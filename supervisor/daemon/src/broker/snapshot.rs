@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use plugvisor_package::PluginName;
+use plugvisor_core::breaker;
 
-use super::{event::BreakerState, identity::PluginIdentity};
+use super::identity::PluginIdentity;
 
 /// Upper bounds of the duration histogram's buckets; a last bucket without bound follows.
 pub const DURATION_BOUNDS: [Duration; 14] = [
@@ -27,7 +27,7 @@ pub const DURATION_BOUNDS: [Duration; 14] = [
 /// The number of gRPC status codes, OK included.
 pub const STATUS_CODES: usize = 17;
 
-/// Figures since the broker started. Counters only grow; those of a plugin go when its last generation is removed.
+/// Figures since the broker started. Counters only grow, and stay when a plugin goes.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Calls that reached a provider, one entry for each caller, provider and method seen together.
@@ -47,8 +47,8 @@ pub struct Snapshot {
 pub struct CallSeries {
     /// The calling plugin's name, or `local`.
     pub caller: String,
-    /// The provider.
-    pub provider: PluginName,
+    /// The providing plugin's name.
+    pub provider: String,
     /// `package.Service/Method`, or `other` beyond the configured number of methods.
     pub method: String,
     /// Finished calls by gRPC status code.
@@ -57,8 +57,6 @@ pub struct CallSeries {
     pub durations: [u64; DURATION_BOUNDS.len() + 1],
     /// All durations together.
     pub duration_sum: Duration,
-    /// Calls in flight.
-    pub in_flight: usize,
 }
 
 /// One time series of refused calls.
@@ -79,8 +77,8 @@ pub struct ProviderSnapshot {
     pub identity: PluginIdentity,
     /// Whether calls are let through to it.
     pub ready: bool,
-    /// Its breaker's state.
-    pub breaker: BreakerState,
+    /// Its breaker.
+    pub breaker: breaker::Snapshot,
     /// Calls in flight.
     pub in_flight: usize,
     /// Whether a connection to it is open.

@@ -1,0 +1,172 @@
+//! Both directions of one call, polled together.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, client::ResponseFuture, server::SendResponse};
+use http::{Response, StatusCode, Version};
+use tokio::time::Instant;
+
+use super::{
+    admit,
+    call::End,
+    event::Sender,
+    fault::Fault,
+    headers,
+    lane::{Broken, Ending, Lane},
+    refusal,
+};
+
+const NO_STATUS: &str = "its response ends without a grpc-status";
+
+#[derive(Debug)]
+pub(super) struct Pump {
+    /// When the head of the response came.
+    pub(super) answered: Option<Instant>,
+    to_provider: SendStream<Bytes>,
+    /// The request's body, until all of it has been passed on.
+    up: Option<(RecvStream, Lane)>,
+    down: Down,
+    limit: u32,
+}
+
+#[derive(Debug)]
+enum Down {
+    Awaiting(ResponseFuture),
+    Flowing { from: RecvStream, to: SendStream<Bytes>, lane: Lane },
+    Ended,
+}
+
+impl Pump {
+    pub(super) fn new(
+        body: RecvStream,
+        to_provider: SendStream<Bytes>,
+        response: ResponseFuture,
+        no_body: bool,
+        limit: u32,
+    ) -> Self {
+        let up = (!no_body).then(|| (body, Lane::new(limit, Ending::WithData)));
+        Self { answered: None, to_provider, up, down: Down::Awaiting(response), limit }
+    }
+
+    /// Passes on what can be passed on now.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, respond: &mut SendResponse<Bytes>) -> Poll<Result<End, Fault>> {
+        if let Some(ended) = self.poll_up(cx) {
+            return Poll::Ready(ended);
+        }
+        if let Poll::Ready(ended) = self.poll_down(cx, respond) {
+            return Poll::Ready(ended);
+        }
+        // While the body flows, a caller that gives up shows there; afterwards it only shows here.
+        let gone = self.up.is_none()
+            && match &mut self.down {
+                Down::Awaiting(_) => respond.poll_reset(cx).is_ready(),
+                Down::Flowing { to, .. } => to.poll_reset(cx).is_ready(),
+                Down::Ended => false,
+            };
+        if gone { Poll::Ready(Ok(End::Cancelled)) } else { Poll::Pending }
+    }
+
+    /// Tells the provider how a call ended that it did not end itself, and returns the caller's half if a response has
+    /// begun.
+    pub(super) fn close(&mut self, end: &End) -> Option<SendStream<Bytes>> {
+        match end {
+            End::Passed { .. } => {}
+            End::Cancelled | End::Cut { .. } => self.to_provider.send_reset(h2::Reason::CANCEL),
+        }
+        match std::mem::replace(&mut self.down, Down::Ended) {
+            Down::Flowing { to, .. } => Some(to),
+            Down::Awaiting(_) | Down::Ended => None,
+        }
+    }
+
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Option<Result<End, Fault>> {
+        let (from, lane) = self.up.as_mut()?;
+        match lane.poll(cx, from, &mut self.to_provider) {
+            Poll::Pending => return None,
+            Poll::Ready(Ok(done)) => {
+                // An error means that the provider wants no more; its response says why.
+                match done.trailers {
+                    Some(mut trailers) => {
+                        headers::strip(&mut trailers);
+                        let _ = self.to_provider.send_trailers(trailers);
+                    }
+                    None if !done.closed => drop(self.to_provider.send_data(Bytes::new(), true)),
+                    None => {}
+                }
+            }
+            // The provider wants no more; its response, or the end of its connection, says why.
+            Poll::Ready(Err(Broken::Sink)) => {}
+            Poll::Ready(Err(Broken::Source(_))) => return Some(Ok(End::Cancelled)),
+            Poll::Ready(Err(Broken::Breach(breach))) => return Some(Err(Fault::Breach(Sender::Caller, breach))),
+        }
+        self.up = None;
+        None
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>, respond: &mut SendResponse<Bytes>) -> Poll<Result<End, Fault>> {
+        loop {
+            match &mut self.down {
+                Down::Ended => return Poll::Pending,
+                Down::Awaiting(response) => {
+                    let response = match Pin::new(response).poll(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(Fault::Lost(error))),
+                        Poll::Ready(Ok(response)) => response,
+                    };
+                    self.answered = Some(Instant::now());
+                    let (mut head, body) = response.into_parts();
+                    if head.status != StatusCode::OK || !admit::is_grpc(&head.headers) {
+                        let what = format!("its response has the HTTP status {} and is not gRPC", head.status.as_u16());
+                        return Poll::Ready(Err(Fault::NotGrpc(what)));
+                    }
+                    headers::strip(&mut head.headers);
+                    head.version = Version::HTTP_2;
+                    head.extensions.clear();
+                    let only = body.is_end_stream();
+                    let code = refusal::status_of(&head.headers);
+                    if only && code.is_none() {
+                        return Poll::Ready(Err(Fault::NotGrpc(NO_STATUS.into())));
+                    }
+                    let Ok(to) = respond.send_response(Response::from_parts(head, ()), only) else {
+                        return Poll::Ready(Ok(End::Cancelled));
+                    };
+                    if let (true, Some(code)) = (only, code) {
+                        self.down = Down::Ended;
+                        return Poll::Ready(Ok(End::Passed { code }));
+                    }
+                    self.down = Down::Flowing { from: body, to, lane: Lane::new(self.limit, Ending::WithTrailers) };
+                }
+                Down::Flowing { from, to, lane } => {
+                    let mut trailers = match lane.poll(cx, from, to) {
+                        Poll::Pending => return Poll::Pending,
+                        Poll::Ready(Ok(done)) => match done.trailers {
+                            Some(trailers) => trailers,
+                            None => return Poll::Ready(Err(Fault::NotGrpc(NO_STATUS.into()))),
+                        },
+                        Poll::Ready(Err(Broken::Sink)) => return Poll::Ready(Ok(End::Cancelled)),
+                        Poll::Ready(Err(Broken::Source(error))) => return Poll::Ready(Err(Fault::Lost(error))),
+                        Poll::Ready(Err(Broken::Breach(breach))) => {
+                            return Poll::Ready(Err(Fault::Breach(Sender::Provider, breach)));
+                        }
+                    };
+                    let Some(code) = refusal::status_of(&trailers) else {
+                        return Poll::Ready(Err(Fault::NotGrpc(NO_STATUS.into())));
+                    };
+                    if code == 0 && !lane.at_boundary() {
+                        let what = "its response ends within a message".to_owned();
+                        return Poll::Ready(Err(Fault::NotGrpc(what)));
+                    }
+                    headers::strip(&mut trailers);
+                    let sent = to.send_trailers(trailers);
+                    self.down = Down::Ended;
+                    return Poll::Ready(Ok(if sent.is_ok() { End::Passed { code } } else { End::Cancelled }));
+                }
+            }
+        }
+    }
+}
