@@ -1,0 +1,122 @@
+//! The deeds that a call can ask for.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::Context;
+use plugvisor_client::{Client, Refusal};
+use plugvisor_tests::contract::{
+    ActRequest, ActResponse, SayRequest, SayResponse, act_request::Deed, hostile_service_server::HostileService,
+};
+use tonic::{Code, Request, Response, Status, client::Grpc};
+use tonic_prost::ProstCodec;
+
+use crate::{connection::Scissors, echo, health::Condition};
+
+/// Serves `HostileService`.
+#[derive(Debug)]
+pub(crate) struct Hostile {
+    pub(crate) scissors: Scissors,
+    pub(crate) condition: Condition,
+    pub(crate) hoard: Mutex<Hoard>,
+}
+
+/// What was taken and is never given back.
+#[derive(Debug, Default)]
+pub(crate) struct Hoard {
+    memory: Vec<Vec<u8>>,
+    descriptors: Vec<OwnedFd>,
+}
+
+#[tonic::async_trait]
+impl HostileService for Hostile {
+    async fn act(&self, request: Request<ActRequest>) -> Result<Response<ActResponse>, Status> {
+        let caller = echo::text(request.metadata(), "plugvisor-caller");
+        let answer = |text: String| Ok(Response::new(ActResponse { text, ballast: Vec::new() }));
+        match request.into_inner().deed {
+            None | Some(Deed::Nothing(_)) => answer(caller),
+            Some(Deed::Exit(code)) => std::process::exit(code),
+            Some(Deed::Close(_)) => {
+                self.scissors.cut();
+                // The answer's first byte is what finds the connection cut.
+                answer(String::new())
+            }
+            Some(Deed::Hang(_)) => std::future::pending().await,
+            Some(Deed::AnswerBytes(count)) => {
+                let ballast = vec![0; usize::try_from(count).unwrap_or(usize::MAX)];
+                Ok(Response::new(ActResponse { text: String::new(), ballast }))
+            }
+            Some(Deed::Fail(code)) => Err(Status::new(Code::from_i32(code), "as you asked")),
+            Some(Deed::TakeMemoryBytes(count)) => {
+                // Written, not only reserved: an untouched page costs nothing.
+                let taken = vec![0xA5; usize::try_from(count).unwrap_or(usize::MAX)];
+                self.hoard.lock().unwrap_or_else(PoisonError::into_inner).memory.push(taken);
+                answer("taken".to_owned())
+            }
+            Some(Deed::TakeDescriptors(_)) => {
+                let mut hoard = self.hoard.lock().unwrap_or_else(PoisonError::into_inner);
+                let before = hoard.descriptors.len();
+                while let Ok(copy) = std::io::stdout().as_fd().try_clone_to_owned() {
+                    hoard.descriptors.push(copy);
+                }
+                let taken = hoard.descriptors.len() - before;
+                // One is given back, or this very answer's connection could not be replaced.
+                hoard.descriptors.pop();
+                answer(taken.to_string())
+            }
+            Some(Deed::Call(path)) => answer(call(&path).await),
+            Some(Deed::HangHealth(_)) => {
+                self.condition.hang();
+                answer("no more".to_owned())
+            }
+            Some(Deed::Escape(_)) => match escape() {
+                Ok(pid) => answer(pid),
+                Err(error) => Err(Status::internal(format!("{error:#}"))),
+            },
+        }
+    }
+}
+
+/// Calls a method through the broker; what came back as text.
+async fn call(path: &str) -> String {
+    let Some(broker) = std::env::var_os("PLUGVISOR_BROKER") else { return "no PLUGVISOR_BROKER".to_owned() };
+    let Ok(path) = path.parse() else { return format!("{path:?} is no path") };
+    let mut grpc = Grpc::new(Client::lazy(broker));
+    if let Err(status) = grpc.ready().await {
+        return format!("not ready: {status}");
+    }
+    let codec = ProstCodec::<SayRequest, SayResponse>::default();
+    match grpc.unary(Request::new(SayRequest { text: "from a plugin".to_owned() }), path, codec).await {
+        Ok(answer) => format!("ok caller={}", answer.into_inner().caller),
+        Err(status) => match Refusal::from_status(&status) {
+            Some(refusal) => {
+                format!("{:?} {:?}: {} ({})", refusal.code, refusal.reason, refusal.message, refusal.hint)
+            }
+            None => format!("{:?}: {}", status.code(), status.message()),
+        },
+    }
+}
+
+/// Starts a process that leaves this one's session and parent; its number as it sees it.
+fn escape() -> anyhow::Result<String> {
+    let middle = Command::new("/proc/self/exe").arg("orphan").stderr(Stdio::inherit()).output().context("orphan")?;
+    anyhow::ensure!(middle.status.success(), "orphan ended with {}", middle.status);
+    Ok(String::from_utf8_lossy(&middle.stdout).trim().to_owned())
+}
+
+/// The process in the middle of [`escape`].
+pub(crate) fn orphan() -> anyhow::Result<()> {
+    rustix::process::setsid().context("setsid")?;
+    let lingers = Command::new("/proc/self/exe")
+        .arg("lingers")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("lingers")?;
+    println!("{}", lingers.id());
+    Ok(())
+}
