@@ -52,11 +52,11 @@ impl Gate {
             return GateFuture::Called { answer, call: Call { context: CallContext::default(), guard: None } };
         }
         let Some(own) = self.own.get() else {
-            return GateFuture::refused(Status::unavailable("the plugin has not been initialised yet"));
+            return GateFuture::refused(&Status::unavailable("the plugin has not been initialised yet"));
         };
         let Some(service) = own.find(path) else {
             let served: Vec<_> = own.names().collect();
-            return GateFuture::refused(Status::unimplemented(format!(
+            return GateFuture::refused(&Status::unimplemented(format!(
                 "this plugin does not serve {path}; it serves {}",
                 served.join(", ")
             )));
@@ -97,8 +97,8 @@ pub(crate) enum GateFuture {
 }
 
 impl GateFuture {
-    fn refused(status: Status) -> Self {
-        Self::Ended(Some(response_of(&status)))
+    fn refused(status: &Status) -> Self {
+        Self::Ended(Some(response_of(status)))
     }
 }
 

@@ -5,7 +5,10 @@
 
 use std::{
     env, fs, io,
-    os::unix::net::{UnixListener as StdListener, UnixStream as StdStream},
+    os::unix::{
+        fs::FileTypeExt as _,
+        net::{UnixListener as StdListener, UnixStream as StdStream},
+    },
     path::{Path, PathBuf},
     pin::Pin,
     task::{Context, Poll, ready},
@@ -102,7 +105,8 @@ fn check_listening(listener: &StdListener) -> io::Result<()> {
 fn bind(path: &Path) -> io::Result<StdListener> {
     match StdListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => match StdStream::connect(path) {
-            Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
+            // Connecting to a plain file is refused as well.
+            Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused && is_socket(path)? => {
                 fs::remove_file(path)?;
                 StdListener::bind(path)
             }
@@ -110,6 +114,10 @@ fn bind(path: &Path) -> io::Result<StdListener> {
         },
         outcome => outcome,
     }
+}
+
+fn is_socket(path: &Path) -> io::Result<bool> {
+    Ok(fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
 /// The accepted connections, without end and without errors.

@@ -23,7 +23,7 @@ use tracing_subscriber::{
         format::{JsonFields, Writer},
         time::{FormatTime as _, SystemTime},
     },
-    registry::LookupSpan,
+    registry::{LookupSpan, Scope},
 };
 
 use crate::listen::Environment;
@@ -78,7 +78,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
         if !fields.others.is_empty() {
             line["fields"] = Value::Object(fields.others);
         }
-        let spans = context.event_scope().into_iter().flat_map(|scope| scope.from_root()).map(|span| {
+        let spans = context.event_scope().into_iter().flat_map(Scope::from_root).map(|span| {
             let extensions = span.extensions();
             let recorded = extensions.get::<FormattedFields<JsonFields>>().map_or("", |fields| fields.as_str());
             json!({"name": span.name(), "fields": serde_json::from_str(recorded).unwrap_or(Value::Null)})
