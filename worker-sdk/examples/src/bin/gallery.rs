@@ -1,3 +1,11 @@
-//! Under construction.
+//! The plugin `gallery`.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+use plugvisor_examples::{gallery, main_of};
+use plugvisor_worker::Options;
+
+fn main() -> ExitCode {
+    main_of::<gallery::Gallery>(gallery::DESCRIPTOR_SET, Options::default())
+}

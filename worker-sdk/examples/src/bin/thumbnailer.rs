@@ -1,3 +1,11 @@
-//! Under construction.
+//! The plugin `thumbnailer`.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+use plugvisor_examples::{main_of, thumbnailer};
+use plugvisor_worker::Options;
+
+fn main() -> ExitCode {
+    main_of::<thumbnailer::Thumbnailer>(thumbnailer::DESCRIPTOR_SET, Options::default())
+}
