@@ -23,6 +23,8 @@ pub mod v1 {
 /// The contract as a serialised `google.protobuf.FileDescriptorSet`.
 pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/markdown.binpb"));
 
+/// Rendered in less time than handing it to another thread takes.
+const SHORT_BYTES: usize = 8 << 10;
 const SCHEMES: [&str; 3] = ["http", "https", "mailto"];
 
 /// The configuration.
@@ -74,6 +76,9 @@ impl MarkdownService for Markdown {
                 "the document has {} bytes, and at most {most} are taken (maxDocumentBytes)",
                 markdown.len()
             )));
+        }
+        if markdown.len() <= SHORT_BYTES {
+            return Ok(Response::new(render(&markdown)));
         }
         // A long document takes milliseconds, which health must not wait for.
         let rendered = tokio::task::spawn_blocking(move || render(&markdown)).await;

@@ -52,7 +52,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { default_edge: 256, max_picture_edge: 12_000, max_decoded_bytes: 96 << 20, jpeg_quality: 82, decoders: 2 }
+        Self { default_edge: 256, max_picture_edge: 12_000, max_decoded_bytes: 64 << 20, jpeg_quality: 82, decoders: 2 }
     }
 }
 

@@ -5,6 +5,7 @@ use std::io::Cursor;
 use image::{
     DynamicImage, GenericImageView as _, ImageDecoder as _, ImageError, ImageFormat, ImageReader, Limits, RgbImage,
     codecs::{jpeg::JpegEncoder, png::PngEncoder},
+    metadata::Orientation,
 };
 
 /// What a picture may cost.
@@ -71,19 +72,24 @@ pub(super) fn format_of(file: &[u8]) -> Option<Format> {
 /// Scales the picture to fit `wanted.edge`; never enlarges it.
 pub(super) fn thumbnail(file: &[u8], wanted: Wanted, bounds: Bounds) -> Result<Scaled, ScaleError> {
     let format = format_of(file).ok_or(ScaleError::NotAPicture)?;
-    let picture = decode(file, format, bounds)?;
-    let (original_width, original_height) = picture.dimensions();
-    let small = if original_width.max(original_height) > wanted.edge {
+    let (picture, orientation) = decode(file, format, bounds)?;
+    let (mut original_width, mut original_height) = picture.dimensions();
+    let mut small = if original_width.max(original_height) > wanted.edge {
         picture.thumbnail(wanted.edge, wanted.edge)
     } else {
         picture
     };
+    // The box is square, so the small picture can be turned in place of the large one.
+    small.apply_orientation(orientation);
+    if turns_a_quarter(orientation) {
+        std::mem::swap(&mut original_width, &mut original_height);
+    }
     let format = wanted.format.unwrap_or(format);
     let file = encode(&small, format, wanted.jpeg_quality).map_err(ScaleError::Encode)?;
     Ok(Scaled { file, format, width: small.width(), height: small.height(), original_width, original_height })
 }
 
-fn decode(file: &[u8], format: Format, bounds: Bounds) -> Result<DynamicImage, ScaleError> {
+fn decode(file: &[u8], format: Format, bounds: Bounds) -> Result<(DynamicImage, Orientation), ScaleError> {
     let format = match format {
         Format::Png => ImageFormat::Png,
         Format::Jpeg => ImageFormat::Jpeg,
@@ -118,12 +124,21 @@ fn decode(file: &[u8], format: Format, bounds: Bounds) -> Result<DynamicImage, S
         )));
     }
     // Cameras store the sensor's rows and note how they were held. A picture with an unreadable note stays as it is.
-    let orientation = decoder.orientation().ok();
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(failed)?;
-    if let Some(orientation) = orientation {
-        picture.apply_orientation(orientation);
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let picture = DynamicImage::from_decoder(decoder).map_err(failed)?;
+    Ok((picture, orientation))
+}
+
+fn turns_a_quarter(orientation: Orientation) -> bool {
+    match orientation {
+        Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH => {
+            true
+        }
+        Orientation::NoTransforms
+        | Orientation::Rotate180
+        | Orientation::FlipHorizontal
+        | Orientation::FlipVertical => false,
     }
-    Ok(picture)
 }
 
 fn encode(picture: &DynamicImage, format: Format, quality: u8) -> Result<Vec<u8>, ImageError> {
