@@ -17,6 +17,8 @@ mod limits;
 mod manifest;
 mod name;
 mod problem;
+#[cfg(feature = "schema")]
+mod schema;
 mod trust;
 
 #[cfg(feature = "bundle")]
@@ -34,4 +36,6 @@ pub use manifest::{
 };
 pub use name::{PluginName, PluginNameError};
 pub use problem::{Problem, Problems};
+#[cfg(feature = "schema")]
+pub use schema::manifest_schema;
 pub use trust::TrustTier;

@@ -1,4 +1,5 @@
 //! Whole manifests: the good ones mean what they say, the broken ones are told everything that is wrong with them.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::{fmt::Write, fs, path::Path, time::Duration};
 

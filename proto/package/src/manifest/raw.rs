@@ -36,7 +36,7 @@ table! {
         Active author: SingleLine = "author";
         /// Under which terms, for people; an SPDX expression by custom.
         Active license: SingleLine = "license";
-        /// The plugins it needs, as `name` or `name@range`. They may call services that this host offers them only.
+        /// The plugins it needs, as `name` or `name@range`. It may call their services that are not global, too.
         Active dependencies: List<Dependency> = "dependencies";
         /// Lower loads earlier among plugins that do not depend on each other.
         Inactive load_order: i32 = "loadOrder";

@@ -68,8 +68,8 @@ pub enum Kind {
     List(&'static Kind),
     /// A list of texts that may repeat.
     Sequence,
-    /// An object with free keys and texts as values.
-    Texts,
+    /// An object of environment variables.
+    Variables,
     /// Any object.
     Json,
     /// An object with these fields.
@@ -353,7 +353,7 @@ impl Read for Sequence {
 }
 
 impl Read for BTreeMap<String, String> {
-    const KIND: Kind = Kind::Texts;
+    const KIND: Kind = Kind::Variables;
 
     fn read(value: &Value, at: At<'_>, notes: &mut Notes) -> Option<Self> {
         let object = object(value, at, notes)?;
