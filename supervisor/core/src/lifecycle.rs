@@ -2,7 +2,7 @@
 //!
 //! [`step`] is the one function that changes a state. It is pure: the driver of a plugin feeds it [`Event`]s in the
 //! order in which they happened and carries out the [`Effect`]s in the order in which they are returned. The diagram in
-//! `docs/lifecycle.md` is produced from it ([`diagram`]).
+//! `docs/lifecycle.md` is produced from it, and a test holds the two together.
 //!
 //! Two kinds of events come in. *Requests* (load, unload, restart, stop, quarantine) are refused when the state does
 //! not admit them, and nothing changes. *Reports* carry the generation that they speak of; one that speaks of another
@@ -12,7 +12,11 @@
 //! is gone; a state without a process is entered only when the process is known to be gone; what was launched is
 //! terminated or killed; calls are routed only while LOADED and serving.
 
+#[cfg(test)]
+mod diagram;
 mod step;
+#[cfg(test)]
+mod tests;
 
 use std::{fmt, time::Duration};
 

@@ -99,6 +99,9 @@ impl Step<'_> {
                 Ok(self.phase_failed(loading, failure))
             }
             Event::Exited { exit, .. } if loading.phase >= Phase::Launch => {
+                if loading.phase == Phase::Register && loading.stopping.is_none() {
+                    self.withdraw();
+                }
                 Ok(self.exited(loading.stopping, exit, None))
             }
             Event::GracePassed { .. } => {
@@ -484,7 +487,11 @@ impl Step<'_> {
     }
 
     fn exited(&mut self, stopping: Option<Stopping>, exit: Exit, ready: Option<Duration>) -> State {
-        self.emit(PluginEvent::Exited { exit: exit.clone(), expected: stopping.is_some() });
+        let expected = stopping.as_ref().is_some_and(|stopping| match stopping.stage {
+            Stage::Terminate | Stage::Kill => true,
+            Stage::AwaitLaunch | Stage::Drain => false,
+        });
+        self.emit(PluginEvent::Exited { exit: exit.clone(), expected });
         let then = stopping.map_or_else(
             || {
                 let permanent = matches!(exit.kind, ExitKind::Code(code) if !exit.oom
