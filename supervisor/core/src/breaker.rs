@@ -13,6 +13,9 @@
 //! and liveness is judged elsewhere, so a slow call neither kills nor ejects. Nothing here allocates: [`Breaker::admit`]
 //! and [`Breaker::record`] run for every call.
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use crate::{Jitter, Time};

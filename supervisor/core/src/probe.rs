@@ -113,3 +113,57 @@ impl Probes {
         Some(if self.ready { Change::ReadyRegained } else { Change::ReadyLost })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Change, Liveness, ProbePolicy, Probes, Readiness};
+
+    #[test]
+    fn three_misses_in_a_row_are_a_hang_said_once() {
+        let mut probes = Probes::new(ProbePolicy::default());
+        use Liveness::{Answered as A, Missed as M, MissedThrottled as T};
+        let table =
+            [(M, None), (M, None), (A, None), (M, None), (T, None), (M, None), (M, Some(Change::Hung)), (M, None)];
+        for (index, (found, change)) in table.into_iter().enumerate() {
+            assert_eq!(probes.liveness(found), change, "probe {index}");
+        }
+        assert!(probes.is_ready(), "liveness is not readiness");
+    }
+
+    #[test]
+    fn throttled_misses_alone_never_kill() {
+        let mut probes = Probes::new(ProbePolicy::default());
+        assert!((0..1000).all(|_| probes.liveness(Liveness::MissedThrottled).is_none()));
+    }
+
+    #[test]
+    fn out_after_one_and_in_after_two() {
+        let mut probes = Probes::new(ProbePolicy::default());
+        use Readiness::{NotServing as N, Serving as S};
+        let table = [
+            (S, None),
+            (N, Some(Change::ReadyLost)),
+            (N, None),
+            (S, None),
+            (N, None),
+            (S, None),
+            (S, Some(Change::ReadyRegained)),
+            (S, None),
+            (N, Some(Change::ReadyLost)),
+        ];
+        for (index, (found, change)) in table.into_iter().enumerate() {
+            assert_eq!(probes.readiness(found), change, "probe {index}");
+        }
+        assert!(!probes.is_ready());
+    }
+
+    #[test]
+    fn zero_in_a_policy_counts_as_one() {
+        let policy = ProbePolicy { liveness_misses: 0, out_after: 0, in_after: 0, ..ProbePolicy::default() };
+        let mut probes = Probes::new(policy);
+        assert_eq!(probes.liveness(Liveness::Answered), None);
+        assert_eq!(probes.liveness(Liveness::Missed), Some(Change::Hung));
+        assert_eq!(probes.readiness(Readiness::Serving), None);
+        assert_eq!(probes.readiness(Readiness::NotServing), Some(Change::ReadyLost));
+    }
+}

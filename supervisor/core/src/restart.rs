@@ -159,3 +159,131 @@ impl Restarts {
         Retry::After { attempt: self.failures, delay: jitter.between(full / 2, full), pace }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::{Pace, RestartMode, RestartPolicy, Restarts, Retry};
+    use crate::{Jitter, Time};
+
+    const fn ms(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    fn delay(retry: Retry) -> Duration {
+        match retry {
+            Retry::After { delay, .. } => delay,
+            Retry::Never => panic!("not retried"),
+        }
+    }
+
+    #[test]
+    fn delays_are_those_of_the_table() {
+        let policy = RestartPolicy::default();
+        let table = [500, 1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000];
+        for (failures, expected) in (0..).zip(table) {
+            assert_eq!(policy.delay(failures), ms(expected), "after {failures} failures");
+        }
+        for failures in [31, 32, 33, 1000, u32::MAX] {
+            assert_eq!(policy.delay(failures), policy.cap, "after {failures} failures");
+        }
+    }
+
+    #[test]
+    fn ten_delays_of_being_ready_forgive_within_bounds() {
+        let policy = RestartPolicy::default();
+        for (delay, expected) in [(500, 60_000), (6000, 60_000), (8000, 80_000), (60_000, 600_000), (90_000, 600_000)] {
+            assert_eq!(policy.forgive_after(ms(delay)), ms(expected), "after a delay of {delay} ms");
+        }
+        let mut restarts = Restarts::default();
+        let mut now = Time::ZERO;
+        for _ in 0..3 {
+            restarts.failed(&policy, None, now, Jitter::new(1.0));
+            now = now + ms(1000);
+        }
+        let mut other = restarts.clone();
+        assert_eq!(delay(restarts.failed(&policy, Some(ms(59_999)), now, Jitter::new(1.0))), ms(4000));
+        assert_eq!(delay(other.failed(&policy, Some(ms(60_000)), now, Jitter::new(1.0))), ms(500));
+        assert_eq!((other.failures(), other.total()), (1, 4));
+    }
+
+    #[test]
+    fn five_failures_within_a_minute_are_a_crash_loop_until_forgiven() {
+        let policy = RestartPolicy::default();
+        let mut restarts = Restarts::default();
+        let mut paces = Vec::new();
+        for failure in 0..7_u64 {
+            let retry = restarts.failed(&policy, None, Time::from_millis(failure * 15_000), Jitter::new(1.0));
+            let Retry::After { pace, delay, .. } = retry else { panic!("not retried") };
+            assert_eq!(delay == policy.cap, failure >= 4, "failure {failure}");
+            paces.push(pace);
+        }
+        let begins = Pace::CrashLoopBegins { count: 5, window: ms(60_000) };
+        assert_eq!(paces[3..], [Pace::Normal, begins, Pace::CrashLoop, Pace::CrashLoop]);
+
+        // One millisecond more than the window between the first and the fifth is no crash loop.
+        let mut restarts = Restarts::default();
+        for at in [0, 15_000, 30_000, 45_000, 60_001] {
+            let retry = restarts.failed(&policy, None, Time::from_millis(at), Jitter::MIDDLE);
+            assert!(matches!(retry, Retry::After { pace: Pace::Normal, .. }), "at {at} ms: {retry:?}");
+        }
+
+        restarts.forgive();
+        assert_eq!(delay(restarts.failed(&policy, None, Time::from_millis(60_002), Jitter::new(0.0))), ms(250));
+    }
+
+    #[test]
+    fn never_is_never() {
+        let policy = RestartPolicy { mode: RestartMode::Never, ..RestartPolicy::default() };
+        let mut restarts = Restarts::default();
+        assert_eq!(restarts.failed(&policy, None, Time::ZERO, Jitter::MIDDLE), Retry::Never);
+        assert_eq!(restarts.total(), 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// The model counts in a plain list what the tracker counts in a ring.
+        #[test]
+        fn the_tracker_agrees_with_a_list(
+            failures in prop::collection::vec((0..40_000_u64, 0..700_000_u64, any::<bool>(), 0.0..1.0_f64), 1..60),
+        ) {
+            let policy = RestartPolicy::default();
+            let mut restarts = Restarts::default();
+            let (mut times, mut now, mut last, mut looping) = (Vec::<u64>::new(), 0, ms(0), false);
+            for (wait, ready, was_ready, jitter) in failures {
+                now += wait;
+                let ready = was_ready.then_some(ms(ready));
+                if ready.is_some_and(|ready| ready >= (last * 10).clamp(ms(60_000), ms(600_000))) {
+                    times.clear();
+                    looping = false;
+                }
+                times.push(now);
+                let within = times.iter().filter(|at| now - **at <= 60_000).count();
+                let begins = !looping && within >= 5;
+                looping |= begins;
+                let count = u32::try_from(times.len()).unwrap();
+                last = if looping { ms(60_000) } else { ms(500 << (count - 1).min(10)).min(ms(60_000)) };
+
+                let jitter = Jitter::new(jitter);
+                match restarts.failed(&policy, ready, Time::from_millis(now), jitter) {
+                    Retry::Never => prop_assert!(false, "not retried"),
+                    Retry::After { attempt, delay, pace } => {
+                        prop_assert_eq!(attempt, count);
+                        prop_assert!(last / 2 <= delay && delay <= last, "{:?} of {:?}", delay, last);
+                        prop_assert_eq!(delay, jitter.between(last / 2, last));
+                        let expected = match (begins, looping) {
+                            (true, _) => Pace::CrashLoopBegins { count: 5, window: ms(60_000) },
+                            (false, true) => Pace::CrashLoop,
+                            (false, false) => Pace::Normal,
+                        };
+                        prop_assert_eq!(pace, expected);
+                    }
+                }
+            }
+        }
+    }
+}
