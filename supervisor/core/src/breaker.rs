@@ -326,9 +326,9 @@ impl Breaker {
 
     /// Notes how a call ended, `latency` after it began (for a stream: until its first response). A permit of an
     /// earlier epoch changes nothing.
+    #[allow(clippy::needless_pass_by_value, reason = "a permit is spent by recording it")]
     pub fn record(&mut self, permit: Permit, outcome: Outcome, latency: Duration, now: Time) -> Option<Transition> {
-        let Permit { epoch, transition: _ } = permit;
-        if epoch != self.epoch || self.settings.mode == Mode::Off {
+        if permit.epoch != self.epoch || self.settings.mode == Mode::Off {
             return None;
         }
         match (&mut self.inner, outcome) {

@@ -5,6 +5,8 @@
 
 mod plugin;
 mod system;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 
@@ -74,7 +76,7 @@ impl Event {
     /// How bad it is.
     #[must_use]
     pub fn severity(&self) -> Severity {
-        self.group().map_or(Severity::Info, |group| group.severity())
+        self.group().map_or(Severity::Info, Group::severity)
     }
 
     /// Why it happened, in `snake_case`, one of a closed set per type.

@@ -7,6 +7,8 @@
 mod capabilities;
 mod decide;
 mod limits;
+#[cfg(test)]
+mod tests;
 
 use plugvisor_package::{Capability, IsolationLevel, TrustTier};
 

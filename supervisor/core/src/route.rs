@@ -5,6 +5,8 @@
 
 mod hops;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 

@@ -31,7 +31,7 @@ pub fn step(life: Life, event: Event, context: Context<'_>) -> Result<(Life, Vec
         State::Loaded(loaded) => step.loaded(loaded, event)?,
         State::Unloaded => step.unloaded(event)?,
         State::Failed(failed) => step.failed(failed, event)?,
-        State::Quarantined => step.quarantined(event)?,
+        State::Quarantined => step.quarantined(&event)?,
     };
     Ok((step.life, step.effects))
 }
@@ -267,12 +267,12 @@ impl Step<'_> {
         }
     }
 
-    fn quarantined(&mut self, event: Event) -> Next {
+    fn quarantined(&self, event: &Event) -> Next {
         match event {
             Event::LoadRequested | Event::RestartRequested => {
-                self.refuse(&State::Quarantined, &event, Code::PluginQuarantined)
+                self.refuse(&State::Quarantined, event, Code::PluginQuarantined)
             }
-            Event::UnloadRequested => self.refuse(&State::Quarantined, &event, Code::PluginNotLoaded),
+            Event::UnloadRequested => self.refuse(&State::Quarantined, event, Code::PluginNotLoaded),
             // Also when its bundle goes and comes back: a quarantine is not shaken off by copying files.
             Event::Discovered { .. }
             | Event::Removed
@@ -404,9 +404,8 @@ impl Step<'_> {
         let Stopping { stage, then: before } = stopping;
         let then = match (before, then) {
             (kept @ Then::Quarantine { .. }, _) => kept,
-            (_, new @ Then::Quarantine { .. }) => new,
-            (Then::Stop, _) => Then::Stop,
-            (Then::Fail(_) | Then::Restart | Then::Unload, new) => new,
+            (Then::Stop, Then::Fail(_) | Then::Restart | Then::Unload | Then::Stop) => Then::Stop,
+            (Then::Stop, new @ Then::Quarantine { .. }) | (Then::Fail(_) | Then::Restart | Then::Unload, new) => new,
         };
         match (haste, stage) {
             (Haste::Now, Stage::Drain | Stage::Terminate) => self.kill_now(then),

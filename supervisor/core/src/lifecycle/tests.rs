@@ -105,7 +105,6 @@ impl World {
         let generation = self.life.generation();
         Some(match act {
             Act::Request(0) => Event::Discovered { directory: "/plugins/sample".to_owned() },
-            Act::Request(1) => Event::LoadRequested,
             Act::Request(2) => Event::RestartRequested,
             Act::Request(3) => Event::UnloadRequested,
             Act::Request(4) => Event::StopRequested(Haste::Gentle),

@@ -1,0 +1,258 @@
+//! Who may call what, case by case, and what no input may bring about.
+
+use plugvisor_package::{Capability, PluginName};
+use proptest::prelude::*;
+
+use super::{
+    Availability, Caller, Decision, Export, HostModule, MAX_HOPS, Plugin, PluginCaller, Reason, RouteTable, Service,
+    check_hops, extend_hops, route,
+};
+use crate::{CapabilitySet, Generation};
+
+fn name(text: &str) -> PluginName {
+    text.parse().unwrap()
+}
+
+fn service(name: &str, token: Option<&str>, export: Export) -> Service {
+    Service { name: name.to_owned(), token: token.map(str::to_owned), export }
+}
+
+fn shared(global: bool, capabilities: &[Capability]) -> Export {
+    Export::Shared { global, capabilities: CapabilitySet::of(capabilities) }
+}
+
+fn plugin(text: &str, services: Vec<Service>) -> Plugin {
+    Plugin { name: name(text), generation: Generation(1), availability: Availability::Serving, services }
+}
+
+fn caller(text: &str, granted: &[Capability], dependencies: &[&str]) -> PluginCaller {
+    let dependencies = dependencies.iter().map(|text| name(text)).collect();
+    PluginCaller { name: name(text), generation: Generation(1), granted: CapabilitySet::of(granted), dependencies }
+}
+
+fn table() -> RouteTable {
+    let mut down = plugin("down", vec![service("acme.Down", None, shared(true, &[]))]);
+    down.availability = Availability::Unavailable { why: "it restarts in 0.4 s".to_owned() };
+    RouteTable::new([
+        plugin(
+            "alpha",
+            vec![
+                service("acme.Open", None, shared(true, &[])),
+                service("acme.Private", None, Export::Private),
+                service("acme.Friends", None, shared(false, &[])),
+                service("acme.Guarded", None, shared(true, &[Capability::WriteTemp])),
+                service("acme.Twice", Some("a"), shared(true, &[])),
+                service("grpc.health.v1.Health", None, shared(true, &[])),
+            ],
+        ),
+        plugin("beta", vec![service("acme.Twice", Some("b"), shared(true, &[]))]),
+        down,
+    ])
+}
+
+/// The provider's name, or why not.
+fn outcome(caller: Caller<'_>, service: &str, token: Option<&str>) -> Result<String, Reason> {
+    match route(&table(), caller, service, token, None) {
+        Ok(Decision::Provider(provider)) => Ok(provider.name().to_string()),
+        Ok(Decision::Host(module)) => Ok(format!("host {}", module.service())),
+        Err(refusal) => {
+            assert!(!refusal.message.is_empty() && !refusal.hint.is_empty(), "{refusal:?}");
+            Err(refusal.reason)
+        }
+    }
+}
+
+#[test]
+fn plugins_reach_what_is_shared_with_them() {
+    let usual = caller("gamma", &[Capability::InternalCalls], &[]);
+    let friend = caller("gamma", &[Capability::InternalCalls], &["alpha"]);
+    let able = caller("gamma", &[Capability::InternalCalls, Capability::WriteTemp], &[]);
+    let mute = caller("gamma", &[Capability::WriteTemp], &["alpha"]);
+    let table = [
+        (&usual, "acme.Open", None, Ok("alpha")),
+        (&usual, "acme.Nothing", None, Err(Reason::UnknownService)),
+        (&usual, "acme.Private", None, Err(Reason::CallerNotAllowed)),
+        (&usual, "acme.Friends", None, Err(Reason::CallerNotAllowed)),
+        (&friend, "acme.Friends", None, Ok("alpha")),
+        (&usual, "acme.Guarded", None, Err(Reason::CallerNotAllowed)),
+        (&able, "acme.Guarded", None, Ok("alpha")),
+        (&mute, "acme.Open", None, Err(Reason::CallerNotAllowed)),
+        (&usual, "acme.Twice", None, Err(Reason::AmbiguousService)),
+        (&usual, "acme.Twice", Some("a"), Ok("alpha")),
+        (&usual, "acme.Twice", Some("b"), Ok("beta")),
+        (&usual, "acme.Twice", Some("c"), Err(Reason::UnknownToken)),
+        (&usual, "acme.Open", Some("a"), Err(Reason::UnknownToken)),
+        (&usual, "acme.Down", None, Err(Reason::ProviderNotReady)),
+        (&usual, "", None, Err(Reason::UnknownService)),
+    ];
+    for (caller, service, token, expected) in table {
+        let expected = expected.map(str::to_owned);
+        assert_eq!(outcome(Caller::Plugin(caller), service, token), expected, "{service} {token:?}");
+    }
+}
+
+#[test]
+fn local_applications_reach_what_is_shared_and_no_host_module() {
+    let local = Caller::Local { uid: 1000 };
+    for (service, token, expected) in [
+        ("acme.Open", None, Ok("alpha")),
+        ("acme.Friends", None, Ok("alpha")),
+        ("acme.Twice", Some("b"), Ok("beta")),
+        ("acme.Private", None, Err(Reason::CallerNotAllowed)),
+        ("acme.Down", None, Err(Reason::ProviderNotReady)),
+        ("plugvisor.host.v1.Events", None, Err(Reason::CallerNotAllowed)),
+    ] {
+        assert_eq!(outcome(local, service, token), expected.map(str::to_owned), "{service}");
+    }
+}
+
+#[test]
+fn the_supervisors_own_names_never_reach_a_plugin() {
+    let granted = caller("gamma", &[Capability::PublishEvents], &[]);
+    let plain = caller("gamma", &[Capability::InternalCalls], &[]);
+    let events = HostModule::Events.service();
+    assert_eq!(outcome(Caller::Plugin(&granted), events, None), Ok(format!("host {events}")));
+    assert_eq!(outcome(Caller::Plugin(&plain), events, None), Err(Reason::CallerNotAllowed));
+    for service in ["grpc.health.v1.Health", "plugvisor.worker.v1.Worker", "plugvisor.admin.v1.Admin", "grpc."] {
+        assert_eq!(outcome(Caller::Plugin(&plain), service, None), Err(Reason::UnknownService), "{service}");
+    }
+}
+
+#[test]
+fn a_refusal_names_caller_service_and_fix() {
+    let usual = caller("gamma", &[], &[]);
+    let refusal = route(&table(), Caller::Plugin(&usual), "acme.Open", None, None).unwrap_err();
+    assert_eq!(refusal.to_string(), "plugin gamma called acme.Open without the capability api:internal-calls");
+    assert!(refusal.hint.contains("[plugin.gamma]") && refusal.hint.contains("plugin.json"), "{}", refusal.hint);
+
+    let long = format!("acme.{}", "ä".repeat(5000));
+    let refusal = route(&table(), Caller::Local { uid: 0 }, &long, None, None).unwrap_err();
+    assert!(refusal.message.len() < 200, "a stranger's name fills the message: {} bytes", refusal.message.len());
+}
+
+#[test]
+fn loops_and_long_paths_are_refused() {
+    let (alpha, beta) = (name("alpha"), name("beta"));
+    fn reason(hops: Option<&str>, from: &PluginName, to: &PluginName) -> Result<(), Reason> {
+        check_hops(hops, from, to).map_err(|refusal| refusal.reason)
+    }
+    assert_eq!(reason(None, &alpha, &beta), Ok(()));
+    assert_eq!(reason(Some(""), &alpha, &beta), Ok(()));
+    assert_eq!(reason(Some("gamma"), &alpha, &beta), Ok(()));
+    assert_eq!(reason(None, &alpha, &alpha), Err(Reason::Loop));
+    assert_eq!(reason(Some("beta"), &alpha, &beta), Err(Reason::Loop));
+    assert_eq!(reason(Some("gamma,beta,delta"), &alpha, &beta), Err(Reason::Loop));
+    // A name that only begins like the provider's is another plugin.
+    assert_eq!(reason(Some("beta-2"), &alpha, &beta), Ok(()));
+    for bad in ["Beta", "a,,b", ",", "a b", "a\n"] {
+        assert_eq!(reason(Some(bad), &alpha, &beta), Err(Reason::BadRequest), "{bad:?}");
+    }
+
+    let mut path: Option<String> = None;
+    for hop in 1..=MAX_HOPS {
+        let from = name(&format!("p{hop}"));
+        assert_eq!(reason(path.as_deref(), &from, &beta), Ok(()), "hop {hop}");
+        path = Some(extend_hops(path.as_deref(), &from));
+    }
+    assert_eq!(reason(path.as_deref(), &alpha, &beta), Err(Reason::Loop), "one hop too many");
+    let huge = "x,".repeat(100_000);
+    assert_eq!(reason(Some(&huge), &alpha, &beta), Err(Reason::Loop));
+
+    let usual = caller("alpha", &[Capability::InternalCalls], &[]);
+    let refusal = route(&table(), Caller::Plugin(&usual), "acme.Open", None, Some("gamma")).unwrap_err();
+    assert_eq!(refusal.reason, Reason::Loop);
+    assert!(refusal.message.ends_with("gamma -> alpha -> alpha"), "{}", refusal.message);
+}
+
+#[test]
+fn of_two_plugins_with_one_name_the_first_stays() {
+    let first = plugin("alpha", vec![service("acme.First", None, shared(true, &[]))]);
+    let second = plugin("alpha", vec![service("acme.Second", None, shared(true, &[]))]);
+    let table = RouteTable::new([first, second]);
+    assert_eq!(table.services().collect::<Vec<_>>(), ["acme.First"]);
+    assert!(table.providers().iter().enumerate().all(|(index, provider)| provider.slot() == index));
+}
+
+/// The enumeration here and the one on the wire are one.
+#[test]
+fn reasons_are_those_of_the_contract() {
+    let proto = include_str!("../../../../proto/plugvisor/broker/v1/broker.proto");
+    let mut lines = proto.lines().map(str::trim);
+    let mut on_the_wire = Vec::new();
+    while let Some(line) = lines.next() {
+        let Some(status) = line.strip_prefix("// ").and_then(|comment| comment.split_once(": ")) else { continue };
+        let Some((constant, number)) = lines.next().and_then(|line| line.strip_suffix(';')?.split_once(" = ")) else {
+            continue;
+        };
+        let Some(reason) = constant.strip_prefix("REASON_") else { continue };
+        on_the_wire.push((reason.to_ascii_lowercase(), number.parse::<usize>().unwrap(), status.0.to_owned()));
+    }
+    let statuses = |code| match code {
+        3 => "INVALID_ARGUMENT",
+        4 => "DEADLINE_EXCEEDED",
+        5 => "NOT_FOUND",
+        7 => "PERMISSION_DENIED",
+        8 => "RESOURCE_EXHAUSTED",
+        9 => "FAILED_PRECONDITION",
+        12 => "UNIMPLEMENTED",
+        13 => "INTERNAL",
+        14 => "UNAVAILABLE",
+        other => panic!("no refusal has the status {other}"),
+    };
+    let here = Reason::ALL
+        .iter()
+        .zip(1..)
+        .map(|(reason, number)| (reason.as_str().to_owned(), number, statuses(reason.grpc_status()).to_owned()));
+    assert_eq!(here.collect::<Vec<_>>(), on_the_wire);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever a stranger sends, only a serving plugin that shares the service with the caller is chosen.
+    #[test]
+    fn nothing_unshared_is_ever_reached(
+        offers in prop::collection::vec((0..4_usize, 0..3_usize, prop::option::of(0..2_u8), any::<Option<bool>>()), 0..12),
+        serving in prop::collection::vec(any::<bool>(), 4),
+        asked in 0..4_usize,
+        token in prop::option::of("[ab0-1]{0,2}"),
+        granted: bool,
+        dependency in prop::option::of(0..4_usize),
+        hops in prop::option::of("[a-z0-9,-]{0,40}"),
+    ) {
+        let names = ["p0", "p1", "p2", "p3"];
+        let services = ["acme.A", "acme.B", "acme.C", "acme.D"];
+        let plugins = names.iter().enumerate().map(|(index, text)| {
+            let mine = offers.iter().filter(|offer| offer.0 == index);
+            let mut plugin = plugin(text, mine.map(|(_, which, token, global)| {
+                let token = token.map(|number| number.to_string());
+                let export = global.map_or(Export::Private, |global| shared(global, &[]));
+                service(services[*which], token.as_deref(), export)
+            }).collect());
+            if !serving[index] {
+                plugin.availability = Availability::Unavailable { why: "down".to_owned() };
+            }
+            plugin
+        });
+        let table = RouteTable::new(plugins);
+        let granted: &[_] = if granted { &[Capability::InternalCalls] } else { &[] };
+        let dependencies: Vec<_> = dependency.map(|index| names[index]).into_iter().collect();
+        let me = caller("me", granted, &dependencies);
+        let decision = route(&table, Caller::Plugin(&me), services[asked], token.as_deref(), hops.as_deref());
+        if let Ok(decision) = decision {
+            let Decision::Provider(provider) = decision else { panic!("a host module for {}", services[asked]) };
+            let index = provider.slot();
+            prop_assert!(!granted.is_empty() && serving[index]);
+            let shared = offers.iter().any(|(of, which, offered, global)| {
+                let offered = offered.map(|number| number.to_string());
+                *of == index
+                    && *which == asked
+                    && (token.is_none() || token == offered)
+                    && (*global == Some(true) || *global == Some(false) && dependency == Some(index))
+            });
+            prop_assert!(shared);
+            let on_path = hops.iter().flat_map(|path| path.split(',')).any(|hop| hop == provider.name().as_str());
+            prop_assert!(!on_path);
+        }
+    }
+}
