@@ -3,6 +3,8 @@
 //! Every build here selects the whole workspace: the features of shared dependencies are then the same in each, and each
 //! dependency is compiled once per profile.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -63,4 +65,60 @@ pub(crate) fn binaries(profile: Profile) -> anyhow::Result<PathBuf> {
     }
     steps::run(&mut build)?;
     Ok(target_directory()?.join(profile.directory()))
+}
+
+/// Puts the example plugins' bundles into `into`, one directory each.
+///
+/// # Errors
+/// When a plugin is not in `binaries`, or a file cannot be copied.
+pub(crate) fn bundle_examples(binaries: &Path, into: &Path) -> anyhow::Result<()> {
+    let sources = workspace_root().join("worker-sdk/examples/bundles");
+    for entry in fs::read_dir(&sources).with_context(|| format!("cannot read {}", sources.display()))? {
+        let source = entry.with_context(|| format!("cannot read {}", sources.display()))?.path();
+        if let Some(name) = source.file_name().filter(|_| source.is_dir()) {
+            bundle(&source, &binaries.join(name), &into.join(name))
+                .with_context(|| format!("cannot bundle {}", name.to_string_lossy()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A bundle is the checked-in files, the program, and the descriptor set that the program prints.
+fn bundle(source: &Path, program: &Path, into: &Path) -> anyhow::Result<()> {
+    let name = source.file_name().context("the bundle has no name")?;
+    let binaries = into.join("bin");
+    fs::create_dir_all(&binaries).with_context(|| format!("cannot make {}", binaries.display()))?;
+    for directory in [into, &binaries] {
+        mode(directory, 0o755)?;
+    }
+    for entry in fs::read_dir(source).with_context(|| format!("cannot read {}", source.display()))? {
+        let file = entry.with_context(|| format!("cannot read {}", source.display()))?.path();
+        copy(&file, &into.join(file.file_name().unwrap_or_default()), 0o644)?;
+    }
+    copy(program, &binaries.join(name), 0o755)?;
+    let output = Command::new(program)
+        .arg("--descriptor-set")
+        .output()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    if !output.status.success() || output.stdout.is_empty() {
+        anyhow::bail!(
+            "`{} --descriptor-set` ended with {} and printed nothing of use",
+            program.display(),
+            output.status
+        );
+    }
+    let descriptors = into.join("descriptor.binpb");
+    fs::write(&descriptors, output.stdout).with_context(|| format!("cannot write {}", descriptors.display()))?;
+    mode(&descriptors, 0o644)
+}
+
+fn copy(from: &Path, to: &Path, permissions: u32) -> anyhow::Result<()> {
+    fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    mode(to, permissions)
+}
+
+/// Whatever our umask is: a plugin's own user reads these.
+fn mode(path: &Path, permissions: u32) -> anyhow::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(permissions))
+        .with_context(|| format!("cannot set the permissions of {}", path.display()))
 }

@@ -1,10 +1,11 @@
-//! The commands of the project itself: `cargo xtask demo|test|bench|setup`.
+//! The commands of the project itself: `cargo xtask demo|test|bench|bundle|setup`.
 //!
 //! It builds and drives the real binaries from outside; it knows nothing of their insides.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod build;
+mod demo;
 mod setup;
 mod skips;
 mod steps;
@@ -24,6 +25,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start everything, show it, and check it from outside.
+    Demo(demo::Demo),
     /// Check everything that continuous integration checks.
     Test {
         /// The long suites too: more rounds, more cases.
@@ -35,14 +38,26 @@ enum Command {
         #[command(subcommand)]
         what: bench::Bench,
     },
+    /// Put the example plugins' bundles into a directory.
+    Bundle {
+        /// Where to put them, one directory each.
+        into: std::path::PathBuf,
+        /// How to build them.
+        #[arg(long, value_enum, default_value_t = build::Profile::Release)]
+        profile: build::Profile,
+    },
     /// Install what the other commands need: on Debian as root by apt-get, otherwise it names the command.
     Setup,
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo(demo) => demo::run(&demo),
         Command::Test { full } => test::all(full),
         Command::Bench { what } => bench::run(&what),
+        Command::Bundle { into, profile } => {
+            build::binaries(profile).and_then(|binaries| build::bundle_examples(&binaries, &into))
+        }
         Command::Setup => setup::run(),
     };
     match result {

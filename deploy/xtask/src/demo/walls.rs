@@ -1,0 +1,146 @@
+//! What holds around each plugin, read from the kernel by this process, beside what the supervisor says.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use serde_json::Value;
+
+use super::checks::Checks;
+use super::process::{cgroups, namespace, status};
+use super::supervisor::Supervisor;
+
+/// Prints and checks the walls of one plugin.
+///
+/// # Errors
+/// When the plugin or its process is gone.
+pub(crate) fn judge(
+    supervisor: &Supervisor,
+    name: &str,
+    pid: u32,
+    degraded: &BTreeSet<String>,
+    checks: &mut Checks,
+) -> anyhow::Result<()> {
+    let description = supervisor.ask(&["describe", name])?;
+    let controls = description["controls"].as_array().cloned().unwrap_or_default();
+    let text = |control: &Value, field: &str| control[field].as_str().unwrap_or_default().to_owned();
+    println!("\n{name} (pid {pid}), as the supervisor read it from the kernel:");
+    for control in &controls {
+        let enforced = text(control, "enforced");
+        let (mark, what) = if enforced.is_empty() { ("-", text(control, "unavailable")) } else { ("+", enforced) };
+        println!("  {mark} {:<20} {what}  [{}]", text(control, "name"), text(control, "read_from"));
+    }
+    let missing: Vec<String> = controls
+        .iter()
+        .filter(|control| text(control, "enforced").is_empty())
+        .map(|control| text(control, "name"))
+        .filter(|name| !degraded.contains(name))
+        .collect();
+    checks.check(
+        &format!("{name}: every control holds or is in allow_degraded"),
+        missing.is_empty() && !controls.is_empty(),
+        format!("{} controls, missing: {missing:?}", controls.len()),
+        "none missing",
+        "see `plugvisor describe`",
+    );
+    from_outside(name, pid, degraded, checks)?;
+    limits(name, pid, &description["manifest"], degraded, checks)
+}
+
+/// The controls that `/proc` shows to us.
+fn from_outside(name: &str, pid: u32, degraded: &BTreeSet<String>, checks: &mut Checks) -> anyhow::Result<()> {
+    let status = status(pid)?;
+    let field = |field: &str| status.get(field).cloned().unwrap_or_default();
+    let next = "this wall is not there: report it";
+    let mut expect = |control: &str, file: &str, seen: String, expected: &str| {
+        if !degraded.contains(control) {
+            checks.check(&format!("{name}: {control}"), seen == expected, format!("{file} {seen}"), expected, next);
+        }
+    };
+    expect("no-new-privs", "NoNewPrivs", field("NoNewPrivs"), "1");
+    expect("seccomp", "Seccomp", field("Seccomp"), "2");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        expect("no-capabilities", set, field(set), "0000000000000000");
+    }
+    for (kind, control) in [("mnt", "mount-namespace"), ("pid", "pid-namespace"), ("ipc", "ipc-namespace")] {
+        if degraded.contains(control) {
+            continue;
+        }
+        let (theirs, ours) = (namespace(pid, kind)?, namespace(std::process::id(), kind)?);
+        checks.check(&format!("{name}: {control}"), theirs != ours, &theirs, format!("not {ours}"), next);
+    }
+    let uid = field("Uid").split_whitespace().next().unwrap_or_default().to_owned();
+    let root = rustix::process::geteuid().is_root();
+    if root && !degraded.contains("own-uid") {
+        checks.check(&format!("{name}: own-uid"), uid != "0" && uid != "65534", &uid, "a uid of its own", next);
+    }
+    Ok(())
+}
+
+/// Limits are compared with the manifest, in the cgroup files of the kernel.
+fn limits(
+    name: &str,
+    pid: u32,
+    manifest: &Value,
+    degraded: &BTreeSet<String>,
+    checks: &mut Checks,
+) -> anyhow::Result<()> {
+    let groups = cgroups(pid)?;
+    let asked = &manifest["security"]["sandbox"]["resourceLimits"]["maxMemory"];
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a number of bytes in a protobuf Struct"
+    )]
+    let asked = asked.as_u64().or_else(|| asked.as_f64().map(|bytes| bytes as u64));
+    if let Some(asked) = asked.filter(|_| !degraded.contains("memory-limit")) {
+        let files = [("memory", "memory.limit_in_bytes"), ("", "memory.max")];
+        let seen = first_file(&groups, &files).with_context(|| format!("{name} has no memory cgroup"))?;
+        checks.check(
+            &format!("{name}: memory-limit"),
+            seen.1 == asked.to_string(),
+            format!("{} {}", seen.0, seen.1),
+            asked,
+            "the limit in the kernel is not the manifest's: report it",
+        );
+    }
+    if !degraded.contains("pids-limit") {
+        let seen = first_file(&groups, &[("pids", "pids.max"), ("", "pids.max")])
+            .with_context(|| format!("{name} has no pids cgroup"))?;
+        let limited = seen.1.parse::<u32>().is_ok();
+        let next = "the plugin may start any number of processes: report it";
+        checks.check(&format!("{name}: pids-limit"), limited, format!("{} {}", seen.0, seen.1), "a number", next);
+    }
+    Ok(())
+}
+
+/// The first of the files that exists: its path and its content.
+fn first_file(
+    groups: &std::collections::BTreeMap<String, std::path::PathBuf>,
+    files: &[(&str, &str)],
+) -> Option<(String, String)> {
+    files.iter().find_map(|(controller, file)| {
+        let path = groups.get(*controller)?.join(file);
+        let content = fs::read_to_string(&path).ok()?;
+        Some((path.to_string_lossy().into_owned(), content.trim().to_owned()))
+    })
+}
+
+/// Prints the processes below `root` as a tree.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub(crate) fn print_tree(root: u32) -> anyhow::Result<()> {
+    println!("\nprocesses:");
+    for (depth, pid) in super::process::tree(root)? {
+        let Ok(status) = status(pid) else { continue };
+        let field = |field: &str| status.get(field).cloned().unwrap_or_default();
+        let uid = field("Uid").split_whitespace().next().unwrap_or_default().to_owned();
+        let program = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
+        let program = program.split('\0').next().unwrap_or_default().to_owned();
+        let name = if program.is_empty() { field("Name") } else { program };
+        println!("  {}{pid} {name} (uid {uid}, {})", "  ".repeat(depth), field("VmRSS"));
+    }
+    Ok(())
+}
