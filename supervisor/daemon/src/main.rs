@@ -1,3 +1,4 @@
 //! Under construction.
+#![forbid(unsafe_code)]
 
 fn main() {}
