@@ -17,7 +17,8 @@ pub const DEFAULT_UIDS: RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
 /// What the launcher may do. Written as flags by [`Options::to_args`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// `--socket-fd N`: the inherited connection to the supervisor; not 0, 1 or 2.
+    /// `--socket-fd N`: the inherited connection to the supervisor. 0 (standard input) is the easiest to hand
+    /// over; 1 and 2 are refused.
     pub socket_fd: RawFd,
     /// `--uid-range A-B`: uids for plugins, used when the launcher is root; never holding 0.
     pub uids: RangeInclusive<u32>,
@@ -140,8 +141,8 @@ fn refuse(flag: &'static str, value: &OsStr, why: &'static str) -> OptionsError 
 }
 
 fn parse_fd(value: &OsStr) -> Result<RawFd, OptionsError> {
-    let fd = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd > 2);
-    fd.ok_or_else(|| refuse(SOCKET, value, "it must be a descriptor's number above 2"))
+    let fd = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd == 0 || *fd > 2);
+    fd.ok_or_else(|| refuse(SOCKET, value, "it must be 0 or a descriptor's number above 2"))
 }
 
 fn parse_uids(value: &OsStr) -> Result<RangeInclusive<u32>, OptionsError> {

@@ -1,3 +1,123 @@
-//! Under construction.
+//! `plugvisor-launcher`: the plugins' parent, and the only part of Plugvisor that may be root while plugins run.
+//!
+//! One thread, no async runtime, few dependencies. Its policy is its command line (`plugvisor_sandbox::options`); what
+//! comes through the socket is checked against it and never believed. It knows no gRPC, no manifests and no states.
+#![deny(unsafe_code)]
 
-fn main() {}
+mod cgroup;
+mod check;
+mod child;
+mod creds;
+mod entry;
+mod kernel;
+mod landlock;
+mod launch;
+mod mounts;
+mod probe;
+mod readback;
+mod report;
+mod sealed;
+mod seccomp;
+mod serve;
+mod step;
+mod syscalls;
+
+use std::{
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use plugvisor_sandbox::{
+    options::Options,
+    seqpacket::{Peer, Seqpacket},
+};
+use rustix::{
+    fs::{Mode, OFlags, fstat},
+    process::{DumpableBehavior, fchdir, getppid, getuid, set_child_subreaper, set_dumpable_behavior, umask},
+};
+
+use crate::{launch::Launcher, seccomp::Filters, serve::Server};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1).peekable();
+    if args.peek().is_some_and(|first| first == probe::TRIAL) {
+        return ExitCode::SUCCESS;
+    }
+    match Options::parse(args).map_err(|error| Wrong::Policy(error.to_string())).and_then(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Wrong::Policy(why)) => {
+            eprintln!("plugvisor-launcher: {why}");
+            ExitCode::from(78)
+        }
+        Err(Wrong::System(doing, error)) => {
+            eprintln!("plugvisor-launcher: {doing} failed: {error}");
+            ExitCode::from(74)
+        }
+    }
+}
+
+enum Wrong {
+    /// It was started wrongly.
+    Policy(String),
+    /// A system call failed.
+    System(&'static str, io::Error),
+}
+
+fn run(options: Options) -> Result<(), Wrong> {
+    let system = |doing| move |error: io::Error| Wrong::System(doing, error);
+    let socket = kernel::inherited(options.socket_fd).map_err(system("taking over --socket-fd"))?;
+    let connection = Seqpacket::from_fd(socket).map_err(system("taking over --socket-fd"))?;
+    check_peer(&connection.peer().map_err(system("looking at the peer of --socket-fd"))?)?;
+    // Nobody of the same uid, such as a plugin of a rootless launcher, may read its memory or its descriptors.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(|error| Wrong::System("PR_SET_DUMPABLE", error.into()))?;
+    set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(|error| Wrong::System("PR_SET_CHILD_SUBREAPER", error.into()))?;
+    umask(Mode::RWXG | Mode::RWXO);
+    let signals =
+        kernel::signalfd(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]).map_err(system("making a signalfd"))?;
+    let filters = Filters::compile().map_err(Wrong::Policy)?;
+    let directory =
+        own_directory(&options.runtime_directory).map_err(system("making its directory in --runtime-directory"))?;
+    let mut launcher = Launcher::new(options, filters).map_err(system("pidfd_open of itself"))?;
+    launcher.try_controls();
+    let served = Server::new(launcher, connection, signals).and_then(Server::run);
+    let _ = rustix::process::chdir("/");
+    drop(fs::remove_dir_all(directory));
+    served.map_err(system("waiting for events"))
+}
+
+/// Embedded, the other end is the process that started the launcher and made the pair: as root or as the same user.
+fn check_peer(peer: &Peer) -> Result<(), Wrong> {
+    let starter = getppid().map(|pid| pid.as_raw_nonzero().get());
+    let user = peer.uid == 0 || peer.uid == getuid().as_raw();
+    if starter == Some(peer.pid) && user {
+        return Ok(());
+    }
+    Err(Wrong::Policy(format!(
+        "--socket-fd is connected to process {} of uid {}, not to the process that started the launcher",
+        peer.pid, peer.uid
+    )))
+}
+
+/// Makes the launcher's private directory and makes it the working directory, by which alone it is used from now on:
+/// the supervisor's user may own the directory around it.
+fn own_directory(runtime: &Path) -> io::Result<PathBuf> {
+    let path = fs::canonicalize(runtime)?.join("launcher");
+    match fs::remove_dir_all(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::DirBuilder::new().mode(0o700).create(&path)?;
+    let directory: OwnedFd =
+        rustix::fs::open(&path, OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let found = fstat(&directory)?;
+    if found.st_uid != getuid().as_raw() || found.st_mode & 0o077 != 0 {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "somebody else made it"));
+    }
+    fchdir(&directory)?;
+    fs::create_dir(mounts::ROOT)?;
+    Ok(path)
+}

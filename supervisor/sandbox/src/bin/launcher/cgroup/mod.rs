@@ -1,0 +1,410 @@
+//! Cgroups: a group of its own for each launch, with limits that are read back after they are written.
+//!
+//! Plain files in the launcher's own part of the tree: below the group that the launcher was started in, so that every
+//! cap around it stays. It works with v1 hierarchies, v2, and both at once; it knows nothing of what a plugin is.
+
+mod locate;
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use plugvisor_sandbox::protocol::{Control, Limits};
+use rustix::{
+    event::{EventfdFlags, epoll::EventFlags, eventfd},
+    fs::{Mode, OFlags},
+};
+
+use self::locate::{Own, Version};
+
+/// The controllers that hold limits.
+const CONTROLLERS: [(&str, Control); 3] =
+    [("memory", Control::MemoryLimit), ("cpu", Control::CpuLimit), ("pids", Control::PidsLimit)];
+
+/// The length of the kernel's accounting period for the CPU limit, in microseconds.
+const PERIOD_US: u64 = 100_000;
+
+/// The launcher's parent groups.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    parents: Vec<Parent>,
+    /// Why each control that has no parent has none.
+    lacking: Vec<(Control, String)>,
+    /// The v2 group that the launcher left for a leaf of its own, and the leaf.
+    moved: Option<(PathBuf, PathBuf)>,
+}
+
+#[derive(Debug)]
+struct Parent {
+    version: Version,
+    directory: PathBuf,
+    controls: Vec<Control>,
+}
+
+/// The groups of one launch.
+#[derive(Debug)]
+pub(crate) struct Groups {
+    groups: Vec<Group>,
+}
+
+#[derive(Debug)]
+struct Group {
+    version: Version,
+    directory: PathBuf,
+    controls: Vec<Control>,
+}
+
+/// A limit that could not be set.
+#[derive(Debug)]
+pub(crate) struct LimitError {
+    pub(crate) control: Control,
+    pub(crate) why: String,
+}
+
+impl Cgroups {
+    /// Makes a parent group of this name below the launcher's own in every hierarchy that has a useful controller.
+    pub(crate) fn set_up(name: &str) -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        let own = locate::own_groups(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
+        let mut cgroups = Self { parents: Vec::new(), lacking: Vec::new(), moved: None };
+        for group in own.iter().filter(|group| group.version == Version::V1) {
+            let has = |name: &str| group.controllers.iter().any(|other| other == name);
+            let controls: Vec<Control> =
+                CONTROLLERS.iter().filter(|(name, _)| has(name)).map(|(_, control)| *control).collect();
+            if !controls.is_empty() {
+                let directory = group.directory.join(name);
+                cgroups.adopt(Version::V1, directory, controls, |_| Ok(()));
+            }
+        }
+        if let Some(group) = own.iter().find(|group| group.version == Version::V2) {
+            cgroups.set_up_v2(group, name);
+        }
+        for (_, control) in CONTROLLERS {
+            let known = cgroups.parent(control).is_some() || cgroups.lacking.iter().any(|(other, _)| *other == control);
+            if !known {
+                cgroups.lacking.push((control, "no cgroup hierarchy with its controller is mounted".to_owned()));
+            }
+        }
+        cgroups
+    }
+
+    fn adopt(
+        &mut self,
+        version: Version,
+        directory: PathBuf,
+        controls: Vec<Control>,
+        prepare: impl FnOnce(&Path) -> io::Result<()>,
+    ) {
+        let made = match fs::create_dir(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => prepare(&directory),
+        };
+        // Without the right to write the group's member list no child could join.
+        let made = made.and_then(|()| procs(&directory).map(drop));
+        match made {
+            Ok(()) => self.parents.push(Parent { version, directory, controls }),
+            Err(error) => {
+                let why = format!("{} cannot be made or used: {error}", directory.display());
+                self.lacking.extend(controls.into_iter().map(|control| (control, why.clone())));
+                drop(fs::remove_dir(&directory));
+            }
+        }
+    }
+
+    /// On v2 a group with processes cannot give controllers to its children (all but the root), so the launcher and
+    /// its starter move into a leaf inside the delegated group first.
+    fn set_up_v2(&mut self, own: &Own, name: &str) {
+        let available = fs::read_to_string(own.directory.join("cgroup.controllers")).unwrap_or_default();
+        let wanted: Vec<(&str, Control)> = CONTROLLERS
+            .into_iter()
+            .filter(|(name, control)| {
+                self.parent(*control).is_none() && available.split_whitespace().any(|c| c == *name)
+            })
+            .collect();
+        if wanted.is_empty() {
+            return;
+        }
+        let enable: String = wanted.iter().map(|(name, _)| format!("+{name} ")).collect();
+        let controls: Vec<Control> = wanted.iter().map(|(_, control)| *control).collect();
+        let subtree = |directory: &Path| fs::write(directory.join("cgroup.subtree_control"), enable.trim());
+        let leaf = own.directory.join(format!("{name}-supervisor"));
+        let ready = subtree(&own.directory).or_else(|error| {
+            if error.raw_os_error() != Some(libc::EBUSY) {
+                return Err(error);
+            }
+            fs::create_dir(&leaf).or_else(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => Ok(()),
+                _ => Err(error),
+            })?;
+            self.moved = Some((own.directory.clone(), leaf.clone()));
+            let starter = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+            for pid in starter.into_iter().chain([rustix::process::getpid().as_raw_nonzero().get()]) {
+                fs::write(leaf.join("cgroup.procs"), pid.to_string())?;
+            }
+            subtree(&own.directory)
+        });
+        match ready {
+            Ok(()) => self.adopt(Version::V2, own.directory.join(name), controls, subtree),
+            Err(error) => {
+                let why = format!(
+                    "{} is not delegated to the launcher, or holds other processes: {error}",
+                    own.directory.display()
+                );
+                self.lacking.extend(controls.into_iter().map(|control| (control, why.clone())));
+                self.move_back();
+            }
+        }
+    }
+
+    fn parent(&self, control: Control) -> Option<&Parent> {
+        self.parents.iter().find(|parent| parent.controls.contains(&control))
+    }
+
+    /// Where this control's groups are made, or why it has none.
+    pub(crate) fn place(&self, control: Control) -> Result<String, String> {
+        if let Some(parent) = self.parent(control) {
+            let version = match parent.version {
+                Version::V1 => "v1",
+                Version::V2 => "v2",
+            };
+            return Ok(format!("cgroup {version} at {}", parent.directory.display()));
+        }
+        let why = self.lacking.iter().find(|(other, _)| *other == control).map(|(_, why)| why.clone());
+        Err(why.unwrap_or_else(|| "it is not a limit of a cgroup".to_owned()))
+    }
+
+    /// Makes a launch's groups, writes the limits that have a controller, and reads them back.
+    pub(crate) fn create(&self, name: &str, limits: &Limits) -> Result<Groups, LimitError> {
+        let mut groups = Groups { groups: Vec::new() };
+        let made = self.fill(&mut groups, name, limits);
+        if made.is_err() {
+            groups.remove();
+        }
+        made.map(|()| groups)
+    }
+
+    fn fill(&self, groups: &mut Groups, name: &str, limits: &Limits) -> Result<(), LimitError> {
+        for parent in &self.parents {
+            let directory = parent.directory.join(name);
+            let fails = |error: io::Error| LimitError {
+                control: parent.controls[0],
+                why: format!("{} cannot be made: {error}", directory.display()),
+            };
+            fs::create_dir(&directory).map_err(fails)?;
+            groups.groups.push(Group {
+                version: parent.version,
+                directory: directory.clone(),
+                controls: parent.controls.clone(),
+            });
+        }
+        for group in &groups.groups {
+            for control in &group.controls {
+                group.limit(*control, limits).map_err(|why| LimitError { control: *control, why })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the parent groups, if nothing is left in them.
+    pub(crate) fn tear_down(&mut self) {
+        for parent in self.parents.drain(..) {
+            drop(fs::remove_dir(&parent.directory));
+        }
+        self.move_back();
+    }
+
+    fn move_back(&mut self) {
+        let Some((own, leaf)) = self.moved.take() else { return };
+        let off: String = CONTROLLERS.iter().map(|(name, _)| format!("-{name} ")).collect();
+        drop(fs::write(own.join("cgroup.subtree_control"), off.trim()));
+        for pid in fs::read_to_string(leaf.join("cgroup.procs")).unwrap_or_default().lines() {
+            drop(fs::write(own.join("cgroup.procs"), pid));
+        }
+        drop(fs::remove_dir(leaf));
+    }
+}
+
+impl Groups {
+    /// Each group's member list, open for writing, for the child to join.
+    pub(crate) fn joins(&self) -> io::Result<Vec<OwnedFd>> {
+        self.groups.iter().map(|group| procs(&group.directory)).collect()
+    }
+
+    /// The directories, for people.
+    pub(crate) fn directories(&self) -> Vec<String> {
+        self.groups.iter().map(|group| group.directory.display().to_string()).collect()
+    }
+
+    /// What the kernel says about a limit now, and the file that says it.
+    pub(crate) fn read_back(&self, control: Control) -> Option<(io::Result<String>, String)> {
+        let group = self.groups.iter().find(|group| group.controls.contains(&control))?;
+        let file = group.directory.join(match (control, group.version) {
+            (Control::MemoryLimit, Version::V1) => "memory.limit_in_bytes",
+            (Control::MemoryLimit, Version::V2) => "memory.max",
+            (Control::CpuLimit, Version::V1) => "cpu.cfs_quota_us",
+            (Control::CpuLimit, Version::V2) => "cpu.max",
+            (Control::PidsLimit, _) => "pids.max",
+            _ => return None,
+        });
+        let value = read(&file).map(|value| match (control, group.version) {
+            (Control::MemoryLimit, _) => format!("{value} bytes"),
+            (Control::CpuLimit, Version::V1) => format!("{value} of {PERIOD_US} microseconds"),
+            (Control::CpuLimit, Version::V2) => format!("{} microseconds", value.replace(' ', " of ")),
+            _ => value,
+        });
+        Some((value, file.display().to_string()))
+    }
+
+    /// Watches for the kernel killing a member for memory.
+    pub(crate) fn watch_memory(&self) -> io::Result<Option<MemoryWatch>> {
+        let Some(group) = self.groups.iter().find(|group| group.controls.contains(&Control::MemoryLimit)) else {
+            return Ok(None);
+        };
+        match group.version {
+            Version::V1 => {
+                let control = open(&group.directory.join("memory.oom_control"), OFlags::RDONLY)?;
+                let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+                let line = format!("{} {}", raw(&event), raw(&control));
+                fs::write(group.directory.join("cgroup.event_control"), line)?;
+                Ok(Some(MemoryWatch { event, file: group.directory.join("memory.oom_control"), version: Version::V1 }))
+            }
+            Version::V2 => {
+                let file = group.directory.join("memory.events");
+                Ok(Some(MemoryWatch { event: open(&file, OFlags::RDONLY)?, file, version: Version::V2 }))
+            }
+        }
+    }
+
+    /// Kills every member at once where v2 can; the end of the PID namespace's init does it everywhere.
+    pub(crate) fn kill(&self) {
+        for group in self.groups.iter().filter(|group| group.version == Version::V2) {
+            drop(fs::write(group.directory.join("cgroup.kill"), "1"));
+        }
+    }
+
+    /// Removes the groups; false while the kernel still holds one for a process that is on its way out.
+    pub(crate) fn remove(&mut self) -> bool {
+        self.groups.retain(|group| match fs::remove_dir(&group.directory) {
+            Ok(()) => false,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        });
+        self.groups.is_empty()
+    }
+}
+
+/// Tells of kills for memory in one launch.
+#[derive(Debug)]
+pub(crate) struct MemoryWatch {
+    event: OwnedFd,
+    file: PathBuf,
+    version: Version,
+}
+
+impl MemoryWatch {
+    /// Ready for reading (v1) or with priority data (v2) when something happened.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// What to wait for.
+    pub(crate) const fn interest(&self) -> EventFlags {
+        match self.version {
+            Version::V1 => EventFlags::IN,
+            Version::V2 => EventFlags::PRI,
+        }
+    }
+
+    /// Whether the kernel has killed a member; called when the descriptor is ready, and once more at the end.
+    pub(crate) fn killed(&self) -> bool {
+        // Takes the event, so that the next one is seen; the count in the file is what says it was a kill.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        let text = match self.version {
+            Version::V1 => fs::read_to_string(&self.file).unwrap_or_default(),
+            Version::V2 => {
+                let mut bytes = [0; 512];
+                let read = rustix::io::pread(&self.event, &mut bytes, 0).unwrap_or(0);
+                String::from_utf8_lossy(&bytes[..read]).into_owned()
+            }
+        };
+        text.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|count| count.trim() != "0"))
+            || text.lines().any(|line| line == "under_oom 1")
+    }
+}
+
+impl Group {
+    /// Writes the limit, if one was asked for, and checks what the kernel made of it.
+    fn limit(&self, control: Control, limits: &Limits) -> Result<(), String> {
+        match (control, self.version) {
+            (Control::MemoryLimit, version) => {
+                let Some(bytes) = limits.memory_bytes else { return Ok(()) };
+                let at_most = |value: &str| value.parse::<u64>().is_ok_and(|got| got <= bytes && bytes - got < 65_536);
+                match version {
+                    Version::V1 => {
+                        self.set("memory.limit_in_bytes", &bytes.to_string(), at_most)?;
+                        // Absent when the kernel does not account swap; then there is nothing to cap.
+                        if self.directory.join("memory.memsw.limit_in_bytes").exists() {
+                            self.set("memory.memsw.limit_in_bytes", &bytes.to_string(), at_most)?;
+                        }
+                        self.set("memory.swappiness", "0", |value| value == "0")
+                    }
+                    Version::V2 => {
+                        self.set("memory.max", &bytes.to_string(), at_most)?;
+                        self.set("memory.high", &(bytes / 10 * 9).to_string(), |value| value != "max")?;
+                        if self.directory.join("memory.swap.max").exists() {
+                            self.set("memory.swap.max", "0", |value| value == "0")?;
+                        }
+                        self.set("memory.oom.group", "1", |value| value == "1")
+                    }
+                }
+            }
+            (Control::CpuLimit, version) => {
+                let Some(percent) = limits.cpu_percent else { return Ok(()) };
+                let quota = (u64::from(percent) * PERIOD_US / 100).to_string();
+                match version {
+                    Version::V1 => {
+                        let period = PERIOD_US.to_string();
+                        self.set("cpu.cfs_period_us", &period, |value| value == period)?;
+                        self.set("cpu.cfs_quota_us", &quota, |value| value == quota)
+                    }
+                    Version::V2 => {
+                        let line = format!("{quota} {PERIOD_US}");
+                        self.set("cpu.max", &line, |value| value == line)
+                    }
+                }
+            }
+            (Control::PidsLimit, _) => {
+                let Some(pids) = limits.pids else { return Ok(()) };
+                // One more, for the init.
+                let max = (u64::from(pids) + 1).to_string();
+                self.set("pids.max", &max, |value| value == max)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn set(&self, file: &str, value: &str, good: impl Fn(&str) -> bool) -> Result<(), String> {
+        let path = self.directory.join(file);
+        fs::write(&path, value).map_err(|error| format!("writing {value:?} to {} failed: {error}", path.display()))?;
+        let got = read(&path).map_err(|error| format!("reading {} failed: {error}", path.display()))?;
+        if good(&got) { Ok(()) } else { Err(format!("{} is {got} after {value} was written", path.display())) }
+    }
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    fs::read_to_string(path).map(|text| text.trim().to_owned())
+}
+
+fn procs(directory: &Path) -> io::Result<OwnedFd> {
+    open(&directory.join("cgroup.procs"), OFlags::WRONLY)
+}
+
+fn open(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+fn raw(fd: &OwnedFd) -> i32 {
+    use std::os::fd::AsRawFd;
+    fd.as_raw_fd()
+}

@@ -1,0 +1,155 @@
+//! What a Launch may say: every field of the request against the launcher's policy. Pure, but for the path behind the
+//! bundle's descriptor, which the kernel tells without asking the filesystem.
+
+use std::{
+    ffi::CString,
+    fs,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+};
+
+use plugvisor_package::PluginName;
+use plugvisor_sandbox::protocol::{Launch, Level, Refusal, RefusalCode, SocketMode};
+
+use crate::mounts;
+
+const MAX_ARGS: usize = 256;
+const MAX_VARIABLES: usize = 256;
+const MAX_ENTRY_PATH: usize = 1024;
+/// Below this a program cannot start at all.
+const MIN_MEMORY: u64 = 1 << 20;
+
+/// A request that passed.
+pub(crate) struct Checked {
+    pub(crate) plugin: PluginName,
+    pub(crate) argv: Vec<CString>,
+    pub(crate) envp: Vec<CString>,
+    pub(crate) entry: OwnedFd,
+    pub(crate) bundle: OwnedFd,
+    pub(crate) bundle_path: PathBuf,
+}
+
+pub(crate) fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { code, message: message.into() })
+}
+
+fn policy<T>(message: impl Into<String>) -> Result<T, Refusal> {
+    refuse(RefusalCode::Policy, message)
+}
+
+/// Checks a request and the descriptors that came with it.
+pub(crate) fn launch(request: &Launch, descriptors: Vec<OwnedFd>, roots: &[PathBuf]) -> Result<Checked, Refusal> {
+    let Ok(plugin) = request.plugin.parse::<PluginName>() else {
+        return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
+    };
+    match request.level {
+        Level::Process => {}
+        Level::None | Level::Container | Level::Sandbox | Level::Vm => {
+            return refuse(
+                RefusalCode::LevelUnsupported,
+                format!(
+                    "{plugin} was not started: the level {:?} is not implemented in this version, only Process is; \
+                     set its directory's tier to verified and its isolationLevel to process",
+                    request.level
+                ),
+            );
+        }
+    }
+    let Ok([entry, bundle]) = <[OwnedFd; 2]>::try_from(descriptors) else {
+        return policy(format!("{plugin} was not started: a launch carries two descriptors, the entry and the bundle"));
+    };
+    limits(&plugin, request)?;
+    let bundle_path = bundle_path(&plugin, &bundle, roots)?;
+    Ok(Checked { argv: argv(&plugin, request)?, envp: envp(&plugin, request)?, plugin, entry, bundle, bundle_path })
+}
+
+fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {
+    let limits = &request.limits;
+    if limits.memory_bytes.is_some_and(|bytes| !(MIN_MEMORY..=1 << 50).contains(&bytes)) {
+        return policy(format!("{plugin} was not started: maxMemory must be between 1 MiB and 1 PiB"));
+    }
+    if limits.cpu_percent.is_some_and(|percent| !(1..=100_000).contains(&percent)) {
+        return policy(format!("{plugin} was not started: maxCPU must be between 1 and 100000 percent"));
+    }
+    if limits.pids.is_some_and(|pids| !(1..=1 << 22).contains(&pids)) {
+        return policy(format!("{plugin} was not started: its process limit must be between 1 and 4194304"));
+    }
+    if limits.open_files.is_some_and(|files| !(8..=1 << 20).contains(&files)) {
+        return policy(format!("{plugin} was not started: its limit on open files must be between 8 and 1048576"));
+    }
+    Ok(())
+}
+
+fn bundle_path(plugin: &PluginName, bundle: &OwnedFd, roots: &[PathBuf]) -> Result<PathBuf, Refusal> {
+    let path = fs::read_link(format!("/proc/self/fd/{}", bundle.as_raw_fd())).unwrap_or_default();
+    let plain = path.is_absolute() && path.components().skip(1).all(|part| matches!(part, Component::Normal(_)));
+    if plain && roots.iter().any(|root| path.starts_with(root)) {
+        return Ok(path);
+    }
+    policy(format!(
+        "{plugin} was not started: its bundle's directory {} is not beneath a plugin directory of the configuration; \
+         add a [[directory]] entry and start plugvisord again",
+        path.display()
+    ))
+}
+
+fn argv(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> {
+    let entry = Path::new(&request.entry);
+    let plain = entry.components().all(|part| matches!(part, Component::Normal(_)));
+    if request.entry.is_empty() || request.entry.len() > MAX_ENTRY_PATH || !plain {
+        return policy(format!("{plugin} was not started: its entry must be a relative path inside the bundle"));
+    }
+    if request.args.len() > MAX_ARGS {
+        return policy(format!("{plugin} was not started: it has more than {MAX_ARGS} arguments"));
+    }
+    let first = format!("{}/{}", mounts::BUNDLE, request.entry);
+    let all = std::iter::once(first).chain(request.args.iter().cloned()).map(CString::new);
+    let Ok(argv) = all.collect::<Result<_, _>>() else {
+        return policy(format!("{plugin} was not started: its path or an argument holds a NUL byte"));
+    };
+    Ok(argv)
+}
+
+fn envp(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> {
+    if request.env.len() > MAX_VARIABLES {
+        return policy(format!("{plugin} was not started: it has more than {MAX_VARIABLES} variables"));
+    }
+    let broker = format!("{}/broker.sock", mounts::SOCKETS);
+    let generation = request.generation.to_string();
+    let listen = match request.socket {
+        SocketMode::Inherit => format!("{}/worker.sock", mounts::SOCKETS),
+        SocketMode::Bind => format!("{}/worker.sock", mounts::WORKER_DIRECTORY),
+    };
+    let mut all: Vec<(&str, &str)> = vec![
+        ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+        ("LANG", "C.UTF-8"),
+        ("PLUGVISOR_PROTOCOL", "1"),
+        ("PLUGVISOR_LISTEN", &listen),
+        ("PLUGVISOR_BROKER", &broker),
+        ("PLUGVISOR_PLUGIN", plugin.as_str()),
+        ("PLUGVISOR_GENERATION", &generation),
+    ];
+    if request.socket == SocketMode::Inherit {
+        // sd_listen_fds(3) compares LISTEN_PID with its own pid: in a fresh PID namespace the init is 1, the program 2.
+        all.extend([("LISTEN_FDS", "1"), ("LISTEN_PID", "2")]);
+    }
+    for (name, value) in &request.env {
+        let reserved = ["PLUGVISOR_", "LISTEN_", "LD_", "GLIBC_TUNABLES"].iter().any(|prefix| name.starts_with(prefix));
+        let grammar = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+            && name.bytes().next().is_some_and(|byte| !byte.is_ascii_digit());
+        if reserved || !grammar {
+            let name: String = name.chars().take(64).collect();
+            return policy(format!(
+                "{plugin} was not started: it may not set the variable {name:?} (PLUGVISOR_*, LISTEN_*, LD_* and \
+                 GLIBC_TUNABLES are not its own); remove it from runtime.env"
+            ));
+        }
+        all.retain(|(other, _)| other != name);
+        all.push((name, value));
+    }
+    let all = all.into_iter().map(|(name, value)| CString::new(format!("{name}={value}")));
+    let Ok(envp) = all.collect::<Result<_, _>>() else {
+        return policy(format!("{plugin} was not started: a variable holds a NUL byte"));
+    };
+    Ok(envp)
+}

@@ -1,0 +1,88 @@
+//! Who the plugin is to the kernel: its uid, no groups, no capability, and no way back.
+
+use std::os::fd::AsFd;
+
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+    process::{DumpableBehavior, set_dumpable_behavior},
+    thread::{
+        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
+        set_capabilities, set_capabilities_secure_bits, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    },
+};
+
+use crate::{child::Failure, kernel, step::Step};
+
+/// How the plugin gets its identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Identity {
+    /// The launcher is root: a uid, and the gid of the same number, that only this plugin has.
+    Own {
+        /// Never 0.
+        uid: u32,
+    },
+    /// The launcher is an ordinary user: its own uid and gid, alone in a new user namespace. Supplementary groups stay,
+    /// as nothing unprivileged can drop them; the mount tree shows nothing that they would open.
+    Mapped {
+        /// The launcher's uid.
+        uid: u32,
+        /// The launcher's gid.
+        gid: u32,
+    },
+}
+
+impl Identity {
+    /// The uid, as the launcher's user namespace numbers it.
+    pub(crate) const fn uid(self) -> u32 {
+        match self {
+            Self::Own { uid } | Self::Mapped { uid, .. } => uid,
+        }
+    }
+}
+
+/// In a new user namespace: maps the launcher's ids to themselves. They are all that an unprivileged user may map.
+pub(crate) fn map_user(identity: &Identity) -> Result<(), Failure> {
+    let Identity::Mapped { uid, gid } = *identity else { return Ok(()) };
+    let map = || {
+        // The launcher is not dumpable, which makes /proc/self root's; its child is again, for these three writes.
+        set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+        write("/proc/self/setgroups", "deny")?;
+        write("/proc/self/uid_map", &format!("{uid} {uid} 1"))?;
+        write("/proc/self/gid_map", &format!("{gid} {gid} 1"))?;
+        set_dumpable_behavior(DumpableBehavior::NotDumpable)
+    };
+    map().map_err(|errno| Failure::new(Step::UserNamespace, errno))
+}
+
+/// Gives up everything, in the order in which each step still has the privilege it needs.
+pub(crate) fn drop_privileges(identity: &Identity) -> Result<(), Failure> {
+    if let Identity::Own { .. } = identity {
+        set_thread_groups(&[]).map_err(|errno| Failure::new(Step::Groups, errno))?;
+    }
+    kernel::drop_bounding_set().map_err(|error| Failure::io(Step::BoundingSet, &error))?;
+    set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_ROOT
+            | CapabilitiesSecureBits::NO_ROOT_LOCKED
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+            | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
+            | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
+            | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED,
+    )
+    .map_err(|errno| Failure::new(Step::Securebits, errno))?;
+    if let Identity::Own { uid } = *identity {
+        let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+        set_thread_res_gid(group, group, group).map_err(|errno| Failure::new(Step::Identity, errno))?;
+        set_thread_res_uid(user, user, user).map_err(|errno| Failure::new(Step::Identity, errno))?;
+    }
+    let none = CapabilitySet::empty();
+    clear_ambient_capability_set().map_err(|errno| Failure::new(Step::Capabilities, errno))?;
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+        .map_err(|errno| Failure::new(Step::Capabilities, errno))
+}
+
+fn write(path: &str, text: &str) -> Result<(), Errno> {
+    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(file.as_fd(), text.as_bytes()).map(drop)
+}

@@ -1,0 +1,217 @@
+//! The system calls that no safe crate wraps. Each function does one call and has no policy.
+#![allow(unsafe_code, reason = "raw system calls, one operation per block, each with its reasons")]
+
+use std::{
+    ffi::{CStr, CString, c_char},
+    io,
+    mem::size_of,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    ptr,
+};
+
+/// Which side of [`clone3`] this is.
+pub(crate) enum Cloned {
+    /// The new process.
+    Child,
+    /// The old one.
+    Parent {
+        /// The new process.
+        pidfd: OwnedFd,
+        /// Its number in the caller's PID namespace.
+        pid: i32,
+    },
+}
+
+/// Forks with `CLONE_PIDFD` and these namespace flags.
+///
+/// The child has a copy of the caller's memory and of its one thread, as after fork(2). The launcher never has a second
+/// thread, so no lock is held by a thread that the child lacks, and the child may allocate.
+pub(crate) fn clone3(namespaces: u64) -> io::Result<Cloned> {
+    let mut pidfd: RawFd = -1;
+    let mut args = libc::clone_args {
+        flags: namespaces | u64::from(libc::CLONE_PIDFD.unsigned_abs()),
+        pidfd: (&raw mut pidfd) as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD.unsigned_abs().into(),
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    };
+    // SAFETY: args is a valid clone_args that outlives the call; without CLONE_VM and with no stack the child runs on
+    // its own copy of this one, as after fork(2); pidfd is written by the kernel before the call returns.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Cloned::Child),
+        pid => Ok(Cloned::Parent { pidfd: own(pidfd), pid: i32::try_from(pid).unwrap_or(-1) }),
+    }
+}
+
+/// Owns a descriptor that the kernel has just made for this process.
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: callers pass only numbers that a system call returned as a new descriptor, owned by nothing else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Takes the descriptor that the starter left open for the launcher under this number.
+pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD reads a flag of a number and touches no memory; a closed number is EBADF.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if fd <= 2 {
+        // Standard input: the next opened file must not get its number, and readers of it see an end.
+        let lifted = lift(fd, 3)?;
+        let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+        place(null.as_raw_fd(), fd, true)?;
+        return Ok(own(lifted));
+    }
+    // SAFETY: F_SETFD sets a flag and touches no memory.
+    let set = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(own(fd))
+}
+
+/// A signalfd for these signals, which are blocked for the process.
+pub(crate) fn signalfd(signals: &[i32]) -> io::Result<OwnedFd> {
+    let set = signal_set(signals);
+    change_mask(libc::SIG_BLOCK, &set)?;
+    // SAFETY: set is an initialised signal set that outlives the call.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(own(fd)) }
+}
+
+/// Unblocks every signal and gives each its default action: what a program expects when it starts.
+pub(crate) fn reset_signals() -> io::Result<()> {
+    for signal in 1..=64 {
+        // SAFETY: SIG_DFL is a valid disposition; the kernel refuses the numbers that have none.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    change_mask(libc::SIG_SETMASK, &signal_set(&[]))
+}
+
+fn signal_set(signals: &[i32]) -> libc::sigset_t {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    for signal in signals {
+        // SAFETY: the set was initialised above.
+        unsafe { libc::sigaddset(set.as_mut_ptr(), *signal) };
+    }
+    // SAFETY: sigemptyset initialised it.
+    unsafe { set.assume_init() }
+}
+
+fn change_mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: set is a valid signal set; a null old set is allowed.
+    let result = unsafe { libc::sigprocmask(how, set, ptr::null_mut()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets attributes on a whole mount tree, `MOUNT_ATTR_*`; Linux 5.12.
+pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, set: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is an empty C string and attributes a valid mount_attr; both outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Drops every capability from the bounding set.
+pub(crate) fn drop_bounding_set() -> io::Result<()> {
+    for capability in 0..64_u64 {
+        // SAFETY: PR_CAPBSET_DROP takes numbers only.
+        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        if result < 0 {
+            let error = io::Error::last_os_error();
+            // The first number that this kernel does not know ends the list.
+            return if error.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(error) };
+        }
+    }
+    Ok(())
+}
+
+/// Puts a copy of the descriptor at this number, open across exec or not.
+pub(crate) fn place(fd: RawFd, at: RawFd, keep_across_exec: bool) -> io::Result<()> {
+    let flags = if keep_across_exec { 0 } else { libc::O_CLOEXEC };
+    // SAFETY: dup3 takes numbers only; callers give numbers below those that any owner in this process holds.
+    let result = unsafe { libc::dup3(fd, at, flags) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A copy of the descriptor above this number, close-on-exec.
+pub(crate) fn lift(fd: RawFd, above: RawFd) -> io::Result<RawFd> {
+    // SAFETY: F_DUPFD_CLOEXEC takes numbers only.
+    let result = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, above) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Closes every descriptor from this number on; Linux 5.9.
+pub(crate) fn close_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: close_range takes numbers only. The child calls it when it no longer uses what it inherited, and leaves
+    // by exec or _exit, so that no owner is dropped afterwards.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Closes a number, open or not.
+pub(crate) fn close(fd: RawFd) {
+    // SAFETY: the init closes the numbers that it placed itself; no owner in this process holds them.
+    unsafe { libc::close(fd) };
+}
+
+/// A borrowed view of a number that this process keeps open until its end.
+pub(crate) fn fixed(fd: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: used by the child for the numbers that it placed itself and closes only by exec or _exit.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// Replaces the program by the file behind the descriptor. Returns only when that failed.
+pub(crate) fn execveat(file: RawFd, argv: &[CString], envp: &[CString]) -> io::Error {
+    let argv = pointers(argv);
+    let envp = pointers(envp);
+    // SAFETY: the path is an empty C string; both arrays end in a null pointer and point at C strings that outlive the
+    // call.
+    unsafe { libc::syscall(libc::SYS_execveat, file, c"".as_ptr(), argv.as_ptr(), envp.as_ptr(), libc::AT_EMPTY_PATH) };
+    io::Error::last_os_error()
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+}
+
+/// Ends the process without running anything that the launcher registered for its own end.
+pub(crate) fn exit_now(status: i32) -> ! {
+    // SAFETY: _exit takes a number and does not return.
+    unsafe { libc::_exit(status) }
+}
+
+/// The Landlock version of the running kernel; 0 when it has none.
+pub(crate) fn landlock_abi() -> i32 {
+    const VERSION: u32 = 1;
+    // SAFETY: with a null attribute, size 0 and this flag the call only returns a number.
+    let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, ptr::null::<u8>(), 0_usize, VERSION) };
+    i32::try_from(abi).unwrap_or(0).max(0)
+}
+
+/// Names the process in `ps`.
+pub(crate) fn set_name(name: &CStr) {
+    // SAFETY: PR_SET_NAME reads at most 16 bytes of a C string. A name is only for people: failure changes nothing.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}

@@ -1,0 +1,179 @@
+//! Which controls work on this host, found by using them: one trial launch of the launcher's own program through every
+//! wall, and one trial group with every limit. A kernel's version or a file's presence proves nothing.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use plugvisor_sandbox::protocol::{
+    Control, Launch, Level, Limits, ProbeState, Probed, Refusal, RefusalCode, SocketMode,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{WaitId, WaitIdOptions, waitid},
+};
+
+use crate::{
+    check::Checked,
+    entry,
+    launch::{Launcher, Running, remove_sockets},
+    step,
+};
+
+/// The only argument with which the launcher, executed behind the walls, ends at once.
+pub(crate) const TRIAL: &str = "--trial";
+
+const TRIAL_TIME: Duration = Duration::from_secs(5);
+
+/// What the trial found.
+#[derive(Debug, Default)]
+pub(crate) struct Trial {
+    /// The controls that failed, and how.
+    failed: Vec<(Control, String)>,
+}
+
+impl Launcher {
+    /// Tries every control once. Called before any request is read.
+    pub(crate) fn try_controls(&mut self) {
+        let mut trial = Trial::default();
+        // The groups first, alone: without them the walls can still be tried.
+        let limits =
+            Limits { memory_bytes: Some(64 << 20), cpu_percent: Some(50), pids: Some(16), ..Limits::default() };
+        match self.cgroups.create("trial", &limits) {
+            Ok(mut groups) => {
+                groups.remove();
+            }
+            Err(error) => trial.failed.push((error.control, error.why)),
+        }
+        if let Err(refusal) = self.try_walls() {
+            let controls = match refusal.0 {
+                Some(control) => vec![control],
+                None => vec![Control::MountNamespace, Control::PidNamespace, Control::IpcNamespace],
+            };
+            trial.failed.extend(controls.into_iter().map(|control| (control, refusal.1.clone())));
+        }
+        self.trial = trial;
+    }
+
+    fn try_walls(&mut self) -> Result<(), (Option<Control>, String)> {
+        let plain = |error: io::Error| (None, format!("a trial launch failed: {error}"));
+        let mut request = Launch {
+            plugin: "trial".to_owned(),
+            generation: 0,
+            level: Level::Process,
+            entry_sha256: [0; 32],
+            entry: TRIAL.to_owned(),
+            args: Vec::new(),
+            env: Vec::new(),
+            socket: SocketMode::Inherit,
+            limits: Limits { pids: Some(4), ..Limits::default() },
+            grants: Vec::new(),
+            allow_degraded: Control::ALL.to_vec(),
+        };
+        let program = File::open("/proc/self/exe").map_err(plain)?;
+        let (sha256, program) = entry::copy(program.as_fd())
+            .map_err(|failure| (None, failure.step.refusal("a trial", failure.errno).message))?;
+        request.entry_sha256 = sha256;
+        self.sealed.insert(sha256, program);
+        let here: OwnedFd = File::open(".").map_err(plain)?.into();
+        let bundle_path = std::env::current_dir().map_err(plain)?;
+        let entry = here.try_clone().map_err(plain)?;
+        let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
+        let checked = Checked {
+            plugin: request.plugin.parse().expect("a plugin's name"),
+            argv,
+            envp: Vec::new(),
+            entry,
+            bundle: here,
+            bundle_path,
+        };
+        let started = self.start(&request, checked, Instant::now());
+        let result = match started {
+            Err(Refusal { code: RefusalCode::ControlUnavailable, message }) => Err((Some(Control::PidsLimit), message)),
+            Err(refusal) => Err((None, refusal.message)),
+            Ok(mut running) => self.watch_trial(&mut running),
+        };
+        self.sealed.remove(&sha256);
+        result
+    }
+
+    fn watch_trial(&mut self, running: &mut Running) -> Result<(), (Option<Control>, String)> {
+        let deadline = Instant::now() + TRIAL_TIME;
+        let mut ended = false;
+        while !ended {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                running.kill();
+            }
+            let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()).max(1_000_000) };
+            let mut fds = [PollFd::new(&running.init, PollFlags::IN)];
+            let _ = poll(&mut fds, Some(&timeout));
+            let status = waitid(WaitId::PidFd(running.init.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            ended = !matches!(status, Ok(None));
+        }
+        running.drain(&mut self.sealed);
+        while !running.groups.remove() && Instant::now() < deadline {
+            let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
+        }
+        remove_sockets(running.id);
+        match (running.failure, running.executing, running.ended) {
+            (None, true, Some(plugvisor_sandbox::protocol::Exit::Code(0))) => Ok(()),
+            (Some(failure), _, _) => {
+                Err((failure.step.control(), failure.step.refusal("a trial", failure.errno).message))
+            }
+            (None, _, ended) => Err((None, format!("a trial launch ended with {ended:?}"))),
+        }
+    }
+
+    /// Why this control cannot be enforced here; `None` when it can.
+    pub(crate) fn lacking(&self, control: Control) -> Option<String> {
+        if let Some((_, why)) = self.trial.failed.iter().find(|(failed, _)| *failed == control) {
+            return Some(why.clone());
+        }
+        match control {
+            Control::OwnUid if !self.privileged() => Some(format!(
+                "the launcher runs as uid {}, which may use no other uid; the plugin keeps its supplementary groups too",
+                rustix::process::geteuid().as_raw()
+            )),
+            Control::Landlock if self.landlock == 0 => Some("this kernel has no Landlock".to_owned()),
+            Control::MemoryLimit | Control::CpuLimit => self.cgroups.place(control).err(),
+            Control::PidsLimit if self.privileged() => self.cgroups.place(control).err(),
+            _ => None,
+        }
+    }
+
+    /// Every control with its mechanism, or what is missing and the fix.
+    pub(crate) fn probed(&self) -> Vec<Probed> {
+        let state = |control| match self.lacking(control) {
+            None => ProbeState::Works(self.mechanism(control)),
+            Some(why) => ProbeState::Lacking { why, fix: step::fix(control).to_owned() },
+        };
+        Control::ALL.into_iter().map(|control| Probed { control, state: state(control) }).collect()
+    }
+
+    fn mechanism(&self, control: Control) -> String {
+        let namespace = if self.privileged() { "namespace" } else { "namespace in a user namespace" };
+        match control {
+            Control::OwnUid => {
+                format!("uids {}-{}", self.options.uids.start(), self.options.uids.end())
+            }
+            Control::NoCapabilities => "empty sets, locked securebits".to_owned(),
+            Control::NoNewPrivs => "prctl".to_owned(),
+            Control::Rlimits => "setrlimit".to_owned(),
+            Control::MountNamespace => format!("mount {namespace}"),
+            Control::PidNamespace => format!("PID {namespace}"),
+            Control::IpcNamespace => format!("IPC {namespace}"),
+            Control::Seccomp => "filters of policy/process.toml".to_owned(),
+            Control::Landlock => format!("Landlock version {}", self.landlock),
+            Control::MemoryLimit | Control::CpuLimit => self.cgroups.place(control).unwrap_or_default(),
+            Control::PidsLimit => {
+                self.cgroups.place(control).unwrap_or_else(|_| "RLIMIT_NPROC in a user namespace of its own".to_owned())
+            }
+            Control::WholeKill => "the end of the PID namespace's init".to_owned(),
+            Control::DiesWithLauncher => "parent-death signal of the PID namespace's init".to_owned(),
+        }
+    }
+}

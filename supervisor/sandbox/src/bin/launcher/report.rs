@@ -1,0 +1,91 @@
+//! What the child tells the launcher: small fixed messages on a private socket, now and then with a descriptor.
+//!
+//! The other end is held by our own code only: it is closed in the program by the exec.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    cmsg_space,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+        recvmsg, sendmsg,
+    },
+};
+
+use crate::step::Step;
+
+/// One message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    /// Setting up failed; nothing else follows.
+    Failed { step: Step, errno: i32 },
+    /// With the sealed entry.
+    Sealed,
+    /// From the init, with the program's pidfd.
+    Started,
+    /// From the program: all walls but the last are up, seccomp and exec come next.
+    Executing,
+    /// From the init: how the program ended.
+    Ended { signal: bool, value: i32 },
+}
+
+impl Message {
+    fn encode(self) -> [u8; 6] {
+        let (tag, detail, value) = match self {
+            Self::Failed { step, errno } => (1, step as u8, errno),
+            Self::Sealed => (2, 0, 0),
+            Self::Started => (3, 0, 0),
+            Self::Executing => (4, 0, 0),
+            Self::Ended { signal, value } => (5, u8::from(signal), value),
+        };
+        let [a, b, c, d] = value.to_le_bytes();
+        [tag, detail, a, b, c, d]
+    }
+
+    fn decode(bytes: [u8; 6]) -> Option<Self> {
+        let [tag, detail, value @ ..] = bytes;
+        let value = i32::from_le_bytes(value);
+        Some(match tag {
+            1 => Self::Failed { step: Step::from_number(detail)?, errno: value },
+            2 => Self::Sealed,
+            3 => Self::Started,
+            4 => Self::Executing,
+            5 => Self::Ended { signal: detail != 0, value },
+            _ => return None,
+        })
+    }
+}
+
+/// Sends a message.
+pub(crate) fn send(socket: BorrowedFd<'_>, message: &Message, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let rights = descriptor.map(|fd| [fd]);
+    if let Some(rights) = &rights {
+        control.push(SendAncillaryMessage::ScmRights(rights));
+    }
+    sendmsg(socket, &[IoSlice::new(&message.encode())], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Receives a message without waiting; `None` when the other end is closed, `WouldBlock` when there is nothing.
+pub(crate) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+    let mut bytes = [0; 6];
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)?;
+    let descriptor = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let message = Message::decode(bytes).ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Some((message, descriptor)))
+}

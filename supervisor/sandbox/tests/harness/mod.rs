@@ -1,0 +1,301 @@
+//! Starts a real launcher as root or as an ordinary user, talks to it over its socket, and cleans up.
+#![allow(unreachable_pub, reason = "a module of tests")]
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{fs::PermissionsExt, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use plugvisor_sandbox::{
+    codec::{self, FromLauncher},
+    options::Options,
+    protocol::{
+        Control, Exit, Hello, Launch, LaunchId, Launched, Level, Limits, Notice, Refusal, Reply, Request, SocketMode,
+        VERSION,
+    },
+    seqpacket::{Received, Seqpacket},
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sha2::{Digest, Sha256};
+
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// An ordinary user that needs no entry anywhere.
+pub const ORDINARY: u32 = 54_321;
+
+/// Who runs the launcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum As {
+    Root,
+    Ordinary,
+}
+
+impl As {
+    /// Both when this process is root, else only the ordinary one; what is left out is printed.
+    pub fn possible() -> Vec<Self> {
+        if is_root() {
+            return vec![Self::Root, Self::Ordinary];
+        }
+        eprintln!("skipped as root: this process is not root");
+        vec![Self::Ordinary]
+    }
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+pub struct Harness {
+    pub process: Child,
+    pub connection: Seqpacket,
+    pub as_: As,
+    pub directory: tempfile::TempDir,
+    pub cgroup: String,
+    notices: Vec<Notice>,
+    last: u64,
+}
+
+/// A launched plugin and its ends.
+pub struct Plugin {
+    pub launched: Launched,
+    pub pidfd: OwnedFd,
+    pub broker: OwnedFd,
+    pub worker: OwnedFd,
+    pub stdout: File,
+    pub stderr: File,
+}
+
+impl Harness {
+    pub fn start(as_: As) -> Self {
+        Self::start_with(as_, |_| ())
+    }
+
+    pub fn start_with(as_: As, change: impl FnOnce(&mut Options)) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path();
+        let bundle = path.join("bundles/walled");
+        fs::create_dir_all(bundle.join("bin")).expect("the bundle");
+        fs::copy(env!("CARGO_BIN_EXE_plugvisor-walled"), bundle.join("bin/walled")).expect("the entry");
+        fs::write(bundle.join("plugin.json"), "{}").expect("the manifest");
+        fs::write(path.join("secret"), "of the supervisor").expect("a secret");
+        // The launcher's own file may lie where an ordinary user cannot go.
+        let program = path.join("plugvisor-launcher");
+        fs::copy(env!("CARGO_BIN_EXE_plugvisor-launcher"), &program).expect("the launcher");
+        let run = path.join("run");
+        fs::create_dir(&run).expect("the runtime directory");
+        let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+        open(path, 0o755);
+        open(&run, 0o755);
+        open(&path.join("secret"), 0o600);
+
+        let (connection, other) = Seqpacket::pair().expect("a socket pair");
+        let cgroup = format!("plugvisor-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let mut options = Options::new(0, run.clone(), vec![path.join("bundles")]);
+        options.cgroup_root.clone_from(&cgroup);
+        change(&mut options);
+        let mut command = Command::new(program);
+        command.args(options.to_args()).stdin(Stdio::from(OwnedFd::from(other)));
+        if as_ == As::Ordinary && is_root() {
+            std::os::unix::fs::chown(&run, Some(ORDINARY), Some(ORDINARY)).expect("chown");
+            command.uid(ORDINARY).gid(ORDINARY);
+        }
+        let process = command.spawn().expect("the launcher starts");
+        drop(command);
+        let mut harness = Self { process, connection, as_, directory, cgroup, notices: Vec::new(), last: 0 };
+        let reply = harness.ask(&Request::Hello(Hello { version: VERSION }), &[]).0;
+        assert_eq!(reply, Reply::Hello { version: VERSION, pid: harness.process.id() });
+        harness
+    }
+
+    pub fn path(&self, inside: &str) -> PathBuf {
+        self.directory.path().join(inside)
+    }
+
+    /// Sends a request and waits for its answer; notices on the way are kept.
+    pub fn ask(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> (Reply, Vec<OwnedFd>) {
+        let id = self.send(request, descriptors);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.receive(deadline).expect("an answer") {
+                (FromLauncher::Reply { id: of, reply }, descriptors) if of == id => return (reply, descriptors),
+                (FromLauncher::Reply { .. }, _) => {}
+                (FromLauncher::Notice(notice), _) => self.notices.push(notice),
+            }
+        }
+    }
+
+    pub fn send(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> u64 {
+        self.last += 1;
+        let packet = codec::encode_request(self.last, request).expect("encodes");
+        self.connection.try_send(&packet, descriptors).expect("sends");
+        self.last
+    }
+
+    /// The next message; `None` when the launcher closed the connection.
+    pub fn receive(&self, deadline: Instant) -> Option<(FromLauncher, Vec<OwnedFd>)> {
+        loop {
+            match self.connection.try_recv() {
+                Ok(Received::Packet(packet)) => {
+                    let message = codec::decode_from_launcher(&packet.bytes).expect("decodes");
+                    return Some((message, packet.descriptors));
+                }
+                Ok(Received::Closed) => return None,
+                Ok(Received::Truncated) => panic!("a truncated packet"),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    assert!(wait_readable(self.connection.as_fd(), deadline), "nothing came in time");
+                }
+                Err(error) => panic!("recv: {error}"),
+            }
+        }
+    }
+
+    /// Waits until a notice matches, now or among those that came before.
+    pub fn await_notice<T>(&mut self, mut matches: impl FnMut(&Notice) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.notices.iter().position(|notice| matches(notice).is_some()) {
+                return matches(&self.notices.remove(at)).expect("it matched");
+            }
+            if let (FromLauncher::Notice(notice), _) = self.receive(deadline).expect("the launcher lives") {
+                self.notices.push(notice);
+            }
+        }
+    }
+
+    pub fn exit_of(&mut self, id: LaunchId) -> (Exit, bool) {
+        self.await_notice(|notice| match notice {
+            Notice::Exited { launch, exit, oom_killed } if *launch == id => Some((*exit, *oom_killed)),
+            _ => None,
+        })
+    }
+
+    /// A launch of the test plugin with what is lacking allowed, so that the rest can be seen.
+    pub fn request(&self, args: &[&str]) -> Launch {
+        let entry = fs::read(self.path("bundles/walled/bin/walled")).expect("the entry");
+        let lacking = [Control::OwnUid, Control::MemoryLimit, Control::CpuLimit, Control::PidsLimit];
+        Launch {
+            plugin: "walled".to_owned(),
+            generation: 7,
+            level: Level::Process,
+            entry_sha256: Sha256::digest(entry).into(),
+            entry: "bin/walled".to_owned(),
+            args: args.iter().map(ToString::to_string).collect(),
+            env: vec![("COLOUR".to_owned(), "blue".to_owned())],
+            socket: SocketMode::Inherit,
+            limits: Limits::default(),
+            grants: Vec::new(),
+            allow_degraded: if self.as_ == As::Ordinary { lacking.to_vec() } else { Vec::new() },
+        }
+    }
+
+    pub fn try_launch(&mut self, launch: Launch) -> Result<Plugin, Refusal> {
+        let entry = File::open(self.path("bundles/walled/bin/walled")).expect("the entry");
+        self.launch_entry(launch, &entry)
+    }
+
+    pub fn launch_entry(&mut self, launch: Launch, entry: &File) -> Result<Plugin, Refusal> {
+        let bundle = File::open(self.path("bundles/walled")).expect("the bundle");
+        match self.ask(&Request::Launch(Box::new(launch)), &[entry.as_fd(), bundle.as_fd()]) {
+            (Reply::Launched(launched), descriptors) => {
+                let [pidfd, broker, worker, stdout, stderr] =
+                    <[OwnedFd; 5]>::try_from(descriptors).expect("five descriptors");
+                Ok(Plugin { launched, pidfd, broker, worker, stdout: stdout.into(), stderr: stderr.into() })
+            }
+            (Reply::Refused(refusal), descriptors) => {
+                assert!(descriptors.is_empty());
+                Err(refusal)
+            }
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    pub fn launch(&mut self, launch: Launch) -> Plugin {
+        self.try_launch(launch).unwrap_or_else(|refusal| panic!("refused: {refusal:?}"))
+    }
+
+    /// Launches, reads its output to the end, and gives the lines by name.
+    pub fn attempt(&mut self, change: impl FnOnce(&mut Launch), args: &[&str]) -> Vec<(String, String)> {
+        let mut request = self.request(args);
+        change(&mut request);
+        let mut plugin = self.launch(request);
+        let text = read_all(&mut plugin.stdout);
+        let errors = read_all(&mut plugin.stderr);
+        let exit = self.exit_of(plugin.launched.launch);
+        assert_eq!(exit, (Exit::Code(0), false), "stdout: {text}, stderr: {errors}");
+        text.lines()
+            .map(|line| line.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())).expect("NAME RESULT"))
+            .collect()
+    }
+
+    /// Every cgroup directory of this launcher that exists now.
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        fn walk(directory: &Path, name: &str, depth: u32, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    continue;
+                }
+                if path.to_string_lossy().contains(name) {
+                    found.push(path.clone());
+                }
+                if depth > 0 {
+                    walk(&path, name, depth - 1, found);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        walk(Path::new("/sys/fs/cgroup"), &self.cgroup, 8, &mut found);
+        found
+    }
+
+    /// How many descriptors the launcher has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.process.id())).expect("its descriptors").count()
+    }
+}
+
+impl Drop for Harness {
+    fn drop(&mut self) {
+        drop(self.process.kill());
+        drop(self.process.wait());
+        for directory in self.cgroups().iter().rev() {
+            drop(fs::remove_dir(directory));
+        }
+    }
+}
+
+pub fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) -> bool {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let timeout = Timespec { tv_sec: left.as_secs().try_into().expect("fits"), tv_nsec: left.subsec_nanos().into() };
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    poll(&mut fds, Some(&timeout)).expect("poll") > 0
+}
+
+/// Reads a pipe to its end, waiting for what is not there yet.
+pub fn read_all(pipe: &mut File) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    let mut text = Vec::new();
+    let mut bytes = [0; 4096];
+    loop {
+        match pipe.read(&mut bytes) {
+            Ok(0) => return String::from_utf8_lossy(&text).into_owned(),
+            Ok(read) => text.extend_from_slice(&bytes[..read]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                assert!(
+                    wait_readable(pipe.as_fd(), deadline),
+                    "the pipe stays open: {}",
+                    String::from_utf8_lossy(&text)
+                );
+            }
+            Err(error) => panic!("read: {error}"),
+        }
+    }
+}

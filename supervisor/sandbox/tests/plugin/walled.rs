@@ -1,0 +1,181 @@
+//! A plugin for the tests of the walls: it makes the attempts that its arguments name, in order, and prints one line
+//! for each, `NAME RESULT`, where the result is `ok`, an errno's number, or what was asked for.
+#![allow(unsafe_code, reason = "raw system calls are the point")]
+#![allow(missing_docs, reason = "a test program")]
+
+use std::{
+    ffi::CString,
+    fs,
+    io::{Read, Write},
+    os::{
+        fd::FromRawFd,
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
+};
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    while let Some(name) = args.next() {
+        let mut next = || args.next().expect("an argument");
+        let result = match name.as_str() {
+            "read" => io(fs::read(next())),
+            "append" => {
+                io(fs::OpenOptions::new().append(true).create(true).open(next()).and_then(|mut f| f.write_all(b"x")))
+            }
+            "list" => list(&next()),
+            "cat" => fs::read_to_string(next()).map_or_else(|e| e.to_string(), |text| text.trim().replace('\n', "|")),
+            "unix" => io(UnixStream::connect(next())),
+            "abstract" => {
+                io(SocketAddr::from_abstract_name(next()).and_then(|address| UnixStream::connect_addr(&address)))
+            }
+            "env" => std::env::vars().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("|"),
+            "socket" => {
+                let (family, kind) = (next(), next());
+                sys(libc::SYS_socket, [number(&family), number(&kind), 0, 0, 0, 0])
+            }
+            "kill" => sys(libc::SYS_kill, [number(&next()), 0, 0, 0, 0, 0]),
+            "thread" => {
+                std::thread::Builder::new().spawn(|| ()).map_or_else(|e| io::<()>(Err(e)), |t| io(Ok(t.join())))
+            }
+            "eat" => eat(number(&next())),
+            "forks" => forks(number(&next())),
+            "daemons" => daemons(),
+            "accept" => accept(),
+            "exit" => std::process::exit(i32::try_from(number(&next())).unwrap_or(1)),
+            "abort" => std::process::abort(),
+            "pause" => loop {
+                sys(libc::SYS_pause, [0; 6]);
+            },
+            "memfd-exec" => memfd_exec(),
+            "raw" => {
+                let (call, arguments) = (next(), next());
+                let mut values = [0; 6];
+                for (value, text) in values.iter_mut().zip(arguments.split(',')) {
+                    *value = number(text);
+                }
+                sys(number(&call), values)
+            }
+            "int80" => int80(),
+            other => panic!("unknown attempt {other}"),
+        };
+        println!("{name} {result}");
+    }
+}
+
+fn number(text: &str) -> i64 {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).map(u64::cast_signed),
+        None => text.parse(),
+    };
+    parsed.expect("a number")
+}
+
+fn io<T>(result: std::io::Result<T>) -> String {
+    match result {
+        Ok(_) => "ok".to_owned(),
+        Err(error) => error.raw_os_error().map_or_else(|| error.to_string(), |errno| errno.to_string()),
+    }
+}
+
+fn sys(call: i64, [a, b, c, d, e, f]: [i64; 6]) -> String {
+    // SAFETY: the arguments are plain numbers; where the kernel takes them for pointers they are null or invalid, which
+    // it answers with an error.
+    let result = unsafe { libc::syscall(call, a, b, c, d, e, f) };
+    if result < 0 { io::<()>(Err(std::io::Error::last_os_error())) } else { "ok".to_owned() }
+}
+
+fn list(path: &str) -> String {
+    let names = fs::read_dir(path).map(|entries| {
+        let mut names: Vec<String> =
+            entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names.join(",")
+    });
+    names.unwrap_or_else(|error| io::<()>(Err(error)))
+}
+
+/// Touches this many bytes.
+fn eat(bytes: i64) -> String {
+    let mut all = Vec::new();
+    for _ in 0..bytes >> 20 {
+        all.push(vec![1_u8; 1 << 20]);
+    }
+    format!("{} MiB", std::hint::black_box(&all).len())
+}
+
+/// Forks children that wait, until it fails or there are this many.
+fn forks(most: i64) -> String {
+    for made in 0..most {
+        // SAFETY: the child only pauses.
+        let pid = unsafe { libc::fork() };
+        match pid {
+            0 => loop {
+                sys(libc::SYS_pause, [0; 6]);
+            },
+            -1 => return format!("{made} then {}", io::<()>(Err(std::io::Error::last_os_error()))),
+            _ => {}
+        }
+    }
+    format!("{most} then ok")
+}
+
+/// Leaves a daemon behind: forked twice, in a session of its own, deaf to SIGTERM and SIGHUP.
+fn daemons() -> String {
+    // SAFETY: the child makes only system calls.
+    let first = unsafe { libc::fork() };
+    if first == 0 {
+        sys(libc::SYS_setsid, [0; 6]);
+        // SAFETY: as above.
+        let second = unsafe { libc::fork() };
+        if second == 0 {
+            for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT] {
+                // SAFETY: SIG_IGN is a valid disposition.
+                unsafe { libc::signal(signal, libc::SIG_IGN) };
+            }
+            loop {
+                sys(libc::SYS_pause, [0; 6]);
+            }
+        }
+        std::process::exit(0);
+    }
+    if first < 0 { io::<()>(Err(std::io::Error::last_os_error())) } else { "ok".to_owned() }
+}
+
+/// Serves one connection on the inherited listener: answers with what it got.
+fn accept() -> String {
+    // SAFETY: descriptor 3 is the inherited listener, and nothing else in this program owns it.
+    let listener = unsafe { UnixListener::from_raw_fd(3) };
+    let served = listener.accept().and_then(|(mut stream, _)| {
+        let mut bytes = [0; 16];
+        let read = stream.read(&mut bytes)?;
+        stream.write_all(&bytes[..read])
+    });
+    io(served)
+}
+
+/// Executes a copy of a program from a memory file.
+fn memfd_exec() -> String {
+    let name = CString::new("x").expect("no NUL");
+    // SAFETY: name is a C string.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), 0) };
+    if fd < 0 {
+        return io::<()>(Err(std::io::Error::last_os_error()));
+    }
+    "ok".to_owned()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn int80() -> String {
+    let result: i64;
+    // SAFETY: getpid by the 32-bit gate takes no arguments and touches no memory.
+    unsafe {
+        std::arch::asm!("int 0x80", inlateout("rax") 20_i64 => result, out("r8") _, out("r9") _, out("r10") _, out("r11") _);
+    }
+    result.to_string()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn int80() -> String {
+    "no such gate".to_owned()
+}
