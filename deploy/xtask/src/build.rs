@@ -59,7 +59,7 @@ pub(crate) fn cargo() -> Command {
 /// When the build fails.
 pub(crate) fn binaries(profile: Profile) -> anyhow::Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--locked", "--workspace", "--bins"]);
+    build.args(["build", "--locked", "--workspace", "--all-features", "--bins"]);
     if profile == Profile::Release {
         build.arg("--release");
     }

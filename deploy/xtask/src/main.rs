@@ -1,4 +1,4 @@
-//! The commands of the project itself: `cargo xtask demo|test|bench|bundle|setup`.
+//! The commands of the project itself: `cargo xtask demo|test|bench|bundle|schema|setup`.
 //!
 //! It builds and drives the real binaries from outside; it knows nothing of their insides.
 #![forbid(unsafe_code)]
@@ -6,6 +6,7 @@
 mod bench;
 mod build;
 mod demo;
+mod schema;
 mod setup;
 mod skips;
 mod steps;
@@ -46,6 +47,8 @@ enum Command {
         #[arg(long, value_enum, default_value_t = build::Profile::Release)]
         profile: build::Profile,
     },
+    /// Write the generated JSON Schemas into the checked-in files.
+    Schema,
     /// Install what the other commands need: on Debian as root by apt-get, otherwise it names the command.
     Setup,
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Bundle { into, profile } => {
             build::binaries(profile).and_then(|binaries| build::bundle_examples(&binaries, &into))
         }
+        Command::Schema => schema::write(),
         Command::Setup => setup::run(),
     };
     match result {

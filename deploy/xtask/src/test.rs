@@ -39,7 +39,9 @@ pub(crate) fn all(full: bool) -> anyhow::Result<()> {
     step("binaries", "fix what the compiler shows", || binaries(Profile::Dev).map(drop))?;
     step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
     step("documentation", "fix what rustdoc shows", || {
-        run(cargo().args(["doc", "--locked", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))
+        run(cargo()
+            .args(["doc", "--locked", "--workspace", "--all-features", "--no-deps", "--quiet"])
+            .env("RUSTDOCFLAGS", "-D warnings"))
     })?;
     eprintln!("everything passed{}", if full { ", long suites too" } else { "; `--full` adds the long suites" });
     Ok(())
@@ -62,7 +64,7 @@ fn deny() -> anyhow::Result<()> {
 /// Runs the tests and holds what they say they skipped against the checked-in list.
 fn tests(full: bool) -> anyhow::Result<()> {
     let mut command = cargo();
-    command.args(["test", "--locked", "--workspace", "--no-fail-fast", "--", "--show-output"]);
+    command.args(["test", "--locked", "--workspace", "--all-features", "--no-fail-fast", "--", "--show-output"]);
     command.stdout(Stdio::piped());
     if full {
         command.env(FULL, "1");

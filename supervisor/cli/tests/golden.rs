@@ -6,6 +6,7 @@
 mod fake;
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -145,6 +146,45 @@ fn call_reads_standard_input() {
         r#"{"type":"counted","data":{"a":1}}"#,
     );
     assert!(text.contains("\n{\"sequence\":1001}\n") && text.ends_with("--- exit 0\n"), "{text}");
+}
+
+/// A bundle of a manifest and a script that stands in for a program.
+fn bundle(manifest: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("plugin.json"), manifest).unwrap();
+    std::fs::create_dir(directory.path().join("bin")).unwrap();
+    let program = directory.path().join("bin/hello");
+    std::fs::write(&program, "#!/bin/sh\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    directory
+}
+
+#[test]
+fn validate() {
+    let good = r#"{ "name": "hello", "version": "1.2.3", "dependencies": ["other@^1"],
+        "optimization": { "caching": { "ttl": 5 } }, "monitoring": { "performance": { "maxStartupTime": 5000 } } }"#;
+    let bad =
+        r#"{ "name": "Hello World", "verison": "1.2.3", "security": { "capabilities": ["network:htp-client"] } }"#;
+    let nobody = Path::new("/nowhere/admin.sock");
+    let validate = |path: &Path, more: &[&str]| {
+        let arguments = [&["plugin", "validate", path.to_str().unwrap()], more].concat();
+        run_with(nobody, &arguments, "")
+    };
+    let directories = [bundle(good), bundle(bad), bundle(good)];
+    let [valid, wrong, no_program] = directories.each_ref().map(tempfile::TempDir::path);
+    std::fs::remove_file(no_program.join("bin/hello")).unwrap();
+    let mut text = [
+        validate(valid, &[]),
+        validate(&valid.join("plugin.json"), &["-o", "jsonl"]),
+        validate(wrong, &[]),
+        validate(no_program, &[]),
+        validate(Path::new("/nowhere/at/all"), &[]),
+    ]
+    .join("\n");
+    for (name, path) in [("$VALID", valid), ("$WRONG", wrong), ("$NO_PROGRAM", no_program)] {
+        text = text.replace(path.to_str().unwrap(), name);
+    }
+    hold("validate.txt", &text);
 }
 
 #[test]

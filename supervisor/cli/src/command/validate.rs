@@ -2,7 +2,7 @@
 //!
 //! What only a host or a registry can tell is shown as `not checked`; what this version cannot honour is shown too.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -66,7 +66,12 @@ fn manifest(path: &Path) -> Result<Report, Failure> {
     let mut bytes = Vec::new();
     // One byte more than allowed, so that the manifest's reader sees that it is too large.
     let most = limits.bytes as u64 + 1;
-    File::open(path)
+    // A pipe or a device would make this wait for ever.
+    let regular = |path| match fs::metadata(path)?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::other("it is neither a directory nor a regular file")),
+    };
+    regular(path)
         .and_then(|file| file.take(most).read_to_end(&mut bytes))
         .map_err(|error| unreadable(path, &error))?;
     Ok(match Manifest::parse(&bytes, &limits) {
