@@ -36,12 +36,20 @@ impl BundleBuilder {
     /// A good citizen that serves `plugvisor.test.v1.EchoService` and exports it.
     #[must_use]
     pub fn echo(name: &str) -> Self {
-        Self::hostile(name, &["echo"], "plugvisor.test.v1.EchoService")
+        Self::serving(name, &["echo"], "plugvisor.test.v1.EchoService")
     }
 
-    /// The hostile plugin with `args`: the behaviour, see `hostile-plugin.rs`. It provides and exports `service`.
+    /// The hostile plugin with the behaviour `args` (see `src/bin/hostile-plugin`). It offers
+    /// `plugvisor.test.v1.HostileService` under its own name as the token, so that a world can have many of them.
     #[must_use]
-    pub fn hostile(name: &str, args: &[&str], service: &str) -> Self {
+    pub fn hostile(name: &str, args: &[&str]) -> Self {
+        Self::serving(name, args, "plugvisor.test.v1.HostileService").set(
+            "/module/crossPluginServices",
+            json!([{ "serviceName": "plugvisor.test.v1.HostileService", "token": name, "global": true }]),
+        )
+    }
+
+    fn serving(name: &str, args: &[&str], service: &str) -> Self {
         let manifest = json!({
             "name": name,
             "version": "1.0.0",
@@ -86,6 +94,13 @@ impl BundleBuilder {
     #[must_use]
     pub fn raw_manifest(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.raw_manifest = Some(bytes.into());
+        self
+    }
+
+    /// Writes these bytes as the descriptor set.
+    #[must_use]
+    pub fn descriptor(mut self, bytes: &[u8]) -> Self {
+        self.descriptor = Some(bytes.to_vec());
         self
     }
 

@@ -23,6 +23,10 @@ use tokio::{
     task::JoinHandle,
 };
 
+use crate::contract::{
+    ActRequest, ActResponse, act_request::Deed, echo_service_client::EchoServiceClient,
+    hostile_service_client::HostileServiceClient,
+};
 use crate::{CliOutput, EventLog, Lane, Neighbour, Process, Scrape, World, cli, descendants, events, scrape};
 
 /// How long a start may take.
@@ -139,6 +143,28 @@ impl Daemon {
     #[must_use]
     pub fn calls(&self) -> Client {
         Client::lazy(self.calls_socket())
+    }
+
+    /// A client of the good citizen.
+    #[must_use]
+    pub fn echo(&self) -> EchoServiceClient<Client> {
+        EchoServiceClient::new(self.calls())
+    }
+
+    /// A client of the hostile plugin with this name. It accepts answers of any size.
+    #[must_use]
+    pub fn hostile(&self, name: &str) -> HostileServiceClient<Client> {
+        let calls = self.calls().with_token(name).expect("a plugin's name can be metadata");
+        HostileServiceClient::new(calls).max_decoding_message_size(usize::MAX).max_encoding_message_size(usize::MAX)
+    }
+
+    /// Has a hostile plugin do a deed and returns its answer.
+    ///
+    /// # Errors
+    /// The status that the call ended with.
+    pub async fn act(&self, name: &str, deed: Deed) -> Result<ActResponse, tonic::Status> {
+        let request = ActRequest { ballast: Vec::new(), deed: Some(deed) };
+        Ok(self.hostile(name).act(request).await?.into_inner())
     }
 
     /// The path of `calls.sock`.

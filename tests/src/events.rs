@@ -105,11 +105,25 @@ impl EventLog {
     }
 }
 
+/// Whether the event is about this plugin, any generation of it.
+#[must_use]
+pub fn subject_is(event: &Event, plugin: &str) -> bool {
+    event.subject.split('/').next() == Some(plugin)
+}
+
+/// A number in the event's data.
+#[must_use]
+pub fn number(event: &Event, field: &str) -> Option<f64> {
+    match event.data.as_ref()?.fields.get(field)?.kind {
+        Some(Kind::NumberValue(value)) => Some(value),
+        _ => None,
+    }
+}
+
 /// Whether the event is of this type (without `io.plugvisor.` and the version) and about this plugin.
 #[must_use]
 pub fn is(event: &Event, kind: &str, plugin: &str) -> bool {
-    let subject = event.subject.split('/').next().unwrap_or_default();
-    short_type(event) == kind && subject == plugin
+    short_type(event) == kind && subject_is(event, plugin)
 }
 
 /// The type without `io.plugvisor.` and the version, such as `plugin.exited`.

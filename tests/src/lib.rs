@@ -34,7 +34,9 @@ pub use world::{NotStarted, World};
 pub fn run<F: Future<Output = anyhow::Result<()>>>(scenario: F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
     if let Err(error) = runtime.block_on(scenario) {
-        panic!("{error:?}");
+        // Not its Debug: that adds a backtrace of the harness, which says nothing about the daemon.
+        let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+        panic!("{}", causes.join("\ncaused by: "));
     }
 }
 

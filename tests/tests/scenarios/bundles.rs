@@ -1,0 +1,143 @@
+//! Bundles that are wrong before anything of them runs.
+
+use anyhow::{Context, ensure};
+use plugvisor_package::{Bundle, BundleLimits};
+use plugvisor_proto::admin::v1::PluginState;
+use plugvisor_tests::{Binaries, BundleBuilder, Lane, World, scenarios};
+use serde_json::json;
+
+use crate::{says, told, world};
+
+/// A bundle, the error's code, and words that its message must have.
+type Wrong = (BundleBuilder, &'static str, &'static [&'static str]);
+
+/// Any machine but this one, as elf(5) numbers them.
+const OTHER_MACHINE: u16 = if cfg!(target_arch = "x86_64") { 183 } else { 62 };
+
+fn corpus() -> Vec<Wrong> {
+    let named = |name: &str, rest: &str| BundleBuilder::echo(name).raw_manifest(format!("{{\"name\":{name:?},{rest}"));
+    let hostile = |name: &str| BundleBuilder::hostile(name, &["echo"]);
+    vec![
+        (BundleBuilder::echo("not-json").raw_manifest("{ this is not JSON"), "manifest.invalid", &["plugin.json"]),
+        (BundleBuilder::echo("empty-manifest").raw_manifest(""), "manifest.invalid", &["plugin.json"]),
+        (named("two-names", "\"name\":\"other\",\"version\":\"1.0.0\"}"), "manifest.invalid", &["plugin.json", "name"]),
+        (
+            named("unknown-key", "\"version\":\"1.0.0\",\"licence\":\"MIT\"}"),
+            "manifest.invalid",
+            // The typing error and what was meant.
+            &["licence", "license"],
+        ),
+        (
+            named("many-problems", "\"version\":\"one\",\"runtime\":{\"exec\":\"../../bin/sh\",\"sokcet\":1}}"),
+            "manifest.invalid",
+            &["version", "exec", "sokcet"],
+        ),
+        (hostile("entry-missing").without_entry(), "bundle.entry_missing", &["bin/entry-missing"]),
+        (hostile("not-executable").entry_mode(0o644), "bundle.entry_not_executable", &["bin/not-executable"]),
+        (hostile("other-machine").entry_machine(OTHER_MACHINE), "bundle.entry_wrong_format", &["bin/other-machine"]),
+        (
+            hostile("not-a-program").entry_bytes("just text\n", 0o755),
+            "bundle.entry_wrong_format",
+            &["bin/not-a-program"],
+        ),
+        (hostile("bad-descriptor").descriptor(b"\xff\xff\xff"), "bundle.descriptor_invalid", &["descriptor.binpb"]),
+        (
+            hostile("unknown-service").set("/module/providers", json!(["plugvisor.test.v1.NoSuchService"])),
+            "manifest.invalid",
+            &["NoSuchService"],
+        ),
+        (
+            hostile("guarded").set("/module/guards", json!([{ "name": "members", "class": "Members" }])),
+            "manifest.unsupported",
+            &["guards"],
+        ),
+        (
+            hostile("level-too-strong").set("/security/sandbox/isolationLevel", "container"),
+            "isolation.level_not_implemented",
+            &["container"],
+        ),
+        (
+            hostile("wants-network").capabilities(&["network:http-client"]),
+            "security.capability_not_implemented",
+            &["network:http-client"],
+        ),
+    ]
+}
+
+/// Each is refused with its code, its words and a hint; in the status, as an event and on the command line. The good
+/// citizen beside them is loaded and answers.
+async fn each_wrong_bundle_is_named(lane: Lane) -> anyhow::Result<()> {
+    let mut world = world(lane)?.grants(&["network:http-client"]);
+    for (bundle, ..) in corpus() {
+        world = world.plugin(&bundle)?;
+    }
+    let daemon = world.start().await?;
+    daemon.loaded("echo").await?;
+    let neighbour = daemon.neighbour();
+    for (bundle, code, words) in corpus() {
+        let name = bundle.name();
+        let event = told(&daemon, "plugin.rejected", name).await?;
+        ensure!(event.reason == code, "{name} was rejected with {}, not {code}\n{}", event.reason, daemon.account());
+        let status = daemon.in_state(name, PluginState::Failed).await?;
+        says(&format!("the error of {name}"), &status.last_error, words)?;
+        ensure!(!status.hint.is_empty(), "{name} has no hint: {status:?}");
+        ensure!(status.pid == 0, "{name} runs: {status:?}");
+        let load = daemon.cli(&["load", name]).await?;
+        ensure!(load.code == Some(1), "`load {name}` ended with {load:?}");
+        says(&format!("`load {name}`"), &load.stderr, words)?;
+        says(&format!("`load {name}`"), &load.stderr, &["next: "])?;
+    }
+    let status = daemon.cli(&["status"]).await?;
+    ensure!(status.code == Some(3), "a status with failed plugins is degraded: {status:?}");
+    neighbour.finish().await?;
+    daemon.stop().await
+}
+
+/// A directory whose tier has walls that have not landed, or that never runs.
+async fn tiers_that_cannot_run_are_refused(lane: Lane) -> anyhow::Result<()> {
+    for (tier, words) in [("untrusted", ["sandbox", "verified"]), ("quarantined", ["quarantined", "tier"])] {
+        let daemon = world(lane)?.tier(tier).start().await?;
+        let event = told(&daemon, "plugin.rejected", "echo").await?;
+        let status = daemon.in_state("echo", PluginState::Failed).await?;
+        says(tier, &format!("{} {}", status.last_error, status.hint), &words)?;
+        ensure!(event.reason.starts_with("isolation.") || event.reason.starts_with("security."), "{event:?}");
+        daemon.stop().await?;
+    }
+    Ok(())
+}
+
+/// Two bundles of one name: neither may silently win.
+async fn a_name_that_is_taken_is_refused(lane: Lane) -> anyhow::Result<()> {
+    let world = world(lane)?;
+    let twin = world.path().join("twin");
+    std::fs::create_dir(&twin)?;
+    let bundle = BundleBuilder::echo("echo").write(&twin, world.binaries())?;
+    std::fs::rename(bundle, world.plugins().join("echo-again"))?;
+    let daemon = world.start().await?;
+    let event = daemon
+        .events()
+        .wait("a rejection of the second echo", |event| event.reason == "manifest.duplicate_name")
+        .await
+        .with_context(|| daemon.printed())?;
+    ensure!(!event.hint.is_empty(), "{event:?}");
+    let text = plugvisor_tests::events::data_text(&event);
+    says("the event", &text, &["plugins/echo", "echo-again"])?;
+    daemon.stop().await
+}
+
+scenarios!(each_wrong_bundle_is_named, tiers_that_cannot_run_are_refused, a_name_that_is_taken_is_refused);
+
+/// What the scenarios take for good is good, and nothing but the damage makes the corpus bad.
+#[test]
+fn the_good_citizen_is_a_valid_bundle() {
+    let directory = tempfile::tempdir().unwrap();
+    let built = Binaries::find().unwrap();
+    for bundle in [BundleBuilder::echo("echo"), BundleBuilder::hostile("hostile", &["echo"])] {
+        let path = bundle.write(directory.path(), &built).unwrap();
+        let opened = Bundle::open(&path, &BundleLimits::default()).unwrap();
+        assert_eq!(opened.manifest.name.as_str(), bundle.name());
+        assert_eq!(opened.services.provided.len(), 1);
+        assert!(opened.manifest.unsupported().is_empty());
+    }
+    let _ = World::new(Lane::Rootless).unwrap();
+}

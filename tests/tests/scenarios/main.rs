@@ -1,0 +1,42 @@
+//! Scenarios against the real daemon, launcher, command line and plugins, in both lanes.
+//!
+//! Each test starts a daemon of its own, awaits what it says, and stops it with nothing left behind.
+
+mod alone;
+mod bundles;
+mod calls;
+mod faults;
+mod floods;
+mod life;
+mod operator;
+mod places;
+mod starts;
+
+use anyhow::{Context, ensure};
+use plugvisor_proto::event::v1::Event;
+use plugvisor_tests::{BundleBuilder, Daemon, Lane, World, events};
+
+/// A world with the good citizen in it.
+fn world(lane: Lane) -> anyhow::Result<World> {
+    World::new(lane)?.plugin(&BundleBuilder::echo("echo"))
+}
+
+/// Waits for an event of this type about this plugin that says something to do.
+async fn told(daemon: &Daemon, kind: &str, plugin: &str) -> anyhow::Result<Event> {
+    let event = daemon
+        .events()
+        .wait(&format!("{kind} of {plugin}"), |event| events::is(event, kind, plugin))
+        .await
+        .with_context(|| daemon.printed())?;
+    ensure!(!event.reason.is_empty(), "an event without a reason: {event:?}");
+    ensure!(!event.hint.is_empty(), "{kind} of {plugin} does not say what to do: {event:?}");
+    Ok(event)
+}
+
+/// Asserts that a text has all of these words in it.
+fn says(what: &str, text: &str, words: &[&str]) -> anyhow::Result<()> {
+    for word in words {
+        ensure!(text.contains(word), "{what} does not say {word:?}: {text}");
+    }
+    Ok(())
+}
