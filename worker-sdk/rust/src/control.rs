@@ -53,6 +53,7 @@ pub(crate) struct Control<P> {
     initialising: Mutex<()>,
     plugin: OnceCell<Arc<P>>,
     misconfigured: AtomicBool,
+    draining: AtomicBool,
     stopped: AtomicBool,
 }
 
@@ -66,6 +67,7 @@ impl<P: Plugin> Control<P> {
             initialising: Mutex::new(()),
             plugin: OnceCell::new(),
             misconfigured: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
         }
     }
@@ -119,7 +121,10 @@ impl<P: Plugin> Control<P> {
 
     /// Waits until nothing is in flight and the author's code is done, or for `limit`. Returns the calls left.
     pub(crate) async fn drain_within(&self, limit: Duration) -> u32 {
-        self.report(ServingStatus::NotServing).await;
+        // Only the first time: a status that is set again is sent again to those who watch.
+        if !self.draining.swap(true, Ordering::AcqRel) {
+            self.report(ServingStatus::NotServing).await;
+        }
         let author = async {
             if let Some(plugin) = self.plugin.get() {
                 plugin.drain().await;

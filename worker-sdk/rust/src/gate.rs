@@ -190,3 +190,97 @@ fn trailers_of(status: &Status) -> HeaderMap {
     }
     trailers
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::VecDeque,
+        future::{poll_fn, ready},
+    };
+
+    use tonic::server::NamedService;
+
+    use super::*;
+
+    /// Answers with the given steps as the frames of its body, each run when the frame is asked for.
+    #[derive(Clone)]
+    struct Scripted(Vec<fn() -> String>);
+
+    impl NamedService for Scripted {
+        const NAME: &'static str = "test.Scripted";
+    }
+
+    impl Service<Request<Body>> for Scripted {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = std::future::Ready<Result<Response<Body>, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request<Body>) -> Self::Future {
+            ready(Ok(Response::new(Body::new(ScriptedBody(self.0.clone().into())))))
+        }
+    }
+
+    struct ScriptedBody(VecDeque<fn() -> String>);
+
+    impl HttpBody for ScriptedBody {
+        type Data = <Body as HttpBody>::Data;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Self::Data>, Status>>> {
+            let step = self.0.pop_front();
+            Poll::Ready(step.map(|step| Ok(Frame::data(step().into_bytes().into()))))
+        }
+    }
+
+    async fn call(script: Vec<fn() -> String>) -> (GateBody, Inflight) {
+        let (mut services, inflight) = (Services::default(), Inflight::default());
+        services.add(Scripted(script));
+        let own = OwnServices::default();
+        own.set(services).unwrap();
+        let mut gate = Gate::new(Services::default(), own, inflight.clone());
+        let traced = Request::builder().uri("/test.Scripted/Run").header("traceparent", "carried");
+        let Ok(response) = gate.call(traced.body(Body::empty()).unwrap()).await;
+        (response.into_body(), inflight)
+    }
+
+    async fn next(body: &mut GateBody) -> Option<Frame<<Body as HttpBody>::Data>> {
+        poll_fn(|task| Pin::new(&mut *body).poll_frame(task)).await.map(Result::unwrap)
+    }
+
+    #[tokio::test]
+    async fn a_streaming_handler_has_its_context_and_counts_until_its_end() {
+        let traced = || CallContext::current().unwrap().traceparent().unwrap().to_owned();
+        let (mut body, inflight) = call(vec![traced, traced]).await;
+        assert_eq!(next(&mut body).await.unwrap().into_data().unwrap(), "carried");
+        assert_eq!(inflight.count(), 1);
+        assert_eq!(next(&mut body).await.unwrap().into_data().unwrap(), "carried");
+        assert!(next(&mut body).await.is_none());
+        assert_eq!(inflight.count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_is_dropped_no_longer_counts() {
+        let (mut body, inflight) = call(vec![String::new, String::new]).await;
+        next(&mut body).await.unwrap();
+        assert_eq!(inflight.count(), 1);
+        drop(body);
+        assert_eq!(inflight.count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_stream_ends_it_with_trailers() {
+        let (mut body, inflight) = call(vec![|| "begun".to_owned(), || panic!("as the test asked")]).await;
+        assert_eq!(next(&mut body).await.unwrap().into_data().unwrap(), "begun");
+        let trailers = next(&mut body).await.unwrap().into_trailers().unwrap();
+        assert_eq!(trailers["grpc-status"], "13");
+        assert!(next(&mut body).await.is_none());
+        assert_eq!(inflight.count(), 0);
+    }
+}

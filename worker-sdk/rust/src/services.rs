@@ -29,6 +29,11 @@ impl Services {
         self
     }
 
+    /// Adds all services of another set, for example those of another plugin in a test.
+    pub fn append(&mut self, other: Self) {
+        self.by_name.extend(other.by_name);
+    }
+
     /// The fully qualified names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
         self.by_name.keys().copied()

@@ -32,7 +32,7 @@ use tonic::{Request, Response, Status, transport::Server};
 use tonic_health::pb::health_client::HealthClient;
 
 use crate::{
-    Plugin, Services,
+    Host, Plugin, Services,
     config::{from_struct, to_struct},
     gate::Gate,
     inflight::Inflight,
@@ -55,6 +55,7 @@ pub struct Builder {
     config: Result<Value, serde_json::Error>,
     capabilities: Vec<String>,
     broker: Services,
+    recorder: Recorder,
     drain: Duration,
     initialise: bool,
 }
@@ -74,7 +75,8 @@ impl Builder {
         self
     }
 
-    /// Adds services that the plugin can call, in place of other plugins.
+    /// Adds services that the plugin can call, in place of other plugins. One named `plugvisor.host.v1.Events` takes the
+    /// place of the recorder behind [`TestPlugin::published`].
     #[must_use]
     pub fn broker(mut self, add: impl FnOnce(&mut Services)) -> Self {
         add(&mut self.broker);
@@ -97,14 +99,13 @@ impl Builder {
 
     /// Starts the plugin and initialises it. The status is what a supervisor would have got from Init.
     pub async fn start<P: Plugin>(self) -> Result<TestPlugin, Status> {
-        let Self { config, capabilities, mut broker, drain, initialise } = self;
+        let Self { config, capabilities, broker, recorder, drain, initialise } = self;
         let config = config.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let directory = Directory::new()?;
-        let (quit, recorder) = (CancellationToken::new(), Recorder::default());
+        let quit = CancellationToken::new();
 
-        broker.add(EventsServer::new(recorder.clone()));
         let broker_path = directory.0.join("broker.sock");
-        let gate = Gate::new(broker, Arc::new(OnceLock::new()), Inflight::default());
+        let gate = Gate::new(Services::default(), Arc::new(OnceLock::from(broker)), Inflight::default());
         let incoming = listen(&broker_path)?;
         tokio::spawn(Server::builder().serve_with_incoming_shutdown(gate, incoming, quit.clone().cancelled_owned()));
 
@@ -146,13 +147,21 @@ pub struct TestPlugin {
 impl TestPlugin {
     /// What to start.
     pub fn builder() -> Builder {
+        let (mut broker, recorder) = (Services::default(), Recorder::default());
+        broker.add(EventsServer::new(recorder.clone()));
         Builder {
             config: Ok(Value::Object(serde_json::Map::new())),
             capabilities: Vec::new(),
-            broker: Services::default(),
+            broker,
+            recorder,
             drain: Duration::from_secs(5),
             initialise: true,
         }
+    }
+
+    /// A host without a broker and without grants, for starting a plugin by hand: its calls fail with UNAVAILABLE.
+    pub fn host_alone() -> Host {
+        Host::new("test".to_owned(), 1, Vec::new(), Client::unavailable("this host has no broker"))
     }
 
     /// Starts `P` with this configuration and nothing else.
