@@ -157,6 +157,22 @@ fn classes_agree_with_what_is_reported() {
     assert!(inactive.iter().all(|path| manifest.inactive_fields().contains(path)), "{inactive:?}");
 }
 
+/// The examples are what authors copy: nothing in them is refused or does nothing.
+#[test]
+fn the_examples_are_good_manifests() {
+    let bundles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../worker-sdk/examples/bundles");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(bundles).unwrap() {
+        let bytes = fs::read(entry.unwrap().path().join(Manifest::FILE_NAME)).unwrap();
+        let manifest = Manifest::parse(&bytes, &ManifestLimits::default()).unwrap();
+        assert_eq!(manifest.unsupported(), [], "{}", manifest.name);
+        assert_eq!(manifest.inactive_fields(), <[String; 0]>::default(), "{}", manifest.name);
+        names.push(manifest.name.to_string());
+    }
+    names.sort();
+    assert_eq!(names, ["gallery", "markdown", "thumbnailer"]);
+}
+
 /// Each broken manifest has its problems beside it. `UPDATE_GOLDEN=1` writes them anew; read the difference.
 #[test]
 fn broken_manifests_are_told_everything() {
