@@ -72,7 +72,8 @@ fn admit(shared: &Rc<Shared>, caller: &Caller, mut head: Parts) -> Result<Target
     if head.method != Method::POST || !is_grpc(&head.headers) {
         return Err(bad_request("the request is not gRPC: it must be a POST with content-type application/grpc"));
     }
-    let path = head.uri.path_and_query().cloned().ok_or_else(|| bad_request("the request has no path"))?;
+    let path = head.uri.path_and_query().filter(|path| path.query().is_none()).cloned();
+    let path = path.ok_or_else(|| bad_request("the request has no path, or a query behind it"))?;
     let (service, _method) = headers::service_and_method(path.as_str())
         .ok_or_else(|| bad_request("the path is not /package.Service/Method"))?;
     let asked = match head.headers.get(headers::TIMEOUT) {

@@ -118,8 +118,8 @@ async fn serve(
     let early = refusal::status_of(&head.headers);
     let over = body.is_end_stream();
     match respond.send_response(Response::from_parts(head, ()), over) {
-        Err(_) => return CANCELLED,
-        Ok(_) if over => return early.unwrap_or(UNKNOWN),
+        Err(_) => CANCELLED,
+        Ok(_) if over => early.unwrap_or(UNKNOWN),
         Ok(begun) => {
             let to = to_caller.insert(begun);
             while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {

@@ -28,6 +28,8 @@ struct Series {
     sum: Cell<Duration>,
 }
 
+type ByCaller = HashMap<CallerKey, Series>;
+
 #[derive(Debug)]
 struct CallerFigures {
     name: String,
@@ -46,7 +48,7 @@ pub(super) struct Metrics {
 /// The figures of one provider, by method and caller; shared by its generations.
 #[derive(Debug, Default)]
 pub(super) struct ProviderMetrics {
-    methods: RefCell<HashMap<Box<str>, HashMap<CallerKey, Rc<Series>>>>,
+    methods: RefCell<HashMap<Box<str>, ByCaller>>,
 }
 
 impl Metrics {

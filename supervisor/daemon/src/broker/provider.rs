@@ -267,6 +267,10 @@ impl Provider {
             return;
         }
         match ended {
+            // h2 says so of an end without GOAWAY too.
+            Ended::Cleanly if self.in_flight.get() > 0 => {
+                self.tell_lost(&shared, "it closed the connection in the middle of calls".into());
+            }
             Ended::Cleanly => {}
             Ended::Lost(detail) => self.tell_lost(&shared, detail),
             Ended::Protocol(detail) => self.tell_protocol(&shared, detail),

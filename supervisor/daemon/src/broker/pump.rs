@@ -35,6 +35,7 @@ pub(super) struct Pump {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "lives in the call's task, which is allocated once")]
 enum Down {
     Awaiting(ResponseFuture),
     Flowing { from: RecvStream, to: SendStream<Bytes>, lane: Lane },

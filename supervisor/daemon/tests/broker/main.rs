@@ -1,0 +1,10 @@
+//! The broker over real Unix sockets, with tonic and bare HTTP/2 at both ends.
+
+#![allow(missing_docs, reason = "tests")]
+
+mod backpressure;
+mod faults;
+mod lifecycle;
+mod passing;
+mod refusals;
+mod support;
