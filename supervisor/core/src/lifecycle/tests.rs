@@ -558,3 +558,23 @@ fn requests_that_do_not_fit_say_what_to_do() {
     world.feed(Event::StopRequested(Haste::Gentle)).unwrap();
     assert_eq!(world.feed(Event::RestartRequested).unwrap_err().error.code, Code::PluginWrongState);
 }
+
+#[test]
+fn a_minute_of_being_ready_forgives_even_if_it_degrades_before_it_dies() {
+    for (ready_ms, degrades, delay_ms) in
+        [(60_000, false, 375), (60_000, true, 375), (59_999, false, 750), (59_999, true, 750)]
+    {
+        let mut world = World::loaded();
+        world.act(&Act::Exit(1));
+        world.act(&Act::RestartDue);
+        world.settle();
+        world.now = world.now + Duration::from_millis(ready_ms);
+        if degrades {
+            world.act(&Act::ReadyLost);
+            world.now = world.now + Duration::from_secs(1);
+        }
+        world.act(&Act::Exit(1));
+        let delay = world.restart.map(|(_, delay)| delay);
+        assert_eq!(delay, Some(Duration::from_millis(delay_ms)), "ready for {ready_ms} ms, degrades: {degrades}");
+    }
+}
