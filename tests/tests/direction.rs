@@ -20,7 +20,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("plugvisor-examples", &["plugvisor-worker"]),
     // These two drive the programs from outside: they see what an operator, an author or an application sees.
     ("plugvisor-tests", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
-    ("xtask", &["plugvisor-client", "plugvisor-package", "plugvisor-proto", "plugvisor-tests"]),
+    ("xtask", &["plugvisor-client", "plugvisor-examples", "plugvisor-package", "plugvisor-proto", "plugvisor-tests"]),
 ];
 
 /// Crates that must not be in another's tree at all, however deep.

@@ -67,12 +67,15 @@ pub(crate) fn binaries(profile: Profile) -> anyhow::Result<PathBuf> {
     Ok(target_directory()?.join(profile.directory()))
 }
 
+/// Where the checked-in part of the example plugins' bundles is, below the workspace's root.
+pub(crate) const BUNDLES: &str = "worker-sdk/examples/bundles";
+
 /// Puts the example plugins' bundles into `into`, one directory each.
 ///
 /// # Errors
 /// When a plugin is not in `binaries`, or a file cannot be copied.
-pub(crate) fn bundle_examples(binaries: &Path, into: &Path) -> anyhow::Result<()> {
-    let sources = workspace_root().join("worker-sdk/examples/bundles");
+pub(crate) fn bundle_examples(root: &Path, binaries: &Path, into: &Path) -> anyhow::Result<()> {
+    let sources = root.join(BUNDLES);
     for entry in fs::read_dir(&sources).with_context(|| format!("cannot read {}", sources.display()))? {
         let source = entry.with_context(|| format!("cannot read {}", sources.display()))?.path();
         if let Some(name) = source.file_name().filter(|_| source.is_dir()) {

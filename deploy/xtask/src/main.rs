@@ -58,9 +58,8 @@ fn main() -> ExitCode {
         Command::Demo(demo) => demo::run(&demo),
         Command::Test { full } => test::all(full),
         Command::Bench { what } => bench::run(&what),
-        Command::Bundle { into, profile } => {
-            build::binaries(profile).and_then(|binaries| build::bundle_examples(&binaries, &into))
-        }
+        Command::Bundle { into, profile } => build::binaries(profile)
+            .and_then(|binaries| build::bundle_examples(&build::workspace_root(), &binaries, &into)),
         Command::Schema => schema::write(),
         Command::Setup => setup::run(),
     };

@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::io::BufReader;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 
 use crate::build::{Profile, binaries, cargo, target_directory, workspace_root};
+use crate::demo::SOURCES;
 use crate::steps::{run, step};
 use crate::{setup, skips};
 
@@ -15,6 +18,9 @@ const CARGO_DENY: &str = "0.20.2";
 
 /// Makes the long suites run; tests read it.
 const FULL: &str = "PLUGVISOR_FULL";
+
+/// A uid without an account, so that nothing belongs to it.
+const STRANGER: u32 = 61_235;
 
 /// Runs every check and stops at the first that fails.
 ///
@@ -36,8 +42,13 @@ pub(crate) fn all(full: bool) -> anyhow::Result<()> {
         ]))
     })?;
     step("dependencies", "see deny.toml: remove the dependency, or state there why it may stay", deny)?;
-    step("binaries", "fix what the compiler shows", || binaries(Profile::Dev).map(drop))?;
+    let binaries = step("binaries", "fix what the compiler shows", || binaries(Profile::Dev))?;
     step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
+    let next = "see which line says FAILED; `cargo xtask demo --once --profile dev` repeats it";
+    step("demo", next, || run(&mut demo(&binaries.join("xtask"), &binaries)))?;
+    if rustix::process::geteuid().is_root() {
+        step("demo as an ordinary user", next, || demo_as_stranger(&binaries))?;
+    }
     step("documentation", "fix what rustdoc shows", || {
         run(cargo()
             .args(["doc", "--locked", "--workspace", "--all-features", "--no-deps", "--quiet"])
@@ -59,6 +70,49 @@ fn deny() -> anyhow::Result<()> {
             .arg(&tools))?;
     }
     run(Command::new(program).current_dir(workspace_root()).args(["check", "bans", "licenses", "sources"]))
+}
+
+/// The command line of a demo that ends by itself.
+fn demo(xtask: &Path, binaries: &Path) -> Command {
+    let mut command = Command::new(xtask);
+    command.args(["demo", "--once", "--binaries"]).arg(binaries);
+    command
+}
+
+/// A demo by a user who owns nothing here and cannot even read the clone: a directory of copies is all there is.
+fn demo_as_stranger(binaries: &Path) -> anyhow::Result<()> {
+    let place = tempfile::Builder::new().prefix("plugvisor-stranger-").tempdir().context("cannot make a directory")?;
+    let (source, programs) = (place.path().join("source"), place.path().join("bin"));
+    for directory in SOURCES {
+        copy_directory(&workspace_root().join(directory), &source.join(directory))?;
+    }
+    fs::create_dir(&programs).with_context(|| format!("cannot make {}", programs.display()))?;
+    for name in ["xtask", "plugvisor", "plugvisord", "plugvisor-launcher", "gallery", "markdown", "thumbnailer"] {
+        let (from, to) = (binaries.join(name), programs.join(name));
+        // Programs with debug information are large; a second name costs nothing on the same file system.
+        if fs::hard_link(&from, &to).is_err() {
+            fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
+        }
+    }
+    // Our umask may be strict; the stranger must be able to read.
+    run(Command::new("chmod").args(["-R", "a+rX"]).arg(place.path()))?;
+    let mut command = demo(&programs.join("xtask"), &programs);
+    command.arg("--source").arg(&source).uid(STRANGER).gid(STRANGER).current_dir("/").env_remove("XDG_RUNTIME_DIR");
+    run(&mut command)
+}
+
+fn copy_directory(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
+    for entry in fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
+        let path = entry.with_context(|| format!("cannot read {}", from.display()))?.path();
+        let to = to.join(path.file_name().unwrap_or_default());
+        if path.is_dir() {
+            copy_directory(&path, &to)?;
+        } else {
+            fs::copy(&path, &to).with_context(|| format!("cannot copy {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs the tests and holds what they say they skipped against the checked-in list.

@@ -40,7 +40,14 @@ pub(crate) struct Demo {
     /// Use the programs in this directory instead of building: plugvisor, plugvisord, plugvisor-launcher and the plugins.
     #[arg(long, value_name = "DIRECTORY")]
     binaries: Option<PathBuf>,
+    /// The sources of the bundles and the samples.
+    #[arg(long, value_name = "DIRECTORY", hide = true, default_value_os_t = workspace_root())]
+    source: PathBuf,
 }
+
+/// What `--source` must hold.
+pub(crate) const SOURCES: [&str; 2] = [SAMPLES, build::BUNDLES];
+const SAMPLES: &str = "deploy/demo";
 
 const PLUGINS: [&str; 3] = ["gallery", "markdown", "thumbnailer"];
 
@@ -60,7 +67,7 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
         }
     };
     let place = Place::new()?;
-    build::bundle_examples(&binaries, &place.bundles())?;
+    build::bundle_examples(&demo.source, &binaries, &place.bundles())?;
     let mut checks = Checks::default();
 
     let lacking = probe(&binaries, &place, &mut checks)?;
@@ -143,7 +150,7 @@ fn show(
     }
 
     println!("\nthe page:");
-    let samples = Samples::read(&workspace_root().join("deploy/demo"))?;
+    let samples = Samples::read(&demo.source.join(SAMPLES))?;
     page::make(supervisor, &samples, &place.page(), checks)?;
     walls::print_tree(supervisor.pid())?;
     println!("\nstate:");
