@@ -141,22 +141,6 @@ impl Breaker {
         further.or(transition)
     }
 
-    /// Notes a launch that failed, which counts as a failed call without a permit.
-    pub fn launch_failed(&mut self, now: Time) -> Option<Transition> {
-        let permit = Permit { epoch: self.epoch, transition: None };
-        self.record(permit, Outcome::Failure, Duration::ZERO, now)
-    }
-
-    /// Begins the breaker of a new generation in place of this one: closed, nothing counted, all permits stale.
-    pub fn renew(&mut self, now: Time) -> Option<Transition> {
-        let was = self.inner;
-        self.close();
-        match was {
-            Inner::Closed => None,
-            Inner::Open { .. } | Inner::HalfOpen { .. } => Some(Transition::Closed { open: now - self.opened_at }),
-        }
-    }
-
     /// Makes the changes that only time makes. Call it about once a second, or at [`Snapshot::retry_after`].
     pub fn tick(&mut self, now: Time) -> Option<Transition> {
         match self.inner {

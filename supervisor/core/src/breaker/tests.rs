@@ -271,18 +271,6 @@ fn permits_of_an_earlier_epoch_are_ignored() {
 }
 
 #[test]
-fn failed_launches_count_and_a_new_generation_begins_closed() {
-    let mut breaker = Breaker::new(steady(), 1);
-    for _ in 0..4 {
-        assert_eq!(breaker.launch_failed(at(0)), None);
-    }
-    assert!(opened(breaker.launch_failed(at(0))).is_some());
-    assert_eq!(breaker.renew(at(5)), Some(Transition::Closed { open: ms(5) }));
-    assert_eq!(breaker.snapshot(at(5)).consecutive_failures, 0);
-    assert_eq!(breaker.renew(at(6)), None);
-}
-
-#[test]
 fn an_off_breaker_admits_everything() {
     let mut breaker = Breaker::new(Settings { mode: Mode::Off, ..steady() }, 1);
     for _ in 0..100 {
