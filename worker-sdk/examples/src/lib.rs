@@ -17,6 +17,11 @@ use std::{
 
 use plugvisor_worker::{Options, Plugin, serve_with};
 
+/// Compiles and runs the code in the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
+
 pub mod gallery;
 pub mod markdown;
 pub mod thumbnailer;

@@ -28,8 +28,12 @@ use tracing_subscriber::{
 
 use crate::listen::Environment;
 
-/// The supervisor cuts lines that are too long, and a cut line is no JSON: one value is kept below this many bytes.
+/// The supervisor cuts lines of more than 8 KiB, and a cut line is no JSON. So one value is kept below this many bytes,
 const MOST_VALUE: usize = 4096;
+/// and of a line that is longer than this in spite of it, only the beginning of the message is kept.
+const MOST_LINE: usize = 8000;
+/// Short enough that escaping every letter (six bytes each) leaves the line below the limit.
+const MOST_CUT_MESSAGE: usize = 1000;
 
 /// Installs the subscriber and the panic hook. Does nothing where a program has installed its own subscriber before.
 pub(crate) fn install(environment: &Environment) {
@@ -71,7 +75,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
             "timestamp": timestamp,
             "level": metadata.level().as_str(),
             "target": metadata.target(),
-            "message": fields.message,
+            "message": &fields.message,
             "plugin": self.plugin,
             "generation": self.generation,
         });
@@ -90,7 +94,14 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> FormatEvent<S, JsonFields> for Json
         if let Some(trace_id) = CallContext::current().as_ref().and_then(CallContext::trace_id) {
             line["trace_id"] = trace_id.into();
         }
-        writeln!(writer, "{line}")
+        let mut text = line.to_string();
+        if text.len() > MOST_LINE {
+            line["message"] = shortened(fields.message, MOST_CUT_MESSAGE).into();
+            line["fields"] = json!({"cut": true});
+            line["spans"] = Value::Null;
+            text = line.to_string();
+        }
+        writeln!(writer, "{text}")
     }
 }
 
@@ -113,11 +124,11 @@ impl Fields {
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, Value::String(shortened(format!("{value:?}"))));
+        self.put(field, Value::String(shortened(format!("{value:?}"), MOST_VALUE)));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, Value::String(shortened(value.to_owned())));
+        self.put(field, Value::String(shortened(value.to_owned(), MOST_VALUE)));
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
@@ -137,10 +148,76 @@ impl Visit for Fields {
     }
 }
 
-fn shortened(mut text: String) -> String {
-    if text.len() > MOST_VALUE {
-        text.truncate(text.floor_char_boundary(MOST_VALUE));
+fn shortened(mut text: String, most: usize) -> String {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
         text.push('…');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Captured(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Captured {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn logged(work: impl FnOnce()) -> Vec<Value> {
+        let captured = Captured::default();
+        let writer = captured.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .fmt_fields(JsonFields::new())
+            .event_format(JsonLines { plugin: "sample".into(), generation: 2 })
+            .finish();
+        tracing::subscriber::with_default(subscriber, work);
+        let text = String::from_utf8(captured.0.lock().unwrap().clone()).unwrap();
+        assert!(text.lines().all(|line| line.len() <= 8192), "{text}");
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_line_says_who_what_and_for_which_trace() {
+        let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let call = CallContext::default().with_traceparent(traceparent).unwrap();
+        let lines = logged(|| {
+            let _span = tracing::info_span!("batch", id = 7).entered();
+            call.sync_scope(|| tracing::warn!(edge = 256, name = "a\nb", "scaled {}", 1));
+            tracing::info!("outside");
+        });
+        assert_eq!(lines[0]["level"], "WARN");
+        assert_eq!(lines[0]["message"], "scaled 1");
+        assert_eq!(lines[0]["fields"], json!({"edge": 256, "name": "a\nb"}));
+        assert_eq!(lines[0]["spans"], json!([{"name": "batch", "fields": {"id": 7}}]));
+        assert_eq!((&lines[0]["plugin"], &lines[0]["generation"]), (&json!("sample"), &json!(2)));
+        assert_eq!(lines[0]["trace_id"], "0af7651916cd43dd8448eb211c80319c");
+        assert!(lines[1].get("trace_id").is_none() && lines[1].get("fields").is_none(), "{}", lines[1]);
+    }
+
+    #[test]
+    fn a_long_line_stays_json() {
+        let long = "\u{1}".repeat(100_000);
+        let lines = logged(|| {
+            tracing::info!(a = long, b = long, "short");
+            tracing::info!("{long}");
+            tracing::info!(a = "x".repeat(5000), "fits once cut");
+        });
+        assert_eq!(lines[0]["message"], "short");
+        assert_eq!(lines[0]["fields"], json!({"cut": true}));
+        assert!(lines[1]["message"].as_str().unwrap().ends_with('…'));
+        assert_eq!(lines[2]["fields"]["a"].as_str().unwrap().len(), MOST_VALUE + '…'.len_utf8());
+    }
 }
