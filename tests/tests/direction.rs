@@ -17,7 +17,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("plugvisor-cli", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
     ("plugvisor-client", &["plugvisor-proto"]),
     ("plugvisor-worker", &["plugvisor-client", "plugvisor-proto"]),
-    ("plugvisor-examples", &["plugvisor-worker"]),
+    ("plugvisor-examples", &["plugvisor-proto", "plugvisor-worker"]),
     // These two drive the programs from outside: they see what an operator, an author or an application sees.
     ("plugvisor-tests", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
     ("xtask", &["plugvisor-client", "plugvisor-examples", "plugvisor-package", "plugvisor-proto", "plugvisor-tests"]),
