@@ -4,12 +4,24 @@
 //! this crate carries out what they decide and converts between wire and domain types at its edges.
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod broker;
+pub mod calls;
 pub mod config;
+pub mod discovery;
+pub mod driver;
+pub mod events;
+pub mod fleet;
+pub mod host_events;
 pub mod journal;
 pub mod launcher;
 pub mod logs;
+pub mod metrics;
 pub mod observe;
 pub mod privileges;
 mod readiness;
+pub mod run;
 pub mod runtime_directory;
+pub mod start;
+pub mod stats;
+pub mod supervisor;

@@ -23,6 +23,7 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Requests that may wait to be sent.
 const QUEUE: usize = 64;
@@ -37,6 +38,7 @@ const LAUNCH_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Launcher {
     asks: mpsc::Sender<Ask>,
+    closing: CancellationToken,
     pid: u32,
     end: watch::Receiver<Option<LauncherEnd>>,
 }
@@ -114,17 +116,24 @@ impl Launcher {
         let connection = register(connection).map_err(|error| LauncherError::Request(error.to_string()))?;
         let (asks, receiver) = mpsc::channel(QUEUE);
         let (end_sender, end) = watch::channel(None);
+        let closing = CancellationToken::new();
+        let closed = closing.clone();
         let task = Task { connection, waiting: HashMap::new(), processes: HashMap::new(), next: 1 };
         tokio::spawn(async move {
-            let end = task.run(receiver).await;
+            let end = closed.run_until_cancelled(task.run(receiver)).await.unwrap_or(LauncherEnd::Closed);
             end_sender.send_replace(Some(end));
         });
-        let mut this = Self { asks, pid: 0, end };
+        let mut this = Self { asks, closing, pid: 0, end };
         match this.ask(Request::Hello(Hello { version: VERSION }), Vec::new(), PATIENCE).await? {
             Answer::Plain(Reply::Hello { version: VERSION, pid }) => this.pid = pid,
             _ => return Err(LauncherError::Mismatch),
         }
         Ok(this)
+    }
+
+    /// Closes the connection: the launcher kills what still runs and ends.
+    pub fn close(&self) {
+        self.closing.cancel();
     }
 
     /// Its pid, for people.

@@ -1,0 +1,262 @@
+//! From the supervisor's state to the messages of `plugvisor.admin.v1`.
+//!
+//! Views are taken apart field by field, so that a new field of the contract cannot be forgotten.
+
+use std::time::Duration;
+
+use plugvisor_core::{
+    Severity,
+    event::ExitKind,
+    lifecycle::{Loaded, State},
+    policy::Verdict,
+    route::Export,
+};
+use plugvisor_package::IsolationLevel;
+use plugvisor_proto::{
+    admin::v1::{
+        CapabilityState, Control, DescribePluginResponse, HostFeature, LastExit, LogStream, PluginState, PluginStatus,
+        ReadLogsResponse, ServiceState, SupervisorStatus, Transition,
+    },
+    event::v1::{Event, Severity as WireSeverity},
+};
+use plugvisor_sandbox::protocol::{ControlState, ProbeState, Probed};
+use tokio::time::Instant;
+
+use super::wire;
+use crate::{
+    broker::Snapshot,
+    calls,
+    driver::{ExitView, PluginView, TransitionView},
+    events::Record,
+    logs::{self, LogLine},
+    stats,
+    supervisor::Supervisor,
+};
+
+/// The supervisor's own line.
+pub(super) fn supervisor(state: &Supervisor) -> SupervisorStatus {
+    let launcher = state.shared.launcher.pid();
+    SupervisorStatus {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        launcher_pid: launcher,
+        started_at: Some(wire::timestamp(state.started_at)),
+        metrics_address: state.metrics_address.to_string(),
+        calls_socket: state.calls_socket.display().to_string(),
+        configuration_file: state.config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default(),
+        degraded: state.degraded(),
+        ready: matches!(crate::observe::Observed::readiness(state), crate::observe::Readiness::Ready),
+        features: state.features.iter().map(feature).collect(),
+        resident_bytes: stats::resident_bytes(std::process::id()).unwrap_or(0),
+        launcher_resident_bytes: stats::resident_bytes(launcher).unwrap_or(0),
+    }
+}
+
+fn feature(probed: &Probed) -> HostFeature {
+    let (works, detail) = match &probed.state {
+        ProbeState::Works(how) => (true, how.clone()),
+        ProbeState::Lacking { why, fix } => (false, format!("{why}; {fix}")),
+    };
+    HostFeature { name: probed.control.to_string(), works, detail }
+}
+
+/// One plugin's line.
+pub(super) fn status(view: &PluginView, calls: &Snapshot) -> PluginStatus {
+    let (phase, conditions) = match &view.state {
+        State::Loading(loading) => (loading.phase.as_str().to_owned(), Vec::new()),
+        State::Loaded(Loaded { condition, .. }) => (String::new(), vec![condition.as_str().to_owned()]),
+        State::Unknown | State::Discovered | State::Unloaded | State::Failed(_) | State::Quarantined => {
+            Default::default()
+        }
+    };
+    let served = calls.calls.iter().filter(|series| series.provider == view.name);
+    let (total, failed) = served.fold((0, 0), |(total, failed), series| {
+        let all: u64 = series.by_code.iter().sum();
+        (total + all, failed + all - series.by_code[0])
+    });
+    let breaker = calls.providers.iter().find(|provider| provider.identity.name.as_str() == view.name);
+    let process = view.process.as_deref();
+    let restart_in = view.restart_at.map(|at| at.saturating_duration_since(Instant::now()));
+    let shown_error = view.last_error.as_ref();
+    let mut last_error = shown_error.map(|error| error.message.clone()).unwrap_or_default();
+    for problem in &view.problems {
+        if !last_error.contains(problem.as_str()) {
+            last_error.push_str("\n  ");
+            last_error.push_str(problem);
+        }
+    }
+    PluginStatus {
+        name: view.name.clone(),
+        version: view.bundle.as_ref().map(|bundle| bundle.manifest.version.to_string()).unwrap_or_default(),
+        state: plugin_state(&view.state).into(),
+        phase,
+        conditions,
+        generation: view.generation.0,
+        pid: process.map_or(0, |process| process.pid),
+        isolation_level: level(view).as_str().to_owned(),
+        tier: view.verdict.as_ref().map_or(view.tier, |verdict| verdict.tier).as_str().to_owned(),
+        restarts: view.restarts,
+        since: Some(wire::timestamp(view.since)),
+        breaker: breaker.map(|provider| provider.breaker.position.as_str().to_owned()).unwrap_or_default(),
+        calls_total: total,
+        calls_failed_total: failed,
+        memory_bytes: process.and_then(|process| stats::usage(&process.cgroups).memory_bytes).unwrap_or(0),
+        last_error,
+        hint: shown_error.map(|error| error.hint.clone()).unwrap_or_default(),
+        restart_in: restart_in.and_then(wire::duration),
+    }
+}
+
+/// The level that it has, or would get.
+fn level(view: &PluginView) -> IsolationLevel {
+    match (&view.verdict, &view.bundle) {
+        (Some(verdict), _) => verdict.level,
+        (None, Some(bundle)) => bundle.manifest.security.sandbox.isolation_level.unwrap_or(IsolationLevel::Process),
+        (None, None) => IsolationLevel::Process,
+    }
+}
+
+fn plugin_state(state: &State) -> PluginState {
+    match state {
+        State::Unknown => PluginState::Unknown,
+        State::Discovered => PluginState::Discovered,
+        State::Loading(_) => PluginState::Loading,
+        State::Loaded(_) => PluginState::Loaded,
+        State::Unloaded => PluginState::Unloaded,
+        State::Failed(_) => PluginState::Failed,
+        State::Quarantined => PluginState::Quarantined,
+    }
+}
+
+/// Everything about one plugin. `controls` as the kernel shows them now.
+pub(super) fn describe(
+    view: &PluginView,
+    calls: &Snapshot,
+    controls: &[ControlState],
+    stderr_tail: Vec<String>,
+) -> DescribePluginResponse {
+    let bundle = view.bundle.as_deref();
+    let services = bundle.map(|bundle| calls::offers(&bundle.services)).unwrap_or_default();
+    let mut controls: Vec<Control> = controls.iter().map(control).collect();
+    controls.extend(view.verdict.iter().flat_map(|verdict| limit_notes(verdict)));
+    DescribePluginResponse {
+        status: Some(status(view, calls)),
+        bundle_directory: view.directory.display().to_string(),
+        content_digest: bundle.map(|bundle| bundle.digest.to_string()).unwrap_or_default(),
+        controls,
+        capabilities: view.verdict.as_deref().map(capabilities).unwrap_or_default(),
+        inactive_fields: bundle.map(|bundle| bundle.manifest.inactive_fields().to_vec()).unwrap_or_default(),
+        services: services
+            .into_iter()
+            .map(|service| ServiceState {
+                name: service.name,
+                token: service.token.unwrap_or_default(),
+                exported: matches!(service.export, Export::Shared { .. }),
+            })
+            .collect(),
+        transitions: view.transitions.iter().map(transition).collect(),
+        stderr_tail,
+        last_exit: view.last_exit.as_ref().map(last_exit),
+        manifest: bundle.and_then(|bundle| match bundle.manifest.as_json() {
+            serde_json::Value::Object(object) => Some(wire::to_struct(object.clone())),
+            _ => None,
+        }),
+        sdk: view.sdk.clone(),
+    }
+}
+
+fn control(state: &ControlState) -> Control {
+    let ControlState { control, requested, enforced, read_from, unavailable } = state;
+    Control {
+        name: control.to_string(),
+        requested: requested.clone(),
+        enforced: enforced.clone().unwrap_or_default(),
+        read_from: read_from.clone(),
+        unavailable: unavailable.clone(),
+    }
+}
+
+/// Where a limit is not the one that the manifest asked for, that is part of the truth too.
+fn limit_notes(verdict: &Verdict) -> impl Iterator<Item = Control> {
+    verdict.limit_notes.iter().map(|note| Control {
+        name: note.limit.to_owned(),
+        requested: note.why.clone(),
+        enforced: "see the control that holds it".to_owned(),
+        read_from: "policy".to_owned(),
+        unavailable: String::new(),
+    })
+}
+
+fn capabilities(verdict: &Verdict) -> Vec<CapabilityState> {
+    let state = |capability: &plugvisor_core::policy::CapabilityVerdict| CapabilityState {
+        name: capability.capability.to_string(),
+        granted: capability.why_not.is_none(),
+        reason: capability.why_not.map(plugvisor_core::policy::WhyNot::describe).unwrap_or_default(),
+    };
+    verdict.capabilities.iter().map(state).collect()
+}
+
+fn transition(view: &TransitionView) -> Transition {
+    let TransitionView { at, from, to, cause } = view;
+    Transition { at: Some(wire::timestamp(*at)), from: (*from).to_owned(), to: (*to).to_owned(), cause: cause.clone() }
+}
+
+fn last_exit(view: &ExitView) -> LastExit {
+    let ExitView { at, exit } = view;
+    let (code, signal) = match &exit.kind {
+        ExitKind::Code(code) => (Some(*code), String::new()),
+        ExitKind::Signal(signal) => (None, signal.clone()),
+        ExitKind::Unknown => (None, String::new()),
+    };
+    LastExit {
+        at: Some(wire::timestamp(*at)),
+        code,
+        signal,
+        oom: exit.oom,
+        uptime: wire::duration(Duration::from_millis(exit.uptime_ms)),
+    }
+}
+
+/// An event in its envelope.
+pub(super) fn event(record: &Record, source: &str) -> Event {
+    let Record { id, sequence, time, subject, type_name, event } = record;
+    let severity = match event.severity() {
+        Severity::Info => WireSeverity::Info,
+        Severity::Warning => WireSeverity::Warning,
+        Severity::Error => WireSeverity::Error,
+        Severity::Critical => WireSeverity::Critical,
+    };
+    Event {
+        id: id.to_string(),
+        source: source.to_owned(),
+        r#type: type_name.clone(),
+        subject: subject.text(),
+        time: Some(wire::timestamp(*time)),
+        sequence: *sequence,
+        severity: severity.into(),
+        traceparent: String::new(),
+        correlation_id: String::new(),
+        causation_id: String::new(),
+        reason: event.reason().to_owned(),
+        hint: event.hint().into_owned(),
+        data: Some(wire::to_struct(event.data())),
+    }
+}
+
+/// A line of a plugin's log. `missed`: lines that this reader did not get before it.
+pub(super) fn log_line(line: &LogLine, missed: u64) -> ReadLogsResponse {
+    let LogLine { at, plugin, generation, stream, line, truncated, dropped_before } = line;
+    let stream = match stream {
+        logs::LogStream::Stdout => LogStream::Stdout,
+        logs::LogStream::Stderr => LogStream::Stderr,
+    };
+    ReadLogsResponse {
+        at: Some(wire::timestamp(*at)),
+        plugin: plugin.to_string(),
+        generation: *generation,
+        stream: stream.into(),
+        line: line.clone(),
+        truncated: *truncated,
+        missed: missed + dropped_before,
+    }
+}

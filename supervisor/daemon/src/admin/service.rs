@@ -1,0 +1,276 @@
+//! The RPCs of `plugvisor.admin.v1.Admin`.
+
+use std::{collections::BTreeMap, pin::Pin, sync::Arc};
+
+use futures_util::Stream;
+use plugvisor_core::{
+    Code, Error,
+    route::{self, Caller, Decision},
+};
+use plugvisor_package::PluginName;
+use plugvisor_proto::admin::v1::{
+    DescribePluginRequest, DescribePluginResponse, GetStatusRequest, GetStatusResponse, LoadPluginRequest,
+    LoadPluginResponse, PluginStatus, ReadLogsRequest, ReadLogsResponse, ResolveServiceRequest, ResolveServiceResponse,
+    RestartPluginRequest, RestartPluginResponse, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest,
+    WatchEventsResponse, admin_server::Admin,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, transport::server::UdsConnectInfo};
+
+use super::{
+    convert,
+    error::{refused, status},
+};
+use crate::{
+    broker::Snapshot,
+    driver::PluginView,
+    fleet::Wish,
+    journal::{Batch, Journal},
+    logs::LogLine,
+    supervisor::Supervisor,
+};
+
+/// Entries handed to one consumer at a time; a consumer that does not read holds no more than these.
+const BATCH: usize = 64;
+
+/// Lines of stderr in a description.
+const TAIL: usize = 20;
+
+/// The longest name or path in a request.
+const MAX_TEXT: usize = 4096;
+
+/// The service. Clones share the state.
+#[derive(Clone, Debug)]
+pub struct AdminService {
+    state: Arc<Supervisor>,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl AdminService {
+    /// Over this state.
+    #[must_use]
+    pub fn new(state: Arc<Supervisor>) -> Self {
+        Self { state }
+    }
+
+    async fn calls(&self) -> Snapshot {
+        self.state.shared.calls.broker().snapshot().await.unwrap_or_default()
+    }
+
+    async fn wish(&self, wish: Wish, name: &str) -> Result<PluginStatus, Status> {
+        bounded(name)?;
+        let view = self.state.fleet.wish(wish, name).await.map_err(|error| status(&error))?;
+        Ok(convert::status(&view, &self.calls().await))
+    }
+}
+
+fn bounded(text: &str) -> Result<(), Status> {
+    if text.len() <= MAX_TEXT {
+        return Ok(());
+    }
+    let message = format!("a name or path of {} bytes is longer than {MAX_TEXT}", text.len());
+    Err(status(&Error::new(Code::RequestInvalid, message, "name a plugin, or a bundle's directory")))
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+        let calls = self.calls().await;
+        let plugins = self.state.fleet.plugins();
+        let plugins = plugins.values().map(|handle| convert::status(&handle.view.borrow(), &calls)).collect();
+        let supervisor = Some(convert::supervisor(&self.state));
+        Ok(Response::new(GetStatusResponse { supervisor, plugins }))
+    }
+
+    async fn describe_plugin(
+        &self,
+        request: Request<DescribePluginRequest>,
+    ) -> Result<Response<DescribePluginResponse>, Status> {
+        let DescribePluginRequest { name } = request.into_inner();
+        let handle = self.state.fleet.find(&name).map_err(|error| status(&error))?;
+        let view: Arc<PluginView> = Arc::clone(&handle.view.borrow());
+        let controls = match &view.process {
+            // What the kernel says now; as it was at the launch only when it cannot be asked.
+            Some(process) => match self.state.shared.launcher.inspect(process.launch).await {
+                Ok(controls) => controls,
+                Err(error) => {
+                    tracing::warn!(plugin = name, %error, "the controls cannot be read again");
+                    process.controls.clone()
+                }
+            },
+            None => Vec::new(),
+        };
+        let tail = match view.name.parse::<PluginName>() {
+            Ok(plugin) => self.state.shared.logs.stderr_tail(&plugin, view.generation.0, TAIL),
+            Err(_) => Vec::new(),
+        };
+        Ok(Response::new(convert::describe(&view, &self.calls().await, &controls, tail)))
+    }
+
+    async fn load_plugin(&self, request: Request<LoadPluginRequest>) -> Result<Response<LoadPluginResponse>, Status> {
+        let LoadPluginRequest { name_or_path } = request.into_inner();
+        let plugin = Some(self.wish(Wish::Load, &name_or_path).await?);
+        Ok(Response::new(LoadPluginResponse { plugin }))
+    }
+
+    async fn unload_plugin(
+        &self,
+        request: Request<UnloadPluginRequest>,
+    ) -> Result<Response<UnloadPluginResponse>, Status> {
+        let UnloadPluginRequest { name } = request.into_inner();
+        let plugin = Some(self.wish(Wish::Unload, &name).await?);
+        Ok(Response::new(UnloadPluginResponse { plugin }))
+    }
+
+    async fn restart_plugin(
+        &self,
+        request: Request<RestartPluginRequest>,
+    ) -> Result<Response<RestartPluginResponse>, Status> {
+        let RestartPluginRequest { name } = request.into_inner();
+        let plugin = Some(self.wish(Wish::Restart, &name).await?);
+        Ok(Response::new(RestartPluginResponse { plugin }))
+    }
+
+    type WatchEventsStream = Answers<WatchEventsResponse>;
+
+    async fn watch_events(
+        &self,
+        request: Request<WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let WatchEventsRequest { plugin, type_prefix, after_sequence, follow } = request.into_inner();
+        bounded(&plugin)?;
+        bounded(&type_prefix)?;
+        let events = Arc::clone(&self.state.shared.events);
+        let mut newest = events.newest();
+        // Without a sequence a follower begins now; 0 begins with the oldest kept.
+        let mut after = after_sequence.unwrap_or(if follow { *newest.borrow() } else { 0 });
+        let mut gap_counts = after_sequence.is_some_and(|after| after > 0);
+        let (sender, receiver) = mpsc::channel(1);
+        let closing = self.state.closing.clone();
+        tokio::spawn(closing.run_until_cancelled_owned(async move {
+            loop {
+                newest.mark_unchanged();
+                let Batch { missed, entries } = events.read(after, BATCH);
+                let more = entries.len() == BATCH;
+                // What fell out before this consumer began is not missed by it.
+                let mut missed = if std::mem::replace(&mut gap_counts, true) { missed } else { 0 };
+                for (sequence, record) in entries {
+                    after = sequence;
+                    let wanted = (plugin.is_empty() || record.subject.plugin() == Some(plugin.as_str()))
+                        && record.type_name.starts_with(&type_prefix);
+                    if wanted {
+                        let event = Some(convert::event(&record, events.source()));
+                        let answer = WatchEventsResponse { event, missed: std::mem::take(&mut missed) };
+                        if sender.send(Ok(answer)).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                if missed > 0 && sender.send(Ok(WatchEventsResponse { event: None, missed })).await.is_err() {
+                    return;
+                }
+                if more {
+                    continue;
+                }
+                tokio::select! {
+                    changed = newest.changed(), if follow => if changed.is_err() { return },
+                    () = sender.closed() => return,
+                    else => return,
+                }
+                if !follow {
+                    return;
+                }
+            }
+        }));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type ReadLogsStream = Answers<ReadLogsResponse>;
+
+    async fn read_logs(&self, request: Request<ReadLogsRequest>) -> Result<Response<Self::ReadLogsStream>, Status> {
+        let ReadLogsRequest { plugin, follow, tail } = request.into_inner();
+        let only = if plugin.is_empty() {
+            None
+        } else {
+            let handle = self.state.fleet.find(&plugin).map_err(|error| status(&error))?;
+            let name = handle.view.borrow().name.parse::<PluginName>();
+            Some(name.map_err(|error| {
+                status(&Error::new(Code::RequestInvalid, error.to_string(), "a rejected bundle has no log"))
+            })?)
+        };
+        let logs = Arc::clone(&self.state.shared.logs);
+        let (sender, receiver) = mpsc::channel(1);
+        let closing = self.state.closing.clone();
+        tokio::spawn(closing.run_until_cancelled_owned(async move {
+            let count = if tail == 0 { usize::MAX } else { usize::try_from(tail).unwrap_or(usize::MAX) };
+            let mut changed = logs.changed();
+            let mut places: BTreeMap<PluginName, (Arc<Journal<LogLine>>, u64)> = BTreeMap::new();
+            let mut first = true;
+            loop {
+                changed.mark_unchanged();
+                for name in only.clone().map_or_else(|| logs.plugins(), |name| vec![name]) {
+                    let journal = logs.journal(&name);
+                    let begin = if first { journal.before_last(count) } else { 0 };
+                    places.entry(name).or_insert((journal, begin));
+                }
+                let mut lines: Vec<(u64, Arc<LogLine>)> = Vec::new();
+                for (journal, after) in places.values_mut() {
+                    let Batch { mut missed, entries } = journal.read(*after, usize::MAX);
+                    for (number, line) in entries {
+                        *after = number;
+                        lines.push((std::mem::take(&mut missed), line));
+                    }
+                }
+                lines.sort_by_key(|(_, line)| line.at);
+                if std::mem::take(&mut first) && only.is_none() {
+                    // The tail is of all plugins together.
+                    lines.drain(..lines.len().saturating_sub(count));
+                }
+                for (missed, line) in lines {
+                    if sender.send(Ok(convert::log_line(&line, missed))).await.is_err() {
+                        return;
+                    }
+                }
+                if !follow {
+                    return;
+                }
+                tokio::select! {
+                    changed = changed.changed() => if changed.is_err() { return },
+                    () = sender.closed() => return,
+                }
+            }
+        }));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn resolve_service(
+        &self,
+        request: Request<ResolveServiceRequest>,
+    ) -> Result<Response<ResolveServiceResponse>, Status> {
+        let uid = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred).map_or(0, |c| c.uid());
+        let ResolveServiceRequest { service, token } = request.into_inner();
+        bounded(&service)?;
+        bounded(&token)?;
+        let table = self.state.shared.calls.table();
+        let token = (!token.is_empty()).then_some(token.as_str());
+        match route::route(&table, Caller::Local { uid }, &service, token, None) {
+            Ok(Decision::Provider(provider)) => {
+                let name = provider.name().as_str();
+                let handle = self.state.fleet.find(name).map_err(|error| status(&error))?;
+                let set = handle.view.borrow().bundle.as_ref().and_then(|bundle| bundle.descriptor_set.clone());
+                Ok(Response::new(ResolveServiceResponse {
+                    plugin: name.to_owned(),
+                    descriptor_set: set.unwrap_or_default(),
+                }))
+            }
+            Ok(Decision::Host(module)) => Err(status(&Error::new(
+                Code::RequestDenied,
+                format!("{} is the supervisor's own and answers plugins only", module.service()),
+                "call it from a plugin",
+            ))),
+            Err(refusal) => Err(refused(&refusal)),
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The events of this host: numbered, kept in a bounded log, logged and followed.
+//!
+//! What an event says is the core's (`plugvisor_core::event`); this module adds the envelope of CloudEvents. A consumer
+//! never slows a publisher: one that is too slow finds a gap in the sequence.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use plugvisor_core::{Generation, Severity, event::Event};
+use plugvisor_package::PluginName;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::journal::{Batch, Journal, JournalLimits};
+
+/// What is kept.
+pub const KEPT: JournalLimits = JournalLimits { entries: 4096, weight: 4 * 1024 * 1024 };
+
+/// Whom an event is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Subject {
+    /// The supervisor itself.
+    Supervisor,
+    /// A plugin, or a bundle that gives no valid name; then the name of its directory.
+    Plugin(String),
+    /// One generation of a plugin.
+    Generation(PluginName, Generation),
+}
+
+impl Subject {
+    /// The `subject` of CloudEvents: empty, `name` or `name/generation`.
+    #[must_use]
+    pub fn text(&self) -> String {
+        match self {
+            Self::Supervisor => String::new(),
+            Self::Plugin(name) => name.clone(),
+            Self::Generation(name, generation) => format!("{name}/{generation}"),
+        }
+    }
+
+    /// The plugin's name.
+    #[must_use]
+    pub fn plugin(&self) -> Option<&str> {
+        match self {
+            Self::Supervisor => None,
+            Self::Plugin(name) => Some(name),
+            Self::Generation(name, _) => Some(name.as_str()),
+        }
+    }
+}
+
+/// An event in its envelope.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// Unique, and ordered by time (UUIDv7).
+    pub id: Uuid,
+    /// Rises by one per event since the supervisor started.
+    pub sequence: u64,
+    /// When it was published.
+    pub time: SystemTime,
+    /// Whom it is about.
+    pub subject: Subject,
+    /// Such as `io.plugvisor.plugin.exited.v1`.
+    pub type_name: String,
+    /// What happened.
+    pub event: Event,
+}
+
+/// The hub. Shared by reference; nobody owns more than a place to read from.
+#[derive(Debug)]
+pub struct Events {
+    journal: Journal<Record>,
+    source: String,
+    counts: Mutex<BTreeMap<String, u64>>,
+}
+
+impl Events {
+    /// An empty log of this host and boot.
+    #[must_use]
+    pub fn new() -> Self {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        Self { journal: Journal::new(KEPT), source: format!("/{host}/{}", boot.trim()), counts: Mutex::default() }
+    }
+
+    /// The `source` of every event: `/host/boot-id`.
+    #[must_use]
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Publishes an event and returns its sequence number.
+    pub fn publish(&self, subject: Subject, event: impl Into<Event>) -> u64 {
+        let event = event.into();
+        let type_name = event.type_name();
+        log(&subject, &type_name, &event);
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner).entry(type_name.clone()).or_insert(0) += 1;
+        // A plugin's own data is the only part of any size.
+        let weight = 512 + if let Event::Custom(custom) = &event { weight(&custom.data) } else { 0 };
+        self.journal.push(weight, |sequence| Record {
+            id: Uuid::now_v7(),
+            sequence,
+            time: SystemTime::now(),
+            subject,
+            type_name,
+            event,
+        })
+    }
+
+    /// Up to `most` events after the one numbered `after`.
+    #[must_use]
+    pub fn read(&self, after: u64, most: usize) -> Batch<Record> {
+        self.journal.read(after, most)
+    }
+
+    /// Wakes on every event; its value is the newest sequence number.
+    #[must_use]
+    pub fn newest(&self) -> watch::Receiver<u64> {
+        self.journal.newest()
+    }
+
+    /// Events published so far, by type.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<String, u64> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn weight(data: &serde_json::Map<String, serde_json::Value>) -> usize {
+    serde_json::to_vec(data).map_or(0, |bytes| bytes.len())
+}
+
+fn log(subject: &Subject, type_name: &str, event: &Event) {
+    let (subject, reason, hint) = (subject.text(), event.reason(), event.hint());
+    let data = serde_json::Value::Object(event.data());
+    macro_rules! at {
+        ($level:ident) => {
+            tracing::$level!(target: "event", r#type = type_name, %subject, reason, %hint, %data)
+        };
+    }
+    match event.severity() {
+        Severity::Info => at!(info),
+        Severity::Warning => at!(warn),
+        Severity::Error | Severity::Critical => at!(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use plugvisor_core::event::{ConfigEvent, PluginEvent};
+
+    use super::*;
+
+    #[test]
+    fn events_are_numbered_counted_and_addressed() {
+        let events = Events::new();
+        let name: PluginName = "gallery".parse().unwrap();
+        assert_eq!(events.publish(Subject::Supervisor, ConfigEvent::Loaded { file: String::new() }), 1);
+        let subject = Subject::Generation(name, Generation(3));
+        assert_eq!(events.publish(subject, PluginEvent::Ready { ms: 5 }), 2);
+        let batch = events.read(1, 10);
+        let [(2, ready)] = batch.entries.as_slice() else { panic!("{batch:?}") };
+        assert_eq!((ready.sequence, ready.subject.text()), (2, "gallery/3".to_owned()));
+        assert_eq!(ready.type_name, "io.plugvisor.plugin.ready.v1");
+        assert_eq!(ready.id.get_version_num(), 7);
+        assert_eq!(events.counts()["io.plugvisor.plugin.ready.v1"], 1);
+        assert!(events.source().starts_with('/'));
+    }
+}

@@ -1,0 +1,338 @@
+//! All plugins together: who is found, who is told to load, and in which order they stop.
+//!
+//! Owns the drivers' tasks. A single plugin's life is its driver's business.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::Path,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use plugvisor_core::{
+    Code, Error, Generation,
+    event::{PluginEvent, SupervisorEvent},
+    lifecycle::{Failed, Haste, State},
+};
+use plugvisor_package::Bundle;
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    config::Config,
+    discovery::{PluginDirectory, Rejection, Source},
+    driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared},
+    events::Subject,
+};
+
+/// Every plugin of the host.
+#[derive(Debug)]
+pub struct Fleet {
+    shared: Arc<Shared>,
+    config: Arc<Config>,
+    directories: Vec<Arc<PluginDirectory>>,
+    drivers: TaskTracker,
+    /// Held while a plugin is added, so that two requests do not add the same one. Never across a load.
+    adding: Mutex<()>,
+}
+
+/// What is asked for by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Load it.
+    Load,
+    /// Stop it and keep it stopped.
+    Unload,
+    /// Stop it and load it anew.
+    Restart,
+}
+
+impl Fleet {
+    /// No plugin yet.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, config: Arc<Config>, directories: Vec<PluginDirectory>) -> Self {
+        let directories = directories.into_iter().map(Arc::new).collect();
+        Self { shared, config, directories, drivers: TaskTracker::new(), adding: Mutex::new(()) }
+    }
+
+    /// Finds every bundle and tells those to load that load by themselves. Returns when all are told.
+    pub async fn discover(&self) {
+        let mut sources = Vec::new();
+        for directory in &self.directories {
+            match directory.candidates() {
+                Ok(found) => sources.extend(found),
+                Err(error) => tracing::error!(%error, "a plugin directory cannot be read"),
+            }
+        }
+        // Reading and hashing block, and bundles do not wait for one another.
+        let read = sources.into_iter().map(|source| {
+            let reading = tokio::task::spawn_blocking({
+                let source = source.clone();
+                move || source.open()
+            });
+            async move { (source, reading.await) }
+        });
+        for (source, bundle) in futures_util::future::join_all(read).await {
+            match bundle {
+                Ok(bundle) => drop(self.add(source, bundle)),
+                Err(panic) => tracing::error!(bundle = ?source, %panic, "reading a bundle failed"),
+            }
+        }
+        for handle in self.plugins().values().filter(|handle| handle.view.borrow().wanted) {
+            if let Some(commands) = &handle.commands {
+                let (reply, _) = oneshot::channel();
+                let _ = commands.send(Command::Load(reply)).await;
+            }
+        }
+    }
+
+    /// Every plugin by its name.
+    #[must_use]
+    pub fn plugins(&self) -> Arc<BTreeMap<String, PluginHandle>> {
+        self.shared.plugins.load_full()
+    }
+
+    /// Waits until every plugin that loads by itself is loaded or has failed, and says so once.
+    pub async fn until_ready(&self) {
+        let (mut loaded, mut failed) = (0, 0);
+        for handle in self.plugins().values() {
+            let mut view = handle.view.clone();
+            if !view.borrow().wanted {
+                continue;
+            }
+            match view
+                .wait_for(|view| view.generation != Generation::NONE && view.is_settled() || is_rejected(view))
+                .await
+            {
+                Ok(view) if view.is_loaded() => loaded += 1,
+                Ok(_) | Err(_) => failed += 1,
+            }
+        }
+        self.shared.events.publish(Subject::Supervisor, SupervisorEvent::Ready { plugins: loaded, failed });
+    }
+
+    /// Carries out a wish and waits until it is settled: loaded, failed or stopped.
+    pub async fn wish(&self, wish: Wish, name_or_path: &str) -> Result<Arc<PluginView>, Error> {
+        let handle = match wish {
+            Wish::Load => self.find_or_add(name_or_path).await?,
+            Wish::Unload | Wish::Restart => self.find(name_or_path)?,
+        };
+        let Some(commands) = &handle.commands else {
+            // Rejected: the reason is the answer.
+            let view = handle.view.borrow();
+            return Err(view.last_error.clone().unwrap_or_else(|| not_found(name_or_path)));
+        };
+        let (reply, answer) = oneshot::channel();
+        let command = match wish {
+            Wish::Load => Command::Load(reply),
+            Wish::Unload => Command::Unload(reply),
+            Wish::Restart => Command::Restart(reply),
+        };
+        let stopping = || Error::new(Code::Stopping, "the supervisor is stopping", "start it again");
+        commands.send(command).await.map_err(|_| stopping())?;
+        let target = answer.await.map_err(|_| stopping())??;
+        let mut view = handle.view.clone();
+        let settled = view.wait_for(|view| view.is_settled() && (view.generation >= target || !view.is_loaded())).await;
+        settled.map(|view| Arc::clone(&view)).map_err(|_| stopping())
+    }
+
+    /// The plugin of this name.
+    pub fn find(&self, name: &str) -> Result<PluginHandle, Error> {
+        self.plugins().get(name).cloned().ok_or_else(|| not_found(name))
+    }
+
+    /// Stops every plugin: first those that nobody running depends on. Returns when nothing of any runs.
+    pub async fn stop(&self, mut haste: watch::Receiver<Haste>) {
+        let mut left: BTreeMap<String, PluginHandle> =
+            self.plugins().iter().map(|(name, handle)| (name.clone(), handle.clone())).collect();
+        while !left.is_empty() {
+            let now = *haste.borrow_and_update();
+            let needed = |name: &String| left.values().any(|other| other.view.borrow().depends_on(name));
+            let mut wave: Vec<String> =
+                left.keys().filter(|name| now == Haste::Now || !needed(name)).cloned().collect();
+            if wave.is_empty() {
+                // A circle, which never loaded, or one of which a member is gone: order no longer matters.
+                wave = left.keys().cloned().collect();
+            }
+            let wave: Vec<PluginHandle> = wave.iter().filter_map(|name| left.remove(name)).collect();
+            for handle in &wave {
+                tell(handle, Command::Stop(now)).await;
+            }
+            let ended = async {
+                for handle in &wave {
+                    // The driver drops its end when nothing of the plugin runs.
+                    let mut view = handle.view.clone();
+                    if handle.commands.is_some() {
+                        while view.changed().await.is_ok() {}
+                    }
+                }
+            };
+            tokio::pin!(ended);
+            tokio::select! {
+                () = &mut ended => {}
+                () = hurried(&mut haste, now) => {
+                    for handle in wave.iter().chain(left.values()) {
+                        tell(handle, Command::Stop(Haste::Now)).await;
+                    }
+                    left.clear();
+                    ended.await;
+                }
+            }
+        }
+        self.drivers.close();
+        self.drivers.wait().await;
+    }
+
+    async fn find_or_add(&self, name_or_path: &str) -> Result<PluginHandle, Error> {
+        let path = Path::new(name_or_path);
+        let known = if path.is_absolute() {
+            self.plugins().values().find(|handle| handle.source.path() == path).cloned()
+        } else {
+            self.plugins().get(name_or_path).cloned()
+        };
+        let source = match known {
+            Some(handle) if handle.commands.is_some() => return Ok(handle),
+            // It was rejected: perhaps it has been mended.
+            Some(handle) => handle.source,
+            None if path.is_absolute() => self.source_at(path)?,
+            None => self.source_named(name_or_path)?,
+        };
+        let _adding = self.adding.lock().await;
+        let opened = tokio::task::spawn_blocking({
+            let source = source.clone();
+            move || source.open()
+        });
+        let bundle = opened.await.map_err(|panic| Error::new(Code::Bug, panic.to_string(), "report this as a bug"))?;
+        self.add(source, bundle).map_err(|rejection| rejection.error)
+    }
+
+    fn source_at(&self, path: &Path) -> Result<Source, Error> {
+        let (parent, name) = (path.parent(), path.file_name().and_then(|name| name.to_str()));
+        let directory = self.directories.iter().find(|directory| Some(directory.path()) == parent);
+        match (directory, name) {
+            (Some(directory), Some(name)) => Ok(directory.source(name.to_owned())),
+            _ => Err(Error::new(
+                Code::PluginNotFound,
+                format!("{} is not a bundle in a configured plugin directory", path.display()),
+                "add its parent as a [[directory]] to plugvisor.toml and restart plugvisord",
+            )),
+        }
+    }
+
+    /// A bundle that was put there after the start.
+    fn source_named(&self, name: &str) -> Result<Source, Error> {
+        let candidates = self.directories.iter().filter_map(|directory| directory.candidates().ok()).flatten();
+        candidates.into_iter().find(|source| source.name() == name).ok_or_else(|| not_found(name))
+    }
+
+    fn add(&self, source: Source, bundle: Result<Bundle, Rejection>) -> Result<PluginHandle, Rejection> {
+        let bundle = bundle.and_then(|bundle| {
+            let name = &bundle.manifest.name;
+            match self.plugins().get(name.as_str()) {
+                Some(other) if other.source.path() != source.path() => {
+                    Err(Rejection::duplicate(name, &source.path(), &other.source.path()))
+                }
+                Some(_) | None => Ok(bundle),
+            }
+        });
+        match bundle {
+            Ok(bundle) => {
+                let config = self.config.plugin(&bundle.manifest.name);
+                let name = bundle.manifest.name.to_string();
+                // A name that was rejected under its directory's name before.
+                self.forget_rejected(&source);
+                let (driver, inbox, handle) = Driver::new(Arc::clone(&self.shared), source, bundle, config);
+                self.insert(name, handle.clone());
+                self.drivers.spawn(driver.run(inbox));
+                Ok(handle)
+            }
+            Err(rejection) => {
+                self.forget_rejected(&source);
+                let name = self.free_name(&source);
+                let event = PluginEvent::Rejected {
+                    stage: "discover".to_owned(),
+                    error: rejection.error.clone(),
+                    problems: rejection.problems.clone(),
+                };
+                self.shared.events.publish(Subject::Plugin(name.clone()), event);
+                let handle = rejected(name.clone(), source, &rejection);
+                self.insert(name, handle);
+                Err(rejection)
+            }
+        }
+    }
+
+    /// What a rejected bundle is shown as: its directory's name, or that with its path when the name is taken.
+    fn free_name(&self, source: &Source) -> String {
+        let taken = self.plugins().contains_key(source.name());
+        if taken { source.path().display().to_string() } else { source.name().to_owned() }
+    }
+
+    fn forget_rejected(&self, source: &Source) {
+        let path = source.path();
+        self.shared.plugins.rcu(|plugins| {
+            let mut plugins = BTreeMap::clone(plugins);
+            plugins.retain(|_, handle| handle.commands.is_some() || handle.source.path() != path);
+            plugins
+        });
+    }
+
+    fn insert(&self, name: String, handle: PluginHandle) {
+        self.shared.plugins.rcu(|plugins| {
+            let mut plugins = BTreeMap::clone(plugins);
+            plugins.insert(name.clone(), handle.clone());
+            plugins
+        });
+    }
+}
+
+async fn tell(handle: &PluginHandle, command: Command) {
+    if let Some(commands) = &handle.commands {
+        // A driver that has ended needs no telling.
+        let _: Result<(), mpsc::error::SendError<Command>> = commands.send(command).await;
+    }
+}
+
+async fn hurried(haste: &mut watch::Receiver<Haste>, now: Haste) {
+    if now == Haste::Now || haste.wait_for(|haste| *haste == Haste::Now).await.is_err() {
+        std::future::pending().await
+    }
+}
+
+fn is_rejected(view: &PluginView) -> bool {
+    view.generation == Generation::NONE && matches!(view.state, State::Failed(_))
+}
+
+fn not_found(name: &str) -> Error {
+    Error::new(
+        Code::PluginNotFound,
+        format!("no plugin is called {name}"),
+        "`plugvisor status` lists the plugins; add its directory to plugvisor.toml",
+    )
+}
+
+fn rejected(name: String, source: Source, rejection: &Rejection) -> PluginHandle {
+    let Rejection { error, problems } = rejection;
+    let view = PluginView {
+        name,
+        state: State::Failed(Failed { error: error.clone(), restart: None }),
+        since: SystemTime::now(),
+        generation: Generation::NONE,
+        restarts: 0,
+        directory: source.path(),
+        bundle: None,
+        tier: source.tier(),
+        verdict: None,
+        process: None,
+        last_error: Some(error.clone()),
+        problems: problems.clone(),
+        restart_at: None,
+        transitions: VecDeque::new(),
+        last_exit: None,
+        sdk: String::new(),
+        wanted: true,
+        figures: Figures::default(),
+    };
+    let (_, view) = watch::channel(Arc::new(view));
+    PluginHandle { commands: None, view, source }
+}

@@ -1,0 +1,249 @@
+//! The metrics page: every series of `plugvisor_*`, rendered from live state at each scrape, so that a plugin's series
+//! go with the plugin.
+
+use std::collections::BTreeMap;
+
+use plugvisor_core::breaker::Position;
+
+use crate::{
+    broker::{CallSeries, DURATION_BOUNDS, Snapshot},
+    driver::{PluginHandle, PluginView},
+    observe::exposition::{Kind, Page},
+    stats::{self, Usage},
+    supervisor::Supervisor,
+};
+
+const STATES: [&str; 7] = ["unknown", "discovered", "loading", "loaded", "unloaded", "failed", "quarantined"];
+const START_REASONS: [&str; 3] = ["initial", "restart", "request"];
+const EXIT_CAUSES: [&str; 4] = ["code", "signal", "oom", "unknown"];
+const BREAKER_STATES: [&str; 3] = ["closed", "open", "half_open"];
+
+/// The names of gRPC's status codes, by number.
+const CODES: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+/// One plugin at the moment of the scrape.
+struct Row {
+    view: std::sync::Arc<PluginView>,
+    usage: Usage,
+}
+
+/// The whole page.
+pub async fn page(supervisor: &Supervisor) -> String {
+    let snapshot = supervisor.shared.calls.broker().snapshot().await.unwrap_or_default();
+    let plugins = supervisor.fleet.plugins();
+    // Reading cgroup files is reading memory of the kernel, yet it is a system call per file.
+    let rows = tokio::task::spawn_blocking(move || rows(&plugins)).await.unwrap_or_default();
+    let mut page = Page::default();
+    host(&mut page, supervisor);
+    lives(&mut page, &rows);
+    usage(&mut page, &rows);
+    calls(&mut page, &snapshot);
+    breakers(&mut page, &snapshot, supervisor, &rows);
+    page.into_text()
+}
+
+fn rows(plugins: &BTreeMap<String, PluginHandle>) -> Vec<Row> {
+    let row = |handle: &PluginHandle| {
+        let view = std::sync::Arc::clone(&handle.view.borrow());
+        let usage = view.process.as_ref().map(|process| stats::usage(&process.cgroups)).unwrap_or_default();
+        Row { view, usage }
+    };
+    plugins.values().map(row).collect()
+}
+
+fn host(page: &mut Page, supervisor: &Supervisor) {
+    page.family("plugvisor_build_info", Kind::Gauge, "The running version; always 1.");
+    page.sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
+    page.family("plugvisor_config_last_reload_successful", Kind::Gauge, "Whether the configuration last read holds.");
+    page.sample(&[], 1);
+    page.family("plugvisor_sandbox_degraded", Kind::Gauge, "Controls that are missing and allowed to be.");
+    let degraded = supervisor.degraded();
+    for feature in &supervisor.features {
+        let name = feature.control.as_str();
+        page.sample(&[("control", name)], u8::from(degraded.iter().any(|control| control == name)));
+    }
+    page.family("plugvisor_process_resident_bytes", Kind::Gauge, "Resident memory of Plugvisor's own processes.");
+    for (process, pid) in [("plugvisord", std::process::id()), ("plugvisor-launcher", supervisor.shared.launcher.pid())]
+    {
+        page.sample(&[("process", process)], stats::resident_bytes(pid).unwrap_or(0));
+    }
+    page.family("plugvisor_events_total", Kind::Counter, "Events published, by type.");
+    for (type_name, count) in supervisor.shared.events.counts() {
+        page.sample(&[("type", &type_name)], count);
+    }
+}
+
+fn lives(page: &mut Page, rows: &[Row]) {
+    page.family("plugvisor_plugin_info", Kind::Gauge, "A known plugin; always 1.");
+    for Row { view, .. } in rows {
+        let version = view.bundle.as_ref().map(|bundle| bundle.manifest.version.to_string()).unwrap_or_default();
+        page.sample(&[("plugin", &view.name), ("version", &version)], 1);
+    }
+    page.family("plugvisor_plugin_state", Kind::Gauge, "1 for the state that the plugin is in.");
+    for Row { view, .. } in rows {
+        let now = view.state.name().to_ascii_lowercase();
+        for state in STATES {
+            page.sample(&[("plugin", &view.name), ("state", state)], u8::from(state == now));
+        }
+    }
+    page.family("plugvisor_plugin_starts_total", Kind::Counter, "Processes launched, by reason.");
+    for Row { view, .. } in rows {
+        for reason in START_REASONS {
+            let count = view.figures.starts.get(reason).copied().unwrap_or(0);
+            page.sample(&[("plugin", &view.name), ("reason", reason)], count);
+        }
+    }
+    page.family("plugvisor_plugin_exits_total", Kind::Counter, "Processes ended, by cause.");
+    for Row { view, .. } in rows {
+        for cause in EXIT_CAUSES {
+            let count = view.figures.exits.get(cause).copied().unwrap_or(0);
+            page.sample(&[("plugin", &view.name), ("cause", cause)], count);
+        }
+    }
+    page.family("plugvisor_plugin_backoff_seconds", Kind::Gauge, "Time to the next restart; 0 when there is none.");
+    for Row { view, .. } in rows {
+        let left = view.restart_at.map(|at| at.saturating_duration_since(tokio::time::Instant::now()));
+        page.sample(&[("plugin", &view.name)], left.unwrap_or_default().as_secs_f64());
+    }
+    page.family("plugvisor_plugin_start_duration_seconds", Kind::Gauge, "How long the last load took.");
+    for Row { view, .. } in rows {
+        if let Some(duration) = view.figures.start_duration {
+            page.sample(&[("plugin", &view.name)], duration.as_secs_f64());
+        }
+    }
+}
+
+fn usage(page: &mut Page, rows: &[Row]) {
+    let mut family = |name, kind, help, figure: fn(&Usage) -> Option<f64>| {
+        page.family(name, kind, help);
+        for Row { view, usage } in rows {
+            if let Some(value) = figure(usage) {
+                page.sample(&[("plugin", &view.name)], value);
+            }
+        }
+    };
+    #[allow(clippy::cast_precision_loss, reason = "Prometheus' values are doubles")]
+    {
+        family("plugvisor_plugin_memory_bytes", Kind::Gauge, "Memory of the present processes.", |usage| {
+            usage.memory_bytes.map(|bytes| bytes as f64)
+        });
+        family("plugvisor_plugin_memory_limit_bytes", Kind::Gauge, "The limit on memory.", |usage| {
+            usage.memory_limit_bytes.map(|bytes| bytes as f64)
+        });
+        family("plugvisor_plugin_pids", Kind::Gauge, "Present processes and threads.", |usage| {
+            usage.pids.map(|pids| pids as f64)
+        });
+    }
+    family("plugvisor_plugin_cpu_seconds_total", Kind::Counter, "CPU time of the present launch.", |usage| {
+        usage.cpu.map(|time| time.as_secs_f64())
+    });
+    family(
+        "plugvisor_plugin_cpu_throttled_seconds_total",
+        Kind::Counter,
+        "Time for which the CPU limit held the present launch back.",
+        |usage| usage.throttled.map(|time| time.as_secs_f64()),
+    );
+}
+
+fn calls(page: &mut Page, snapshot: &Snapshot) {
+    page.family("plugvisor_rpc_calls_total", Kind::Counter, "Finished calls that reached a provider.");
+    for series in &snapshot.calls {
+        let CallSeries { caller, provider, method, by_code, .. } = series;
+        for (code, count) in CODES.iter().zip(by_code).filter(|(_, count)| **count > 0) {
+            let labels = [("caller", caller.as_str()), ("callee", provider), ("method", method), ("code", code)];
+            page.sample(&labels, count);
+        }
+    }
+    page.family("plugvisor_rpc_duration_seconds", Kind::Histogram, "Durations of finished calls.");
+    let mut durations: BTreeMap<(&str, &str), Durations> = BTreeMap::new();
+    for series in &snapshot.calls {
+        durations.entry((&series.provider, &series.method)).or_default().add(series);
+    }
+    for ((callee, method), durations) in durations {
+        durations.render(page, callee, method);
+    }
+    page.family("plugvisor_rpc_inflight", Kind::Gauge, "Calls in flight.");
+    for provider in &snapshot.providers {
+        page.sample(&[("callee", provider.identity.name.as_str())], provider.in_flight);
+    }
+    page.family("plugvisor_rpc_rejected_total", Kind::Counter, "Calls that the broker refused.");
+    for rejected in &snapshot.rejected {
+        page.sample(&[("caller", &rejected.caller), ("reason", rejected.reason)], rejected.count);
+    }
+    page.family("plugvisor_broker_connections", Kind::Gauge, "Connections from plugins and local applications.");
+    page.sample(&[], snapshot.caller_connections);
+    page.family(
+        "plugvisor_broker_events_dropped_total",
+        Kind::Counter,
+        "Events of the broker that nobody read in time.",
+    );
+    page.sample(&[], snapshot.events_dropped);
+}
+
+fn breakers(page: &mut Page, snapshot: &Snapshot, supervisor: &Supervisor, rows: &[Row]) {
+    page.family("plugvisor_breaker_state", Kind::Gauge, "1 for the state that the provider's breaker is in.");
+    for provider in &snapshot.providers {
+        let now = position(provider.breaker.position);
+        for state in BREAKER_STATES {
+            page.sample(&[("callee", provider.identity.name.as_str()), ("state", state)], u8::from(state == now));
+        }
+    }
+    page.family("plugvisor_breaker_transitions_total", Kind::Counter, "Changes of a breaker, by the new state.");
+    let counts = supervisor.breaker_transitions();
+    for Row { view, .. } in rows {
+        for state in BREAKER_STATES {
+            let of = |((plugin, to), count): (&(plugvisor_package::PluginName, &'static str), &u64)| {
+                (plugin.as_str() == view.name && *to == state).then_some(*count)
+            };
+            page.sample(&[("callee", &view.name), ("to", state)], counts.iter().find_map(of).unwrap_or(0));
+        }
+    }
+}
+
+const fn position(position: Position) -> &'static str {
+    position.as_str()
+}
+
+#[derive(Default)]
+struct Durations {
+    buckets: [u64; DURATION_BOUNDS.len() + 1],
+    sum: std::time::Duration,
+}
+
+impl Durations {
+    fn add(&mut self, series: &CallSeries) {
+        for (all, one) in self.buckets.iter_mut().zip(series.durations) {
+            *all += one;
+        }
+        self.sum += series.duration_sum;
+    }
+
+    fn render(&self, page: &mut Page, callee: &str, method: &str) {
+        let mut below = 0;
+        let bounds = DURATION_BOUNDS.iter().map(|bound| bound.as_secs_f64().to_string()).chain(["+Inf".to_owned()]);
+        for (bound, count) in bounds.zip(self.buckets) {
+            below += count;
+            page.suffixed("_bucket", &[("callee", callee), ("method", method), ("le", &bound)], below);
+        }
+        page.suffixed("_sum", &[("callee", callee), ("method", method)], self.sum.as_secs_f64());
+        page.suffixed("_count", &[("callee", callee), ("method", method)], below);
+    }
+}

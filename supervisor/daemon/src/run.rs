@@ -1,0 +1,285 @@
+//! The running supervisor: everything that was prepared is put together, served, and taken down in order.
+
+use std::{
+    collections::BTreeSet, io, net::TcpListener, os::unix::net::UnixListener, process::Child, sync::Arc, time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use plugvisor_core::{
+    Code, Error,
+    event::{BreakerEvent, BrokerEvent as DomainEvent, ConfigEvent, SupervisorEvent},
+    lifecycle::Haste,
+    route::HostModule,
+};
+use plugvisor_sandbox::seqpacket::Seqpacket;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    time::{Instant, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    admin,
+    broker::{Broker, BrokerConfig, BrokerEvent, HostService, LocalSpec, PluginIdentity, Sender},
+    calls::Calls,
+    config::Config,
+    discovery::PluginDirectory,
+    driver::{Plugins, Shared},
+    events::{Events, Subject},
+    fleet::Fleet,
+    host_events::HostEvents,
+    launcher::{Launcher, LauncherEnd},
+    logs::{LogLimits, Logs},
+    observe::{self, ServerLimits},
+    runtime_directory::RuntimeDirectory,
+    supervisor::Supervisor,
+};
+
+/// How long calls that no plugin's drain has ended may take to be cut.
+const BROKER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long answers under way may take once everything has stopped.
+const EDGE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long the launcher may take to end after its connection is closed.
+const LAUNCHER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Everything that was opened, bound and started while the process had one thread.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The configuration.
+    pub config: Config,
+    /// Locked.
+    pub runtime_directory: RuntimeDirectory,
+    /// `admin.sock`.
+    pub admin: UnixListener,
+    /// `calls.sock`.
+    pub calls: UnixListener,
+    /// The metrics page.
+    pub metrics: TcpListener,
+    /// Users that may use the sockets.
+    pub allowed: BTreeSet<u32>,
+    /// The configured directories.
+    pub directories: Vec<PluginDirectory>,
+    /// The launcher's process.
+    pub launcher: Child,
+    /// The connection to it.
+    pub connection: Seqpacket,
+}
+
+/// Why the supervisor ended other than by being asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Something of the host's failed.
+    #[error("{0:#}")]
+    Host(#[from] anyhow::Error),
+    /// The launcher ended by itself, and every plugin with it.
+    #[error("the launcher ended: {0}; every plugin has ended with it; start plugvisord again and report this as a bug")]
+    LauncherLost(String),
+}
+
+/// Runs until it is asked to stop or cannot go on. Leaves no process, cgroup, socket or file behind.
+pub async fn run(prepared: Prepared) -> Result<(), RunError> {
+    let Prepared {
+        config,
+        runtime_directory,
+        admin,
+        calls: calls_listener,
+        metrics,
+        allowed,
+        directories,
+        mut launcher,
+        connection,
+    } = prepared;
+    let mut signals = Signals::new().map_err(anyhow::Error::from)?;
+    let result = async {
+        let config = Arc::new(config);
+        let client = Launcher::start(connection)
+            .await
+            .map_err(|error| RunError::LauncherLost(format!("it did not answer the first request: {error}")))?;
+        let events = Arc::new(Events::new());
+        let started = SupervisorEvent::Started { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() };
+        events.publish(Subject::Supervisor, started);
+        let file = config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
+        events.publish(Subject::Supervisor, ConfigEvent::Loaded { file });
+        let features = client.probe().await.map_err(anyhow::Error::from)?;
+
+        let plugins: Plugins = Arc::new(ArcSwap::default());
+        let module = HostEvents::new(Arc::clone(&events), Arc::clone(&plugins)).into_server();
+        let modules = vec![HostService::new(HostModule::Events, module)];
+        let (broker, broker_events) = Broker::start(BrokerConfig::default(), modules).map_err(anyhow::Error::from)?;
+        let local = LocalSpec { listener: calls_listener.into(), allowed_uids: allowed.iter().copied().collect() };
+        broker.add_local(local).await.map_err(anyhow::Error::from)?;
+
+        let shared = Arc::new(Shared {
+            launcher: client.clone(),
+            calls: Calls::start(broker.clone()),
+            events: Arc::clone(&events),
+            logs: Arc::new(Logs::new(LogLimits::default())),
+            allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
+            plugins,
+            began: Instant::now(),
+        });
+        let metrics_address = metrics.local_addr().map_err(anyhow::Error::from)?;
+        let fleet = Fleet::new(Arc::clone(&shared), Arc::clone(&config), directories);
+        let calls_socket = runtime_directory.path().join("calls.sock");
+        let state = Arc::new(Supervisor::new(config, shared, fleet, features, metrics_address, calls_socket));
+
+        let edges = TaskTracker::new();
+        let edges_end = CancellationToken::new();
+        edges.spawn(pump(Arc::clone(&state), broker_events));
+        edges.spawn({
+            let serving = admin::serve(admin, Arc::clone(&state), allowed, edges_end.clone());
+            async move {
+                if let Err(error) = serving.await {
+                    tracing::error!(%error, "the admin socket is no longer served");
+                }
+            }
+        });
+        edges.spawn({
+            let serving = observe::serve(metrics, Arc::clone(&state), ServerLimits::default(), edges_end.clone());
+            async move {
+                if let Err(error) = serving.await {
+                    tracing::error!(%error, "the metrics page is no longer served");
+                }
+            }
+        });
+        tracing::info!(
+            runtime_directory = %runtime_directory.path().display(), metrics = %metrics_address,
+            launcher = client.pid(), "plugvisord serves"
+        );
+        let starting = tokio::spawn({
+            let state = Arc::clone(&state);
+            async move {
+                state.fleet.discover().await;
+                state.fleet.until_ready().await;
+                state.set_ready(true);
+            }
+        });
+
+        let mut launcher_end = client.end();
+        let lost = tokio::select! {
+            () = signals.stop() => None,
+            end = launcher_end.wait_for(Option::is_some) => match end.as_deref() {
+                Ok(Some(LauncherEnd::Lost(why))) => Some(why.clone()),
+                _ => Some("its connection closed".to_owned()),
+            },
+        };
+        starting.abort();
+        state.closing.cancel();
+        let why = match &lost {
+            None => "signal",
+            Some(why) => {
+                let error = Error::new(
+                    Code::LauncherLost,
+                    format!("the launcher ended: {why}; every plugin has ended with it"),
+                    "start plugvisord again, and report this as a bug",
+                );
+                events.publish(Subject::Supervisor, SupervisorEvent::LauncherLost { error });
+                "launcher_lost"
+            }
+        };
+        events.publish(Subject::Supervisor, SupervisorEvent::Stopping { why });
+        let (haste, hasten) = watch::channel(if lost.is_some() { Haste::Now } else { Haste::Gentle });
+        let stopped = state.fleet.stop(hasten);
+        tokio::pin!(stopped);
+        tokio::select! {
+            () = &mut stopped => {}
+            () = signals.stop() => {
+                tracing::warn!("told twice to stop: plugins are killed now");
+                haste.send_replace(Haste::Now);
+                stopped.await;
+            }
+        }
+        let cut = broker.stop(BROKER_PATIENCE).await.unwrap_or(0);
+        if cut > 0 {
+            tracing::warn!(cut, "calls in flight were cut");
+        }
+        edges_end.cancel();
+        edges.close();
+        if timeout(EDGE_PATIENCE, edges.wait()).await.is_err() {
+            tracing::debug!("a client kept an answer open; its connection is closed");
+        }
+        client.close();
+        match lost {
+            None => Ok(()),
+            Some(why) => Err(RunError::LauncherLost(why)),
+        }
+    }
+    .await;
+    // By now nothing holds the connection, whatever happened above; the launcher ends by itself.
+    let waiting = tokio::task::spawn_blocking(move || launcher.wait());
+    match timeout(LAUNCHER_PATIENCE, waiting).await {
+        Ok(Ok(Ok(status))) if status.success() => {}
+        Ok(Ok(Ok(status))) => tracing::warn!(%status, "the launcher did not end cleanly"),
+        Ok(other) => tracing::warn!(?other, "the launcher's end is not known"),
+        Err(_late) => tracing::error!("the launcher still runs; see its messages above"),
+    }
+    if let Err(error) = runtime_directory.remove() {
+        tracing::warn!(%error, "the runtime directory was not cleaned up");
+    }
+    tracing::info!("plugvisord has stopped");
+    result
+}
+
+/// What the broker noticed becomes events.
+async fn pump(state: Arc<Supervisor>, mut noticed: mpsc::Receiver<BrokerEvent>) {
+    let of = |identity: &PluginIdentity| Subject::Generation(identity.name.clone(), identity.generation);
+    let events = &state.shared.events;
+    while let Some(event) = noticed.recv().await {
+        match event {
+            BrokerEvent::BreakerChanged { provider, transition } => {
+                state.note_breaker(&provider.name, &transition);
+                events.publish(of(&provider), BreakerEvent::from(transition));
+            }
+            BrokerEvent::ProviderLost { provider, detail, in_flight } => {
+                tracing::warn!(plugin = %provider, %detail, in_flight, "the broker lost its connection to a plugin");
+            }
+            BrokerEvent::ProviderProtocolError { provider, detail } => {
+                let peer = provider.name.to_string();
+                events.publish(of(&provider), DomainEvent::ProtocolError { peer, detail });
+            }
+            BrokerEvent::CallerRejected { caller, detail } => {
+                events.publish(Subject::Supervisor, DomainEvent::ProtocolError { peer: caller, detail });
+            }
+            BrokerEvent::MessageTooLarge { provider, caller, sender, size: _, limit } => {
+                let sender = match sender {
+                    Sender::Caller => caller,
+                    Sender::Provider => provider.name.to_string(),
+                };
+                events.publish(of(&provider), DomainEvent::PayloadRejected { sender, limit_bytes: limit.into() });
+            }
+        }
+    }
+}
+
+/// SIGTERM and SIGINT stop; SIGHUP is answered with what it cannot do yet.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for a signal to stop. Cancel-safe: a signal is taken only when it is returned.
+    async fn stop(&mut self) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hang_up.recv() => {
+                    tracing::warn!("SIGHUP: this version cannot reload its configuration; restart plugvisord");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The start, while the process has one thread and perhaps root: everything is read, checked, opened, bound and
+//! started; then privileges are given up, for good.
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use clap::Parser;
+use plugvisor_sandbox::options::Options;
+
+use crate::{
+    config::{Config, ConfigError, Surroundings},
+    discovery::{DirectoryError, PluginDirectory},
+    launcher::{self, SpawnError},
+    observe::{self, BindError},
+    privileges::{self, PrivilegeError},
+    run::Prepared,
+    runtime_directory::{RuntimeDirectory, RuntimeDirectoryError},
+};
+
+/// Starts plugins as walled processes and routes their calls.
+#[derive(Debug, Parser)]
+#[command(name = "plugvisord", version)]
+pub struct Args {
+    /// Configuration file [default: /etc/plugvisor/plugvisor.toml as root, else
+    /// $XDG_CONFIG_HOME/plugvisor/plugvisor.toml; without a file, the defaults].
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory of the sockets and the lock, instead of the configured one.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub runtime_directory: Option<PathBuf>,
+    /// The launcher's program [default: plugvisor-launcher beside this program].
+    #[arg(long, value_name = "PROGRAM")]
+    pub launcher: Option<PathBuf>,
+}
+
+/// Why the supervisor did not start.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub enum StartError {
+    /// The configuration.
+    Config(#[from] ConfigError),
+    /// A configured directory.
+    Directory(#[from] DirectoryError),
+    /// The runtime directory.
+    Runtime(#[from] RuntimeDirectoryError),
+    /// The metrics address.
+    Bind(#[from] BindError),
+    /// The launcher.
+    Launcher(#[from] SpawnError),
+    /// Privileges.
+    Privileges(#[from] PrivilegeError),
+}
+
+impl StartError {
+    /// The exit status: 78 when the configuration must be changed, 74 when the host refused something.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(ConfigError::Invalid { .. })
+            | Self::Directory(_)
+            | Self::Privileges(PrivilegeError::NoUser(_) | PrivilegeError::Root(_)) => 78,
+            Self::Config(ConfigError::Unreadable { .. })
+            | Self::Runtime(_)
+            | Self::Bind(_)
+            | Self::Launcher(_)
+            | Self::Privileges(PrivilegeError::Refused { .. } | PrivilegeError::Left { .. }) => 74,
+        }
+    }
+}
+
+/// Prepares everything. Must be called while the process has one thread.
+pub fn prepare(args: Args) -> Result<Prepared, StartError> {
+    let Args { config, runtime_directory, launcher } = args;
+    let surroundings = Surroundings::of_process();
+    let mut config = Config::load(config.as_deref(), &surroundings)?;
+    if let Some(path) = runtime_directory {
+        config.supervisor.runtime_directory = std::path::absolute(&path).unwrap_or(path);
+    }
+    let owner = if surroundings.uid == 0 { Some(privileges::find(&config.supervisor.user)?) } else { None };
+    let directories = config.directories.iter().map(PluginDirectory::open).collect::<Result<Vec<_>, _>>()?;
+    let program = launcher.map_or_else(launcher::beside_this_program, Ok)?;
+
+    // From here on others see something; each guard takes its own away again when a later step fails.
+    let mut runtime_directory = RuntimeDirectory::open(&config.supervisor.runtime_directory, owner)?;
+    let (metrics, _) = observe::bind(config.supervisor.metrics_address)?;
+    let admin = runtime_directory.bind("admin.sock", owner)?;
+    let calls = runtime_directory.bind("calls.sock", owner)?;
+    let roots = directories.iter().map(|directory| directory.path().to_owned()).collect();
+    // The launcher wants a path without links; the directory itself was opened without following one.
+    let runtime_path = runtime_directory.path().canonicalize().unwrap_or_else(|_| runtime_directory.path().to_owned());
+    let spawned = launcher::spawn(&program, |socket| Options::new(socket, runtime_path, roots))?;
+    let mut allowed = BTreeSet::from([0, surroundings.uid]);
+    if let Some(owner) = owner {
+        privileges::drop_to(&config.supervisor.user, owner)?;
+        allowed.insert(owner.uid);
+    }
+    Ok(Prepared {
+        config,
+        runtime_directory,
+        admin,
+        calls,
+        metrics,
+        allowed,
+        directories,
+        launcher: spawned.child,
+        connection: spawned.connection,
+    })
+}
