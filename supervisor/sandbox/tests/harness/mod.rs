@@ -1,5 +1,5 @@
 //! Starts a real launcher as root or as an ordinary user, talks to it over its socket, and cleans up.
-#![allow(unreachable_pub, reason = "a module of tests")]
+#![allow(unreachable_pub, dead_code, missing_docs, reason = "a module of tests, each of which uses a part")]
 
 use std::{
     fs::{self, File},
@@ -78,6 +78,18 @@ impl Harness {
     }
 
     pub fn start_with(as_: As, change: impl FnOnce(&mut Options)) -> Self {
+        let mut harness = Self::spawn(as_, change);
+        let reply = harness.ask(&Request::Hello(Hello { version: VERSION }), &[]).0;
+        assert_eq!(reply, Reply::Hello { version: VERSION, pid: harness.process.id() });
+        harness
+    }
+
+    /// Without a Hello.
+    pub fn start_silent(as_: As) -> Self {
+        Self::spawn(as_, |_| ())
+    }
+
+    fn spawn(as_: As, change: impl FnOnce(&mut Options)) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path();
@@ -88,7 +100,10 @@ impl Harness {
         fs::write(path.join("secret"), "of the supervisor").expect("a secret");
         // The launcher's own file may lie where an ordinary user cannot go.
         let program = path.join("plugvisor-launcher");
-        fs::copy(env!("CARGO_BIN_EXE_plugvisor-launcher"), &program).expect("the launcher");
+        // Another build of it, such as the release one, can be tested by naming it.
+        let built = std::env::var_os("PLUGVISOR_TEST_LAUNCHER").map(PathBuf::from);
+        let built = built.unwrap_or_else(|| env!("CARGO_BIN_EXE_plugvisor-launcher").into());
+        fs::copy(built, &program).expect("the launcher");
         let run = path.join("run");
         fs::create_dir(&run).expect("the runtime directory");
         let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
@@ -109,10 +124,7 @@ impl Harness {
         }
         let process = command.spawn().expect("the launcher starts");
         drop(command);
-        let mut harness = Self { process, connection, as_, directory, cgroup, notices: Vec::new(), last: 0 };
-        let reply = harness.ask(&Request::Hello(Hello { version: VERSION }), &[]).0;
-        assert_eq!(reply, Reply::Hello { version: VERSION, pid: harness.process.id() });
-        harness
+        Self { process, connection, as_, directory, cgroup, notices: Vec::new(), last: 0 }
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {
@@ -264,10 +276,21 @@ impl Harness {
 
 impl Drop for Harness {
     fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
-        for directory in self.cgroups().iter().rev() {
-            drop(fs::remove_dir(directory));
+        // Gone, so that the launcher ends by itself and cleans up; one that was killed has left its groups.
+        if let Ok((unused, _)) = Seqpacket::pair() {
+            self.connection = unused;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while matches!(self.process.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                drop(self.process.kill());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        while Instant::now() < deadline && !self.cgroups().is_empty() {
+            for directory in self.cgroups().iter().rev() {
+                drop(fs::remove_dir(directory));
+            }
         }
     }
 }

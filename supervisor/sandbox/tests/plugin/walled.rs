@@ -4,7 +4,6 @@
 #![allow(missing_docs, reason = "a test program")]
 
 use std::{
-    ffi::CString,
     fs,
     io::{Read, Write},
     os::{
@@ -47,7 +46,16 @@ fn main() {
             "pause" => loop {
                 sys(libc::SYS_pause, [0; 6]);
             },
-            "memfd-exec" => memfd_exec(),
+            "bind" => io(UnixListener::bind(next())),
+            "bind-accept" => bind_accept(&next()),
+            "copy-exec" => copy_exec(&next()),
+            "fill" => fill(&next()),
+            "open-many" => open_many(),
+            "ignore-xfsz" => {
+                // SAFETY: SIG_IGN is a valid disposition.
+                unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+                "ok".to_owned()
+            }
             "raw" => {
                 let (call, arguments) = (next(), next());
                 let mut values = [0; 6];
@@ -154,15 +162,52 @@ fn accept() -> String {
     io(served)
 }
 
-/// Executes a copy of a program from a memory file.
-fn memfd_exec() -> String {
-    let name = CString::new("x").expect("no NUL");
-    // SAFETY: name is a C string.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), 0) };
-    if fd < 0 {
-        return io::<()>(Err(std::io::Error::last_os_error()));
+/// Binds a socket itself, says so, and serves one connection.
+fn bind_accept(path: &str) -> String {
+    let served = UnixListener::bind(path).and_then(|listener| {
+        println!("bound");
+        let (mut stream, _) = listener.accept()?;
+        let mut bytes = [0; 16];
+        let read = stream.read(&mut bytes)?;
+        stream.write_all(&bytes[..read])
+    });
+    io(served)
+}
+
+/// Copies a program and executes the copy in place of this one; execve needs no new process.
+fn copy_exec(path: &str) -> String {
+    use std::os::unix::{fs::PermissionsExt, process::CommandExt};
+    let made = fs::read("/usr/bin/true")
+        .and_then(|bytes| fs::write(path, bytes))
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)));
+    match made {
+        Ok(()) => io::<()>(Err(std::process::Command::new(path).exec())),
+        Err(error) => format!("not made: {error}"),
     }
-    "ok".to_owned()
+}
+
+/// Writes until it fails.
+fn fill(path: &str) -> String {
+    let mut file = fs::File::create(path).expect("the file");
+    let chunk = vec![1; 64 << 10];
+    let mut written = 0;
+    loop {
+        match file.write(&chunk) {
+            Ok(bytes) => written += bytes,
+            Err(error) => return format!("{} MiB then {}", written >> 20, io::<()>(Err(error))),
+        }
+    }
+}
+
+/// Opens files until it fails.
+fn open_many() -> String {
+    let mut all = Vec::new();
+    loop {
+        match fs::File::open("/dev/null") {
+            Ok(file) => all.push(file),
+            Err(error) => return format!("{} then {}", all.len(), io::<()>(Err(error))),
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

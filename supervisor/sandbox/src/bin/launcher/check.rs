@@ -22,6 +22,8 @@ const MIN_MEMORY: u64 = 1 << 20;
 /// A request that passed.
 pub(crate) struct Checked {
     pub(crate) plugin: PluginName,
+    /// The entry's file name, cut to what fits: what `ps` shows.
+    pub(crate) title: CString,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
     pub(crate) entry: OwnedFd,
@@ -60,7 +62,10 @@ pub(crate) fn launch(request: &Launch, descriptors: Vec<OwnedFd>, roots: &[PathB
     };
     limits(&plugin, request)?;
     let bundle_path = bundle_path(&plugin, &bundle, roots)?;
-    Ok(Checked { argv: argv(&plugin, request)?, envp: envp(&plugin, request)?, plugin, entry, bundle, bundle_path })
+    let argv = argv(&plugin, request)?;
+    let title: String = request.entry.rsplit('/').next().unwrap_or_default().chars().take(48).collect();
+    let title = CString::new(title).unwrap_or_default();
+    Ok(Checked { argv, title, envp: envp(&plugin, request)?, plugin, entry, bundle, bundle_path })
 }
 
 fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {

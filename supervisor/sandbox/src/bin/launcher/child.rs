@@ -8,7 +8,7 @@
 //! Everything that can be prepared is prepared by the launcher; what fails here is told as a (step, errno) pair.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
 };
@@ -56,7 +56,7 @@ pub(crate) enum Entry<'a> {
     /// Sealed memory with the right digest, from an earlier launch.
     Sealed(BorrowedFd<'a>),
     /// A file to copy, hash and compare.
-    Copy { file: BorrowedFd<'a>, sha256: &'a [u8; 32] },
+    Copy { file: BorrowedFd<'a>, name: &'a CStr, sha256: &'a [u8; 32] },
 }
 
 /// Everything the child needs, made ready by the launcher.
@@ -112,8 +112,8 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
     creds::map_user(&plan.identity)?;
     let entry = match plan.entry {
         Entry::Sealed(entry) => entry,
-        Entry::Copy { file, sha256 } => {
-            let sealed = entry::seal(file, sha256)?;
+        Entry::Copy { file, name, sha256 } => {
+            let sealed = entry::seal(file, name, sha256)?;
             report::send(plan.report, &Message::Sealed, Some(sealed.as_fd()))
                 .map_err(|error| Failure::io(Step::EntryRead, &error))?;
             // Owned by nobody from here on: it is closed with all others when the descriptors are arranged.

@@ -5,6 +5,7 @@
 //! of the plugin's memory limit.
 
 use std::{
+    ffi::CStr,
     fs::File,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -26,13 +27,13 @@ const CHUNK: usize = 256 << 10;
 
 /// Copies the file behind the descriptor into sealed memory if its bytes have this digest. The result is open for
 /// reading only: a second, writable opening would make exec fail with ETXTBSY.
-pub(crate) fn seal(entry: BorrowedFd<'_>, sha256: &[u8; 32]) -> Result<OwnedFd, Failure> {
-    let (found, sealed) = copy(entry)?;
+pub(crate) fn seal(entry: BorrowedFd<'_>, name: &CStr, sha256: &[u8; 32]) -> Result<OwnedFd, Failure> {
+    let (found, sealed) = copy(entry, name)?;
     if found == *sha256 { Ok(sealed) } else { Err(Failure::new(Step::EntryDigest, Errno::INVAL)) }
 }
 
-/// Copies the file into sealed memory and tells its digest.
-pub(crate) fn copy(entry: BorrowedFd<'_>) -> Result<([u8; 32], OwnedFd), Failure> {
+/// Copies the file into sealed memory and tells its digest. The name is what `ps` shows.
+pub(crate) fn copy(entry: BorrowedFd<'_>, name: &CStr) -> Result<([u8; 32], OwnedFd), Failure> {
     let at = |step| move |errno: Errno| Failure::new(step, errno);
     let flags = fcntl_getfl(entry).map_err(at(Step::EntryKind))?;
     let stat = fstat(entry).map_err(at(Step::EntryKind))?;
@@ -46,7 +47,7 @@ pub(crate) fn copy(entry: BorrowedFd<'_>) -> Result<([u8; 32], OwnedFd), Failure
 
     let reading = at(Step::EntryRead);
     let source = File::from(entry.try_clone_to_owned().map_err(|error| Failure::io(Step::EntryRead, &error))?);
-    let memory = File::from(memory_file().map_err(reading)?);
+    let memory = File::from(memory_file(name).map_err(reading)?);
     let mut hash = Sha256::new();
     let mut buffer = vec![0; CHUNK];
     let mut offset = 0;
@@ -78,11 +79,11 @@ pub(crate) fn is_script(entry: BorrowedFd<'_>) -> bool {
     rustix::io::pread(entry.as_fd(), &mut start, 0) == Ok(2) && start == *b"#!"
 }
 
-fn memory_file() -> Result<OwnedFd, Errno> {
+fn memory_file(name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    match memfd_create("plugvisor-entry", flags | MemfdFlags::EXEC) {
+    match memfd_create(name, flags | MemfdFlags::EXEC) {
         // MFD_EXEC came with Linux 6.3; before, every memory file could be executed.
-        Err(Errno::INVAL) => memfd_create("plugvisor-entry", flags),
+        Err(Errno::INVAL) => memfd_create(name, flags),
         other => other,
     }
 }

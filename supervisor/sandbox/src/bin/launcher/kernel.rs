@@ -90,9 +90,13 @@ pub(crate) fn signalfd(signals: &[i32]) -> io::Result<OwnedFd> {
 
 /// Unblocks every signal and gives each its default action: what a program expects when it starts.
 pub(crate) fn reset_signals() -> io::Result<()> {
+    // The kernel's struct sigaction: handler SIG_DFL (0), no flags, no restorer, an empty mask. By the raw call, because
+    // the C library keeps two signals for itself, and whoever started the launcher may have left them ignored.
+    let default = [0_usize; 4];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL is a valid disposition; the kernel refuses the numbers that have none.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: default is a valid struct of that layout and outlives the call; the old one is not asked for; the mask
+        // has 8 bytes. SIGKILL and SIGSTOP are refused by the kernel, which changes nothing.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), ptr::null::<usize>(), 8_usize) };
     }
     change_mask(libc::SIG_SETMASK, &signal_set(&[]))
 }

@@ -257,7 +257,7 @@ impl Launcher {
         let sealed = self.sealed.get(&request.entry_sha256);
         let entry = match sealed {
             Some(entry) => Entry::Sealed(entry),
-            None => Entry::Copy { file: checked.entry.as_fd(), sha256: &request.entry_sha256 },
+            None => Entry::Copy { file: checked.entry.as_fd(), name: &checked.title, sha256: &request.entry_sha256 },
         };
         let plan = Plan {
             entry,

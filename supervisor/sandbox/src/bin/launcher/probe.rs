@@ -74,7 +74,7 @@ impl Launcher {
             allow_degraded: Control::ALL.to_vec(),
         };
         let program = File::open("/proc/self/exe").map_err(plain)?;
-        let (sha256, program) = entry::copy(program.as_fd())
+        let (sha256, program) = entry::copy(program.as_fd(), c"trial")
             .map_err(|failure| (None, failure.step.refusal("a trial", failure.errno).message))?;
         request.entry_sha256 = sha256;
         self.sealed.insert(sha256, program);
@@ -82,14 +82,9 @@ impl Launcher {
         let bundle_path = std::env::current_dir().map_err(plain)?;
         let entry = here.try_clone().map_err(plain)?;
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
-        let checked = Checked {
-            plugin: request.plugin.parse().expect("a plugin's name"),
-            argv,
-            envp: Vec::new(),
-            entry,
-            bundle: here,
-            bundle_path,
-        };
+        let plugin = request.plugin.parse().expect("a plugin's name");
+        let title = c"trial".to_owned();
+        let checked = Checked { plugin, title, argv, envp: Vec::new(), entry, bundle: here, bundle_path };
         let started = self.start(&request, checked, Instant::now());
         let result = match started {
             Err(Refusal { code: RefusalCode::ControlUnavailable, message }) => Err((Some(Control::PidsLimit), message)),

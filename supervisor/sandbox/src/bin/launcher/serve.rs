@@ -387,8 +387,8 @@ impl Server {
 
     fn memory_event(&mut self, id: u64) {
         let Some(slot) = self.slots.get_mut(&id) else { return };
-        let killed = slot.running.memory.as_ref().is_some_and(crate::cgroup::MemoryWatch::killed);
-        if !killed || slot.running.oom {
+        let ran_out = slot.running.memory.as_ref().is_some_and(crate::cgroup::MemoryWatch::ran_out);
+        if !ran_out || slot.running.oom {
             return;
         }
         slot.running.oom = true;
@@ -420,9 +420,10 @@ impl Server {
     fn finish_gone(&mut self) {
         let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.gone).map(|(id, _)| *id).collect();
         for id in gone {
+            // The end may have been seen before its cause.
+            self.memory_event(id);
             let Some(slot) = self.slots.get_mut(&id) else { continue };
             if let Some(memory) = slot.running.memory.take() {
-                slot.running.oom |= memory.killed();
                 let _ = epoll::delete(&self.epoll, memory.as_fd());
             }
             // A process that has been reaped may hold its group for a moment longer.

@@ -98,8 +98,11 @@ impl Cgroups {
         prepare: impl FnOnce(&Path) -> io::Result<()>,
     ) {
         let made = match fs::create_dir(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-            _ => prepare(&directory),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                remove_empty_children(&directory);
+                prepare(&directory)
+            }
+            made => made.and_then(|()| prepare(&directory)),
         };
         // Without the right to write the group's member list no child could join.
         let made = made.and_then(|()| procs(&directory).map(drop));
@@ -268,11 +271,11 @@ impl Groups {
                 let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
                 let line = format!("{} {}", raw(&event), raw(&control));
                 fs::write(group.directory.join("cgroup.event_control"), line)?;
-                Ok(Some(MemoryWatch { event, file: group.directory.join("memory.oom_control"), version: Version::V1 }))
+                Ok(Some(MemoryWatch { event, version: Version::V1 }))
             }
             Version::V2 => {
-                let file = group.directory.join("memory.events");
-                Ok(Some(MemoryWatch { event: open(&file, OFlags::RDONLY)?, file, version: Version::V2 }))
+                let event = open(&group.directory.join("memory.events"), OFlags::RDONLY)?;
+                Ok(Some(MemoryWatch { event, version: Version::V2 }))
             }
         }
     }
@@ -298,7 +301,6 @@ impl Groups {
 #[derive(Debug)]
 pub(crate) struct MemoryWatch {
     event: OwnedFd,
-    file: PathBuf,
     version: Version,
 }
 
@@ -316,20 +318,18 @@ impl MemoryWatch {
         }
     }
 
-    /// Whether the kernel has killed a member; called when the descriptor is ready, and once more at the end.
-    pub(crate) fn killed(&self) -> bool {
-        // Takes the event, so that the next one is seen; the count in the file is what says it was a kill.
-        let _ = rustix::io::read(&self.event, &mut [0; 8]);
-        let text = match self.version {
-            Version::V1 => fs::read_to_string(&self.file).unwrap_or_default(),
+    /// Whether the group ran out of memory; called when the descriptor is ready, and once more at the end.
+    pub(crate) fn ran_out(&self) -> bool {
+        match self.version {
+            // The eventfd counts times out of memory. It comes before the kill, so no file need say so yet.
+            Version::V1 => matches!(rustix::io::read(&self.event, &mut [0; 8]), Ok(8)),
             Version::V2 => {
                 let mut bytes = [0; 512];
                 let read = rustix::io::pread(&self.event, &mut bytes, 0).unwrap_or(0);
-                String::from_utf8_lossy(&bytes[..read]).into_owned()
+                let text = String::from_utf8_lossy(&bytes[..read]).into_owned();
+                text.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|count| count.trim() != "0"))
             }
-        };
-        text.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|count| count.trim() != "0"))
-            || text.lines().any(|line| line == "under_oom 1")
+        }
     }
 }
 
@@ -389,6 +389,15 @@ impl Group {
         fs::write(&path, value).map_err(|error| format!("writing {value:?} to {} failed: {error}", path.display()))?;
         let got = read(&path).map_err(|error| format!("reading {} failed: {error}", path.display()))?;
         if good(&got) { Ok(()) } else { Err(format!("{} is {got} after {value} was written", path.display())) }
+    }
+}
+
+/// What a launcher of the same name left when it was killed; groups with processes cannot be removed and stay.
+fn remove_empty_children(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            drop(fs::remove_dir(entry.path()));
+        }
     }
 }
 

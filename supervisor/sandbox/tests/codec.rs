@@ -1,0 +1,164 @@
+//! The codec is total and exact: any bytes give a message or an error, and every message survives the way.
+#![allow(missing_docs, reason = "tests")]
+
+use plugvisor_sandbox::{
+    codec::{self, DecodeError, FromLauncher, HEADER_LEN},
+    protocol::{
+        Control, ControlState, Exit, Grant, Hello, Launch, LaunchId, Launched, Level, Limits, MAX_PACKET, Notice,
+        ProbeState, Probed, Refusal, RefusalCode, Reply, Request, SocketMode, VERSION,
+    },
+};
+use proptest::prelude::*;
+
+fn launch() -> impl Strategy<Value = Launch> {
+    let text = || ".{0,40}";
+    let limits = (any::<Option<u64>>(), any::<Option<u32>>(), any::<Option<u32>>(), any::<Option<u64>>()).prop_map(
+        |(memory_bytes, cpu_percent, pids, file_size_bytes)| Limits {
+            memory_bytes,
+            cpu_percent,
+            pids,
+            file_size_bytes,
+            open_files: cpu_percent,
+        },
+    );
+    let lists = (
+        prop::collection::vec(text(), 0..5),
+        prop::collection::vec((text(), text()), 0..5),
+        prop::sample::subsequence(Control::ALL.to_vec(), 0..=Control::ALL.len()),
+        prop::sample::subsequence(vec![Grant::WriteTemp, Grant::SpawnChild], 0..=2),
+    );
+    (text(), any::<u64>(), any::<[u8; 32]>(), text(), limits, lists, any::<bool>()).prop_map(
+        |(plugin, generation, entry_sha256, entry, limits, (args, env, allow_degraded, grants), bind)| Launch {
+            plugin,
+            generation,
+            level: if bind { Level::Vm } else { Level::Process },
+            entry_sha256,
+            entry,
+            args,
+            env,
+            socket: if bind { SocketMode::Bind } else { SocketMode::Inherit },
+            limits,
+            grants,
+            allow_degraded,
+        },
+    )
+}
+
+fn request() -> impl Strategy<Value = Request> {
+    prop_oneof![
+        any::<u16>().prop_map(|version| Request::Hello(Hello { version })),
+        Just(Request::Probe),
+        launch().prop_map(|launch| Request::Launch(Box::new(launch))),
+        (any::<u64>(), any::<i32>()).prop_map(|(id, signal)| Request::Signal { launch: LaunchId(id), signal }),
+        any::<u64>().prop_map(|id| Request::Kill { launch: LaunchId(id) }),
+        any::<u64>().prop_map(|id| Request::Inspect { launch: LaunchId(id) }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn requests_survive(id in any::<u64>(), request in request()) {
+        let packet = codec::encode_request(id, &request).expect("fits");
+        prop_assert_eq!(codec::decode_request(&packet), Ok((id, request)));
+    }
+
+    #[test]
+    fn any_bytes_are_judged(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        drop(codec::decode_request(&bytes));
+        drop(codec::decode_from_launcher(&bytes));
+    }
+
+    /// Random bytes seldom get past the header; these do.
+    #[test]
+    fn any_body_is_judged(kind in any::<u16>(), known in 0_usize..6, body in prop::collection::vec(any::<u8>(), 0..600)) {
+        let known = [codec::kind::HELLO, codec::kind::LAUNCH, codec::kind::SIGNAL, codec::kind::LAUNCHED,
+            codec::kind::PROBE_REPLY, codec::kind::EXITED][known];
+        for kind in [kind, known] {
+            let mut packet = header(VERSION, kind, 5);
+            packet.extend_from_slice(&body);
+            drop(codec::decode_request(&packet));
+            drop(codec::decode_from_launcher(&packet));
+        }
+    }
+
+    #[test]
+    fn a_changed_or_cut_packet_is_judged(request in request(), at in any::<prop::sample::Index>(), value in any::<u8>()) {
+        let mut packet = codec::encode_request(1, &request).expect("fits");
+        let at = at.index(packet.len());
+        prop_assert!(codec::decode_request(&packet[..at]).is_err(), "a prefix is not a message");
+        packet[at] = value;
+        drop(codec::decode_request(&packet));
+    }
+}
+
+fn header(version: u16, kind: u16, id: u64) -> Vec<u8> {
+    let mut bytes = version.to_le_bytes().to_vec();
+    bytes.extend_from_slice(&kind.to_le_bytes());
+    bytes.extend_from_slice(&id.to_le_bytes());
+    assert_eq!(bytes.len(), HEADER_LEN);
+    bytes
+}
+
+#[test]
+fn answers_survive() {
+    let refusal = Refusal { code: RefusalCode::Policy, message: "no".into() };
+    let state = ControlState {
+        control: Control::Seccomp,
+        requested: "a".into(),
+        enforced: Some("b".into()),
+        read_from: "c".into(),
+        unavailable: String::new(),
+    };
+    let lacking = ProbeState::Lacking { why: "w".into(), fix: "f".into() };
+    let launched = Launched {
+        launch: LaunchId(3),
+        pid: 4,
+        uid: 5,
+        controls: vec![state.clone()],
+        cgroups: vec!["/x".into()],
+        launch_exec_nanos: 6,
+    };
+    for reply in [
+        Reply::Hello { version: 1, pid: 2 },
+        Reply::Probe(vec![Probed { control: Control::OwnUid, state: lacking }]),
+        Reply::Launched(launched),
+        Reply::Done,
+        Reply::Inspected(vec![state]),
+        Reply::Refused(refusal),
+    ] {
+        let packet = codec::encode_reply(9, &reply).expect("fits");
+        assert_eq!(codec::decode_from_launcher(&packet), Ok(FromLauncher::Reply { id: 9, reply }));
+        assert!(matches!(codec::decode_request(&packet), Err(DecodeError::Kind { id: 9, .. })), "the wrong direction");
+    }
+    for notice in [
+        Notice::Exited { launch: LaunchId(1), exit: Exit::Signal(9), oom_killed: true },
+        Notice::OutOfMemory { launch: LaunchId(2) },
+    ] {
+        let packet = codec::encode_notice(&notice).expect("fits");
+        assert_eq!(codec::decode_from_launcher(&packet), Ok(FromLauncher::Notice(notice)));
+    }
+}
+
+#[test]
+fn each_error_is_typed() {
+    use codec::kind;
+    assert_eq!(codec::decode_request(&[1, 0, 1]), Err(DecodeError::Short { len: 3 }));
+    assert_eq!(codec::decode_request(&vec![0; MAX_PACKET + 1]), Err(DecodeError::Long { len: MAX_PACKET + 1 }));
+    assert_eq!(codec::decode_request(&header(2, kind::PROBE, 7)), Err(DecodeError::Version { id: 7, version: 2 }));
+    for reserved in [0, 3, 4, 7, 8, 10, 11, 12, 13, 14, 16, kind::DONE] {
+        assert_eq!(
+            codec::decode_request(&header(VERSION, reserved, 7)),
+            Err(DecodeError::Kind { id: 7, kind: reserved })
+        );
+    }
+    let mut trailing = header(VERSION, kind::PROBE, 7);
+    trailing.push(0);
+    assert!(matches!(codec::decode_request(&trailing), Err(DecodeError::Body { id: 7, .. })));
+    // A length that claims more than the packet holds must not be believed.
+    let mut huge = header(VERSION, kind::LAUNCH, 7);
+    huge.extend_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]);
+    assert!(matches!(codec::decode_request(&huge), Err(DecodeError::Body { .. })));
+    let long = "x".repeat(MAX_PACKET);
+    let refusal = Reply::Refused(Refusal { code: RefusalCode::Kernel, message: long });
+    assert!(matches!(codec::encode_reply(1, &refusal), Err(codec::EncodeError::Long { .. })));
+}

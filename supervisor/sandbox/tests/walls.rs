@@ -1,0 +1,231 @@
+//! What a plugin at PROCESS cannot do, tried from inside, each with the exact errno, so that a missing file does not
+//! count as a wall. As root and as an ordinary user.
+#![allow(missing_docs, reason = "tests")]
+
+mod harness;
+
+use std::{
+    fs,
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener},
+    },
+};
+
+use harness::{As, Harness};
+use plugvisor_sandbox::protocol::{Exit, Grant};
+
+const EPERM: &str = "1";
+const ENOENT: &str = "2";
+const EACCES: &str = "13";
+const EINVAL: &str = "22";
+const EROFS: &str = "30";
+const ENOSYS: &str = "38";
+const SIGSYS: i32 = 31;
+
+/// Runs each attempt and compares.
+fn expect(harness: &mut Harness, grants: &[Grant], attempts: &[(&[&str], &str)]) {
+    let args: Vec<&str> = attempts.iter().flat_map(|(args, _)| args.iter().copied()).collect();
+    let lines = harness.attempt(|launch| launch.grants = grants.to_vec(), &args);
+    assert_eq!(lines.len(), attempts.len());
+    let wrong: Vec<String> = attempts
+        .iter()
+        .zip(&lines)
+        .filter(|((_, expected), (_, got))| expected != got)
+        .map(|((args, expected), (_, got))| format!("{args:?}: expected {expected}, got {got}"))
+        .collect();
+    assert!(wrong.is_empty(), "{:?}: {wrong:#?}", harness.as_);
+}
+
+#[test]
+fn files_and_sockets_of_others() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        let secret = harness.path("secret").display().to_string();
+        let socket = harness.path("foreign.sock");
+        let _listener = UnixListener::bind(&socket).expect("a foreign socket");
+        let socket = socket.display().to_string();
+        let name = format!("plugvisor-test-{}-{as_:?}", std::process::id());
+        let abstract_address = SocketAddr::from_abstract_name(&name).expect("a name");
+        let _abstract = UnixListener::bind_addr(&abstract_address).expect("an abstract socket");
+        // Controls: all of these are there, and open to others from outside.
+        assert!(fs::exists("/etc/shadow").unwrap_or(false) && fs::exists(&secret).unwrap_or(false));
+        std::os::unix::net::UnixStream::connect(&socket).expect("reachable from outside");
+        std::os::unix::net::UnixStream::connect_addr(&abstract_address).expect("reachable from outside");
+        let launcher = format!("/proc/{}/environ", harness.process.id());
+        expect(
+            &mut harness,
+            &[],
+            &[
+                (&["read", "/etc/shadow"], ENOENT),
+                (&["read", &secret], ENOENT),
+                (&["read", "/proc/1/environ"], ENOENT),
+                (&["read", "/proc/1/mem"], ENOENT),
+                (&["read", "/proc/1/root/etc/passwd"], ENOENT),
+                (&["read", &launcher], ENOENT),
+                (&["read", "/proc/sys/kernel/core_pattern"], ENOENT),
+                (&["read", "/sys/fs/cgroup/cgroup.procs"], ENOENT),
+                (&["list", "/"], EACCES),
+                (&["list", "/dev"], EACCES),
+                (&["list", "/run"], EACCES),
+                (&["list", "/tmp"], EACCES),
+                (&["list", "/plugin"], "bin,plugin.json"),
+                (&["list", "/plugin/../plugin/bin"], "walled"),
+                (&["list", "/run/plugvisor"], "broker.sock,worker.sock"),
+                (&["list", "/proc/self/fd"], "0,1,2,3,4"),
+                (&["unix", &socket], ENOENT),
+                (&["abstract", &name], EPERM),
+                (&["unix", "/run/plugvisor/broker.sock"], "ok"),
+                (&["append", "/plugin/plugin.json"], EACCES),
+                (&["append", "/plugin/new"], EROFS),
+                (&["append", "/usr/new"], EROFS),
+                (&["append", "/tmp/new"], EROFS),
+                (&["append", "/new"], EROFS),
+                (&["append", "/dev/null"], "ok"),
+                (&["kill", "1"], "ok"),
+                (&["kill", "-1"], "3"),
+                (&["thread"], "ok"),
+            ],
+        );
+    }
+}
+
+#[test]
+fn system_calls() {
+    use libc_numbers::*;
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        let raw = |call: i64, arguments: &str| vec!["raw".to_owned(), call.to_string(), arguments.to_owned()];
+        let denied: Vec<(Vec<String>, &str)> = vec![
+            (raw(MOUNT, "0,0,0,0,0"), EPERM),
+            (raw(UNSHARE, "0x10000000"), EPERM),
+            (raw(UNSHARE, "0x20000000"), EPERM),
+            (raw(SETNS, "0,0"), EPERM),
+            (raw(CHROOT, "0"), EPERM),
+            (raw(PIVOT_ROOT, "0,0"), EPERM),
+            (raw(FSOPEN, "0,0"), EPERM),
+            (raw(CLONE, "0x10000011,0,0,0,0"), EPERM),
+            (raw(CLONE, "0x20000011,0,0,0,0"), EPERM),
+            (raw(CLONE, "17,0,0,0,0"), EPERM),
+            (raw(CLONE3, "0,88"), ENOSYS),
+            (raw(PTRACE, "0,0,0,0"), EPERM),
+            (raw(PTRACE, "16,1,0,0"), EPERM),
+            (raw(PROCESS_VM_READV, "1,0,0,0,0,0"), EPERM),
+            (raw(BPF, "0,0,0"), EPERM),
+            (raw(PERF_EVENT_OPEN, "0,0,0,0,0"), EPERM),
+            (raw(USERFAULTFD, "0"), EPERM),
+            (raw(ADD_KEY, "0,0,0,0,0"), EPERM),
+            (raw(KEYCTL, "0,0,0,0,0"), EPERM),
+            (raw(IO_URING_SETUP, "1,0"), EPERM),
+            (raw(OPEN_BY_HANDLE_AT, "0,0,0"), EPERM),
+            (raw(FINIT_MODULE, "0,0,0"), EPERM),
+            (raw(KEXEC_LOAD, "0,0,0,0"), EPERM),
+            (raw(SHMGET, "0,4096,0x1ff"), EPERM),
+            (raw(MQ_OPEN, "0,0,0,0"), EPERM),
+            (raw(PERSONALITY, "0x0040000"), EPERM),
+            (raw(PRLIMIT64, "0,7,1,0"), EPERM),
+            (raw(PRLIMIT64, "0,7,0,0"), "ok"),
+            (raw(PRCTL, "1,0,0,0,0"), EPERM),
+            (raw(MEMFD_CREATE, "0,0"), EPERM),
+            (raw(IOCTL, "0,0x5412,0"), EPERM),
+            (raw(IOCTL, "0,0x100005412,0"), EPERM),
+            (raw(IOCTL, "0,0x70000541c,0"), EPERM),
+            (raw(SOCKETPAIR, "2,1,0,0"), EPERM),
+            // The kernel's own rules: no capability, and rootless no such uid.
+            (raw(SETUID, "0"), if as_ == As::Root { EPERM } else { EINVAL }),
+        ];
+        let families = [2, 10, 16, 17, 38, 40].map(|family: i32| family.to_string());
+        let mut attempts: Vec<(Vec<&str>, &str)> =
+            denied.iter().map(|(args, expected)| (args.iter().map(String::as_str).collect(), *expected)).collect();
+        for family in &families {
+            for kind in ["1", "2", "3"] {
+                attempts.push((vec!["socket", family, kind], EPERM));
+            }
+        }
+        attempts.push((vec!["socket", "1", "1"], "ok"));
+        let attempts: Vec<(&[&str], &str)> =
+            attempts.iter().map(|(args, expected)| (args.as_slice(), *expected)).collect();
+        expect(&mut harness, &[], &attempts);
+        // With the grant a process may be made, but still no namespace.
+        let spawn = [
+            (raw(CLONE, "0x10000011,0,0,0,0"), EPERM),
+            (raw(UNSHARE, "0x10000000"), EPERM),
+            (raw(CLONE3, "0,88"), ENOSYS),
+        ];
+        let spawn: Vec<(Vec<&str>, &str)> =
+            spawn.iter().map(|(args, expected)| (args.iter().map(String::as_str).collect(), *expected)).collect();
+        let mut spawn: Vec<(&[&str], &str)> =
+            spawn.iter().map(|(args, expected)| (args.as_slice(), *expected)).collect();
+        spawn.push((&["forks", "2"], "2 then ok"));
+        expect(&mut harness, &[Grant::SpawnChild], &spawn);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn other_gates_into_the_kernel_kill() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        // getpid by its x32 number, and by the 32-bit gate.
+        for args in [&["raw", "0x40000027", "0"][..], &["int80"][..]] {
+            let request = harness.request(args);
+            let plugin = harness.launch(request);
+            assert_eq!(harness.exit_of(plugin.launched.launch).0, Exit::Signal(SIGSYS), "{args:?}");
+        }
+    }
+}
+
+#[test]
+fn temp_is_there_only_when_granted() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        expect(&mut harness, &[], &[(&["append", "/tmp/x"], EROFS)]);
+        expect(
+            &mut harness,
+            &[Grant::WriteTemp],
+            &[
+                (&["append", "/tmp/x"], "ok"),
+                (&["list", "/tmp"], "x"),
+                (&["copy-exec", "/tmp/program"], EACCES),
+                (&["bind", "/tmp/socket"], EACCES),
+                (&["fill", "/tmp/big"], "63 MiB then 28"),
+            ],
+        );
+        // Another launch has another one.
+        expect(&mut harness, &[Grant::WriteTemp], &[(&["list", "/tmp"], "")]);
+    }
+}
+
+#[test]
+fn rlimits_hold() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        let lines = harness.attempt(
+            |launch| {
+                launch.grants = vec![Grant::WriteTemp];
+                launch.limits.file_size_bytes = Some(1 << 20);
+                launch.limits.open_files = Some(64);
+            },
+            &["ignore-xfsz", "fill", "/tmp/big", "open-many"],
+        );
+        let results: Vec<&str> = lines.iter().map(|(_, result)| result.as_str()).collect();
+        // EFBIG, and EMFILE with the 64th number.
+        assert_eq!(results, ["ok", "1 MiB then 27", "60 then 24"], "{as_:?}");
+    }
+}
+
+mod libc_numbers {
+    //! Numbers of system calls; a test program gets them as text.
+    macro_rules! numbers {
+        ($($name:ident $number:ident;)*) => { $(pub(super) const $name: i64 = libc::$number;)* };
+    }
+    numbers! {
+        MOUNT SYS_mount; UNSHARE SYS_unshare; SETNS SYS_setns; CHROOT SYS_chroot; PIVOT_ROOT SYS_pivot_root;
+        FSOPEN SYS_fsopen; CLONE SYS_clone; CLONE3 SYS_clone3; PTRACE SYS_ptrace; BPF SYS_bpf;
+        PROCESS_VM_READV SYS_process_vm_readv; PERF_EVENT_OPEN SYS_perf_event_open; USERFAULTFD SYS_userfaultfd;
+        ADD_KEY SYS_add_key; KEYCTL SYS_keyctl; IO_URING_SETUP SYS_io_uring_setup; SETUID SYS_setuid;
+        OPEN_BY_HANDLE_AT SYS_open_by_handle_at; FINIT_MODULE SYS_finit_module; KEXEC_LOAD SYS_kexec_load;
+        SHMGET SYS_shmget; MQ_OPEN SYS_mq_open; PERSONALITY SYS_personality; PRLIMIT64 SYS_prlimit64;
+        PRCTL SYS_prctl; MEMFD_CREATE SYS_memfd_create; IOCTL SYS_ioctl; SOCKETPAIR SYS_socketpair;
+    }
+}
