@@ -17,7 +17,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("plugvisor-cli", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
     ("plugvisor-client", &["plugvisor-proto"]),
     ("plugvisor-worker", &["plugvisor-client", "plugvisor-proto"]),
-    ("plugvisor-examples", &["plugvisor-proto", "plugvisor-worker"]),
+    // The client in tests only: it stands where an application would.
+    ("plugvisor-examples", &["plugvisor-client", "plugvisor-proto", "plugvisor-worker"]),
     // These two drive the programs from outside: they see what an operator, an author or an application sees.
     ("plugvisor-tests", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
     ("xtask", &["plugvisor-client", "plugvisor-examples", "plugvisor-package", "plugvisor-proto", "plugvisor-tests"]),
