@@ -368,7 +368,7 @@ pub struct LifecycleHooks {
     pub after_load: bool,
     /// Before it is drained.
     pub before_unload: bool,
-    /// When something of it failed.
+    /// Inactive: when something of it failed.
     pub on_error: bool,
 }
 

@@ -70,6 +70,7 @@ fn the_full_manifest_is_read_to_its_last_field() {
             "optimization.caching.validationCache",
             "optimization.caching.securityCache",
             "optimization.caching.ttl",
+            "events.lifecycle.onError",
             "monitoring.performance.enableMetrics",
             "monitoring.performance.enableTracing",
             "module.controllers",

@@ -185,7 +185,7 @@ table! {
         /// Before it is drained.
         Active before_unload: bool = "beforeUnload";
         /// When something of it failed.
-        Active on_error: bool = "onError";
+        Inactive on_error: bool = "onError";
     }
 }
 
