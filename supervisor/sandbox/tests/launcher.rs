@@ -80,7 +80,7 @@ fn probe_names_every_control() {
         let Reply::Probe(probed) = harness.ask(&Request::Probe, &[]).0 else { panic!("not probed") };
         assert_eq!(probed.iter().map(|probed| probed.control).collect::<Vec<_>>(), Control::ALL);
         for probed in probed {
-            println!("{as_:?} {:?}", probed);
+            println!("{as_:?} {probed:?}");
             match probed.state {
                 ProbeState::Works(by) => assert!(!by.is_empty()),
                 ProbeState::Lacking { why, fix } => {

@@ -170,7 +170,7 @@ impl Launcher {
     }
 
     /// Starts a checked launch. On error nothing is left of it.
-    pub(crate) fn start(&mut self, request: &Launch, checked: Checked, arrived: Instant) -> Result<Running, Refusal> {
+    pub(crate) fn start(&mut self, request: &Launch, checked: &Checked, arrived: Instant) -> Result<Running, Refusal> {
         let plugin = request.plugin.as_str();
         let identity = self.identity(plugin)?;
         self.last += 1;
@@ -186,7 +186,7 @@ impl Launcher {
         };
 
         let name = format!("{plugin}-{}-{}", request.generation, id.0);
-        let mut groups = self.cgroups.create(&name, &request.limits).map_err(|error| Refusal {
+        let mut groups = self.cgroups.create(&name, &self.enforceable(&request.limits)).map_err(|error| Refusal {
             code: RefusalCode::ControlUnavailable,
             message: format!("{plugin} was not started: {} cannot be enforced: {}", error.control, error.why),
         })?;
@@ -228,7 +228,7 @@ impl Launcher {
     fn fork(
         &self,
         request: &Launch,
-        checked: Checked,
+        checked: &Checked,
         identity: Identity,
         id: LaunchId,
         groups: &Groups,
@@ -292,6 +292,16 @@ impl Launcher {
                 memory,
                 ends: vec![sockets.broker, sockets.worker, stdout, stderr],
             }),
+        }
+    }
+
+    /// The limits without those that this host lacks, which the operator allowed to be missing.
+    fn enforceable(&self, limits: &Limits) -> Limits {
+        let here = |control| self.lacking(control).is_none();
+        Limits {
+            memory_bytes: limits.memory_bytes.filter(|_| here(Control::MemoryLimit)),
+            cpu_percent: limits.cpu_percent.filter(|_| here(Control::CpuLimit)),
+            ..limits.clone()
         }
     }
 

@@ -8,9 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use plugvisor_sandbox::protocol::{
-    Control, Launch, Level, Limits, ProbeState, Probed, Refusal, RefusalCode, SocketMode,
-};
+use plugvisor_sandbox::protocol::{Control, Exit, Launch, Level, Limits, ProbeState, Probed, SocketMode};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{WaitId, WaitIdOptions, waitid},
@@ -20,7 +18,7 @@ use crate::{
     check::Checked,
     entry,
     launch::{Launcher, Running, remove_sockets},
-    step,
+    step::{self, Step},
 };
 
 /// The only argument with which the launcher, executed behind the walls, ends at once.
@@ -33,6 +31,18 @@ const TRIAL_TIME: Duration = Duration::from_secs(5);
 pub(crate) struct Trial {
     /// The controls that failed, and how.
     failed: Vec<(Control, String)>,
+}
+
+/// Where a trial launch failed.
+struct TrialError {
+    step: Option<Step>,
+    why: String,
+}
+
+impl TrialError {
+    fn at(step: Step, errno: i32) -> Self {
+        Self { step: Some(step), why: step.refusal("a trial", errno).message }
+    }
 }
 
 impl Launcher {
@@ -48,18 +58,22 @@ impl Launcher {
             }
             Err(error) => trial.failed.push((error.control, error.why)),
         }
-        if let Err(refusal) = self.try_walls() {
-            let controls = match refusal.0 {
-                Some(control) => vec![control],
-                None => vec![Control::MountNamespace, Control::PidNamespace, Control::IpcNamespace],
-            };
-            trial.failed.extend(controls.into_iter().map(|control| (control, refusal.1.clone())));
+        let mut walls = self.try_walls();
+        if let Err(TrialError { step: Some(Step::Cgroup), why }) = &walls {
+            // Groups that nobody can join hold nothing; the walls are tried again without them.
+            self.cgroups.give_up(why);
+            walls = self.try_walls();
+        }
+        if let Err(error) = walls {
+            let namespaces = [Control::MountNamespace, Control::PidNamespace, Control::IpcNamespace];
+            let controls = error.step.and_then(Step::control).map_or(namespaces.to_vec(), |control| vec![control]);
+            trial.failed.extend(controls.into_iter().map(|control| (control, error.why.clone())));
         }
         self.trial = trial;
     }
 
-    fn try_walls(&mut self) -> Result<(), (Option<Control>, String)> {
-        let plain = |error: io::Error| (None, format!("a trial launch failed: {error}"));
+    fn try_walls(&mut self) -> Result<(), TrialError> {
+        let plain = |error: io::Error| TrialError { step: None, why: format!("a trial launch failed: {error}") };
         let mut request = Launch {
             plugin: "trial".to_owned(),
             generation: 0,
@@ -74,8 +88,8 @@ impl Launcher {
             allow_degraded: Control::ALL.to_vec(),
         };
         let program = File::open("/proc/self/exe").map_err(plain)?;
-        let (sha256, program) = entry::copy(program.as_fd(), c"trial")
-            .map_err(|failure| (None, failure.step.refusal("a trial", failure.errno).message))?;
+        let (sha256, program) =
+            entry::copy(program.as_fd(), c"trial").map_err(|failure| TrialError::at(failure.step, failure.errno))?;
         request.entry_sha256 = sha256;
         self.sealed.insert(sha256, program);
         let here: OwnedFd = File::open(".").map_err(plain)?.into();
@@ -85,17 +99,16 @@ impl Launcher {
         let plugin = request.plugin.parse().expect("a plugin's name");
         let title = c"trial".to_owned();
         let checked = Checked { plugin, title, argv, envp: Vec::new(), entry, bundle: here, bundle_path };
-        let started = self.start(&request, checked, Instant::now());
+        let started = self.start(&request, &checked, Instant::now());
         let result = match started {
-            Err(Refusal { code: RefusalCode::ControlUnavailable, message }) => Err((Some(Control::PidsLimit), message)),
-            Err(refusal) => Err((None, refusal.message)),
+            Err(refusal) => Err(TrialError { step: None, why: refusal.message }),
             Ok(mut running) => self.watch_trial(&mut running),
         };
         self.sealed.remove(&sha256);
         result
     }
 
-    fn watch_trial(&mut self, running: &mut Running) -> Result<(), (Option<Control>, String)> {
+    fn watch_trial(&mut self, running: &mut Running) -> Result<(), TrialError> {
         let deadline = Instant::now() + TRIAL_TIME;
         let mut ended = false;
         while !ended {
@@ -115,11 +128,9 @@ impl Launcher {
         }
         remove_sockets(running.id);
         match (running.failure, running.executing, running.ended) {
-            (None, true, Some(plugvisor_sandbox::protocol::Exit::Code(0))) => Ok(()),
-            (Some(failure), _, _) => {
-                Err((failure.step.control(), failure.step.refusal("a trial", failure.errno).message))
-            }
-            (None, _, ended) => Err((None, format!("a trial launch ended with {ended:?}"))),
+            (None, true, Some(Exit::Code(0))) => Ok(()),
+            (Some(failure), _, _) => Err(TrialError::at(failure.step, failure.errno)),
+            (None, _, ended) => Err(TrialError { step: None, why: format!("a trial launch ended with {ended:?}") }),
         }
     }
 

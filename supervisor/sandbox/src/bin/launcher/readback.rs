@@ -159,7 +159,7 @@ impl Process {
     fn no_capabilities(&self) -> (Option<String>, String) {
         let sets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
         let empty = |name: &&str| self.field(name).is_some_and(|set| !set.is_empty() && set.bytes().all(|b| b == b'0'));
-        let held = sets.iter().all(|name| empty(name)).then(|| "all five sets are empty".to_owned());
+        let held = sets.iter().all(empty).then(|| "all five sets are empty".to_owned());
         (held, self.status_path())
     }
 

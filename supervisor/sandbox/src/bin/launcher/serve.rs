@@ -18,7 +18,7 @@ use plugvisor_sandbox::{
 use rustix::{
     event::{Timespec, epoll},
     io::Errno,
-    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
+    process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 
 use crate::{
@@ -193,10 +193,9 @@ impl Server {
                         vec![],
                     );
                 }
-                Ok(Received::Closed) => self.end(),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => self.end(),
+                Ok(Received::Closed) | Err(_) => self.end(),
             }
         }
     }
@@ -279,7 +278,7 @@ impl Server {
             );
         }
         self.launcher.require(request)?;
-        let running = self.launcher.start(request, checked, arrived)?;
+        let running = self.launcher.start(request, &checked, arrived)?;
         let number = running.id.0;
         let slot =
             Slot { running, phase: Phase::Starting { request: id, deadline: arrived + SETUP_TIME }, gone: false };
@@ -459,12 +458,15 @@ impl Server {
     }
 
     /// Reaps what is not one of the launches: the launcher is a subreaper, so orphans of its children become its own.
+    /// Its inits are reaped by their own events.
     fn reap_strangers(&self) {
-        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        // Looking shows the same zombie until it is reaped; one of ours ends the search, its own event reaps it and
-        // SIGCHLD of the next one starts it again.
-        while let Ok(Some(_)) = waitid(WaitId::All, look) {
-            break;
+        let own = std::process::id();
+        let children = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap_or_default();
+        for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            let known = self.slots.values().any(|slot| slot.running.init_pid == pid);
+            if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
+                let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            }
         }
     }
 

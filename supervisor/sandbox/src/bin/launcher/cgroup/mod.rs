@@ -210,6 +210,16 @@ impl Cgroups {
         Ok(())
     }
 
+    /// Uses no groups from here on: they cannot be joined.
+    pub(crate) fn give_up(&mut self, why: &str) {
+        for (_, control) in CONTROLLERS {
+            if self.parent(control).is_some() {
+                self.lacking.push((control, why.to_owned()));
+            }
+        }
+        self.tear_down();
+    }
+
     /// Removes the parent groups, if nothing is left in them.
     pub(crate) fn tear_down(&mut self) {
         for parent in self.parents.drain(..) {
