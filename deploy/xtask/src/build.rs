@@ -70,6 +70,20 @@ pub(crate) fn binaries(profile: Profile) -> anyhow::Result<PathBuf> {
 /// Where the checked-in part of the example plugins' bundles is, below the workspace's root.
 pub(crate) const BUNDLES: &str = "worker-sdk/examples/bundles";
 
+/// Builds the binaries that the benchmarks start and returns the directory that holds them.
+///
+/// # Errors
+/// When the build fails.
+pub(crate) fn bench_binaries(profile: Profile) -> anyhow::Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--locked", "--workspace", "--all-features", "--bin", "xtask", "--bin", "broker-alone"]);
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    steps::run(&mut build)?;
+    Ok(target_directory()?.join(profile.directory()))
+}
+
 /// Puts the example plugins' bundles into `into`, one directory each.
 ///
 /// # Errors

@@ -1,4 +1,17 @@
 //! The benchmarks: what Plugvisor costs, as ratios against a peer or a floor measured in the same run.
+//!
+//! Each side of a measurement is a process of its own. Ours are this same binary, built for release, in the hidden
+//! roles of [`part`].
+
+mod broker;
+mod copier;
+mod echo;
+mod figures;
+mod load;
+mod part;
+mod peers;
+mod processes;
+mod spawn;
 
 use clap::Subcommand;
 
@@ -6,9 +19,12 @@ use clap::Subcommand;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Bench {
     /// Calls: direct, copied, brokered, through HAProxy and through nginx.
-    Broker,
+    Broker(broker::Options),
     /// Starting plugins: launch to exec, discovery to LOADED.
-    Spawn,
+    Spawn(spawn::Options),
+    /// One of the processes of a measurement.
+    #[command(hide = true, subcommand)]
+    Part(part::Part),
 }
 
 /// Runs one benchmark.
@@ -16,5 +32,9 @@ pub(crate) enum Bench {
 /// # Errors
 /// When a side cannot be started or answers wrongly.
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
-    anyhow::bail!("bench {bench:?} has not landed yet")
+    match bench {
+        Bench::Broker(options) => broker::run(options),
+        Bench::Spawn(options) => spawn::run(options),
+        Bench::Part(part) => part::run(part),
+    }
 }
