@@ -5,7 +5,8 @@
 //!                   └────► the plugin's own services   (once started: counted, and inside a CallContext)
 //! ```
 //!
-//! It keeps a panic of a handler from ending more than its own call. It knows no service by name.
+//! It keeps a panic of a handler from ending more than its own call, and ends a call at its deadline: tonic's own server
+//! would answer CANCELLED, which a breaker rightly takes for the caller's doing. It knows no service by name.
 
 use std::{
     convert::Infallible,
@@ -18,6 +19,7 @@ use std::{
 use http::{HeaderMap, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use plugvisor_client::CallContext;
+use tokio::time::{Sleep, sleep_until};
 use tonic::{Status, body::Body};
 use tower::Service;
 
@@ -46,27 +48,28 @@ impl Gate {
     }
 
     fn answer(&self, mut request: Request<Body>) -> GateFuture {
+        let context = CallContext::from_headers(request.headers());
         let path = request.uri().path();
-        if let Some(service) = self.fixed.find(path) {
-            let answer = service.clone().call(request);
-            return GateFuture::Called { answer, call: Call { context: CallContext::default(), guard: None } };
-        }
-        let Some(own) = self.own.get() else {
-            return GateFuture::refused(&Status::unavailable("the plugin has not been initialised yet"));
-        };
-        let Some(service) = own.find(path) else {
-            let served: Vec<_> = own.names().collect();
-            return GateFuture::refused(&Status::unimplemented(format!(
-                "this plugin does not serve {path}; it serves {}",
-                served.join(", ")
-            )));
+        let (service, guard) = if let Some(service) = self.fixed.find(path) {
+            (service, None)
+        } else {
+            let Some(own) = self.own.get() else {
+                return GateFuture::refused(&Status::unavailable("the plugin has not been initialised yet"));
+            };
+            let Some(service) = own.find(path) else {
+                let served: Vec<_> = own.names().collect();
+                return GateFuture::refused(&Status::unimplemented(format!(
+                    "this plugin does not serve {path}; it serves {}",
+                    served.join(", ")
+                )));
+            };
+            (service, Some(self.inflight.enter()))
         };
         let mut service = service.clone();
-        let context = CallContext::from_headers(request.headers());
         request.extensions_mut().insert(context.clone());
-        let guard = Some(self.inflight.enter());
+        let late = context.deadline().map(|deadline| Box::pin(sleep_until(deadline)));
         // Generated servers do their work in the future, not in `call`, so the context need not surround this.
-        GateFuture::Called { answer: service.call(request), call: Call { context, guard } }
+        GateFuture::Called { answer: service.call(request), call: Some(Call { context, late, _guard: guard }) }
     }
 }
 
@@ -84,15 +87,40 @@ impl Service<Request<Body>> for Gate {
     }
 }
 
-/// One call that is being served: what its code sees as its context, and its place in the count.
+/// One call that is being served: what its code sees as its context, when it is over, and its place in the count.
 #[derive(Debug)]
 pub(crate) struct Call {
     context: CallContext,
-    guard: Option<InflightGuard>,
+    late: Option<Pin<Box<Sleep>>>,
+    _guard: Option<InflightGuard>,
+}
+
+impl Call {
+    /// Runs one step of a handler inside its context. Fails when the handler panics, or does not finish in time.
+    fn step<R>(
+        &mut self,
+        task: &mut Context<'_>,
+        step: impl FnOnce(&mut Context<'_>) -> Poll<R>,
+    ) -> Poll<Result<R, Status>> {
+        let context = self.context.clone();
+        // A handler that panicked is never polled again, so nothing of it is seen in a broken state.
+        match catch_unwind(AssertUnwindSafe(|| context.sync_scope(|| step(task)))) {
+            Ok(Poll::Ready(value)) => return Poll::Ready(Ok(value)),
+            Ok(Poll::Pending) => {}
+            // The panic hook has logged where it was.
+            Err(_) => return Poll::Ready(Err(Status::internal("the plugin's handler panicked; see its log"))),
+        }
+        match &mut self.late {
+            Some(late) => {
+                late.as_mut().poll(task).map(|()| Err(Status::deadline_exceeded("the plugin did not answer in time")))
+            }
+            None => Poll::Pending,
+        }
+    }
 }
 
 pub(crate) enum GateFuture {
-    Called { answer: BoxedAnswer, call: Call },
+    Called { answer: BoxedAnswer, call: Option<Call> },
     Ended(Option<Response<GateBody>>),
 }
 
@@ -108,15 +136,14 @@ impl Future for GateFuture {
     fn poll(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<Self::Output> {
         let response = match &mut *self {
             Self::Called { answer, call } => {
-                let polled = contained(&call.context, || answer.as_mut().poll(task));
-                match polled {
-                    Ok(polled) => {
-                        let Ok(response) = ready!(polled);
-                        let Call { context, guard } = call;
-                        let call = Call { context: context.clone(), guard: guard.take() };
-                        response.map(|inner| GateBody::Running { inner, call })
+                let mut running = call.take().expect("a future is not polled after its end");
+                match running.step(task, |task| answer.as_mut().poll(task)) {
+                    Poll::Pending => {
+                        *call = Some(running);
+                        return Poll::Pending;
                     }
-                    Err(status) => response_of(&status),
+                    Poll::Ready(Ok(Ok(response))) => response.map(|inner| GateBody::Running { inner, call: running }),
+                    Poll::Ready(Err(status)) => response_of(&status),
                 }
             }
             Self::Ended(response) => response.take().expect("a future is not polled after its end"),
@@ -128,6 +155,7 @@ impl Future for GateFuture {
 
 /// The body of an answer. The handler of a streaming call runs while this is read, so it carries the call on; the call
 /// has ended when the body is dropped.
+#[expect(clippy::large_enum_variant, reason = "made once for each call and then only read; a box would cost each call")]
 pub(crate) enum GateBody {
     Running { inner: Body, call: Call },
     Ended,
@@ -142,18 +170,18 @@ impl HttpBody for GateBody {
         task: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let Self::Running { inner, call } = &mut *self else { return Poll::Ready(None) };
-        let polled = match contained(&call.context, || Pin::new(inner).poll_frame(task)) {
-            Ok(polled) => ready!(polled),
+        let frame = match ready!(call.step(task, |task| Pin::new(inner).poll_frame(task))) {
+            Ok(frame) => frame,
+            // A stream that has begun can only end with trailers.
             Err(status) => {
-                // A stream that has begun can only end with trailers.
                 *self = Self::Ended;
                 return Poll::Ready(Some(Ok(Frame::trailers(trailers_of(&status)))));
             }
         };
-        if polled.is_none() {
+        if frame.is_none() {
             *self = Self::Ended;
         }
-        Poll::Ready(polled)
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -169,13 +197,6 @@ impl HttpBody for GateBody {
             Self::Ended => SizeHint::with_exact(0),
         }
     }
-}
-
-/// Runs one step of a handler inside its context. A panic becomes a status; the panic hook has logged where it was.
-fn contained<R>(context: &CallContext, step: impl FnOnce() -> R) -> Result<R, Status> {
-    let step = || context.clone().sync_scope(step);
-    // A handler that panicked is never polled again, so nothing of it is seen in a broken state.
-    catch_unwind(AssertUnwindSafe(step)).map_err(|_| Status::internal("the plugin's handler panicked; see its log"))
 }
 
 fn response_of(status: &Status) -> Response<GateBody> {
@@ -239,15 +260,81 @@ mod tests {
         }
     }
 
-    async fn call(script: Vec<fn() -> String>) -> (GateBody, Inflight) {
+    /// Never answers, or never goes on after its headers.
+    #[derive(Clone)]
+    struct Hanging {
+        headers: bool,
+    }
+
+    impl NamedService for Hanging {
+        const NAME: &'static str = "test.Hanging";
+    }
+
+    impl Service<Request<Body>> for Hanging {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = BoxedAnswer;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request<Body>) -> BoxedAnswer {
+            if self.headers {
+                return Box::pin(ready(Ok(Response::new(Body::new(HangingBody)))));
+            }
+            Box::pin(std::future::pending())
+        }
+    }
+
+    struct HangingBody;
+
+    impl HttpBody for HangingBody {
+        type Data = <Body as HttpBody>::Data;
+        type Error = Status;
+
+        fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Status>>> {
+            Poll::Pending
+        }
+    }
+
+    async fn call_service<S>(service: S) -> (Response<GateBody>, Inflight)
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + NamedService,
+        S: Clone + Send + Sync + 'static,
+        S::Future: Send + 'static,
+    {
         let (mut services, inflight) = (Services::default(), Inflight::default());
-        services.add(Scripted(script));
+        services.add(service);
         let own = OwnServices::default();
         own.set(services).unwrap();
         let mut gate = Gate::new(Services::default(), own, inflight.clone());
-        let traced = Request::builder().uri("/test.Scripted/Run").header("traceparent", "carried");
-        let Ok(response) = gate.call(traced.body(Body::empty()).unwrap()).await;
+        let request = Request::builder().uri(format!("/{}/Run", S::NAME)).header("traceparent", "carried");
+        let request = request.header("grpc-timeout", "3S").body(Body::empty()).unwrap();
+        let Ok(response) = gate.call(request).await;
+        (response, inflight)
+    }
+
+    async fn call(script: Vec<fn() -> String>) -> (GateBody, Inflight) {
+        let (response, inflight) = call_service(Scripted(script)).await;
         (response.into_body(), inflight)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_is_deadline_exceeded_before_and_after_its_headers() {
+        let begun = tokio::time::Instant::now();
+        let (response, inflight) = call_service(Hanging { headers: false }).await;
+        assert_eq!(response.headers()["grpc-status"], "4");
+        assert_eq!(begun.elapsed().as_secs(), 3);
+        assert_eq!(inflight.count(), 0);
+        let begun = tokio::time::Instant::now();
+        let (response, inflight) = call_service(Hanging { headers: true }).await;
+        let mut body = response.into_body();
+        assert_eq!(inflight.count(), 1);
+        let trailers = next(&mut body).await.unwrap().into_trailers().unwrap();
+        assert_eq!(trailers["grpc-status"], "4");
+        assert_eq!(begun.elapsed().as_secs(), 3);
+        assert_eq!(inflight.count(), 0);
     }
 
     async fn next(body: &mut GateBody) -> Option<Frame<<Body as HttpBody>::Data>> {
