@@ -156,7 +156,7 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
 
 /// Forks the program and becomes its init; in the program, returns why it could not be executed.
 fn start(plan: &Plan<'_>) -> Failure {
-    match kernel::clone3(0) {
+    match kernel::clone3(0, None) {
         Ok(Cloned::Parent { pidfd, pid }) => init(&pidfd, pid),
         Ok(Cloned::Child) => execute(plan),
         Err(error) => Failure::io(Step::Fork, &error),

@@ -22,14 +22,16 @@ pub(crate) enum Cloned {
     },
 }
 
-/// Forks with `CLONE_PIDFD` and these namespace flags.
+/// Forks with `CLONE_PIDFD` and these namespace flags, into this v2 cgroup directory if one is given.
 ///
 /// The child has a copy of the caller's memory and of its one thread, as after fork(2). The launcher never has a second
 /// thread, so no lock is held by a thread that the child lacks, and the child may allocate.
-pub(crate) fn clone3(namespaces: u64) -> io::Result<Cloned> {
+pub(crate) fn clone3(namespaces: u64, group: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    const INTO_CGROUP: u64 = 0x2_0000_0000;
+    let into = if group.is_some() { INTO_CGROUP } else { 0 };
     let mut pidfd: RawFd = -1;
     let mut args = libc::clone_args {
-        flags: namespaces | u64::from(libc::CLONE_PIDFD.unsigned_abs()),
+        flags: namespaces | into | u64::from(libc::CLONE_PIDFD.unsigned_abs()),
         pidfd: (&raw mut pidfd) as u64,
         child_tid: 0,
         parent_tid: 0,
@@ -39,7 +41,7 @@ pub(crate) fn clone3(namespaces: u64) -> io::Result<Cloned> {
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: 0,
+        cgroup: group.map_or(0, |group| group.as_raw_fd().unsigned_abs().into()),
     };
     // SAFETY: args is a valid clone_args that outlives the call; without CLONE_VM and with no stack the child runs on
     // its own copy of this one, as after fork(2); pidfd is written by the kernel before the call returns.
@@ -218,4 +220,46 @@ pub(crate) fn landlock_abi() -> i32 {
 pub(crate) fn set_name(name: &CStr) {
     // SAFETY: PR_SET_NAME reads at most 16 bytes of a C string. A name is only for people: failure changes nothing.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::AsFd, path::Path};
+
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+    use super::*;
+
+    /// Forks a child that ends with 0 if its v2 group has this name, and tells how it ended.
+    fn forked_into(directory: &Path, name: &str) -> Option<i32> {
+        let group = fs::File::open(directory).expect("the group");
+        match clone3(0, Some(group.as_fd())).expect("clone3") {
+            Cloned::Child => {
+                let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+                exit_now(i32::from(!groups.lines().any(|line| line.starts_with("0::") && line.ends_with(name))))
+            }
+            Cloned::Parent { pidfd, .. } => {
+                let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED).expect("waitid");
+                status.and_then(|status| status.exit_status())
+            }
+        }
+    }
+
+    #[test]
+    fn a_child_is_born_in_its_v2_group() {
+        let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(Path::new);
+        let Some(root) = roots.into_iter().find(|root| root.join("cgroup.procs").exists()) else {
+            eprintln!("skipped: no cgroup v2 hierarchy");
+            return;
+        };
+        let name = format!("plugvisor-test-into-{}", std::process::id());
+        let directory = root.join(&name);
+        if let Err(error) = fs::create_dir(&directory) {
+            eprintln!("skipped: {} cannot be made: {error}", directory.display());
+            return;
+        }
+        let ended = forked_into(&directory, &name);
+        fs::remove_dir(&directory).expect("an empty group");
+        assert_eq!(ended, Some(0));
+    }
 }

@@ -238,7 +238,11 @@ impl Launcher {
             Some(_) => groups.watch_memory().map_err(|error| ("watching its memory", error))?,
             None => None,
         };
-        let joins = groups.joins().map_err(|error| ("opening its cgroup", error))?;
+        let sealed = self.sealed.get(&request.entry_sha256);
+        // A child that must copy the entry first joins afterwards, so that the copy is not charged to the plugin.
+        let opening = |error| ("opening its cgroup", error);
+        let born_in = if sealed.is_some() { groups.v2_directory().map_err(opening)? } else { None };
+        let joins = groups.joins(born_in.is_some()).map_err(opening)?;
         let pipe = || -> io::Result<(OwnedFd, OwnedFd)> {
             let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
             rustix::io::ioctl_fionbio(&read, true)?;
@@ -254,7 +258,6 @@ impl Launcher {
         let (report, child_report) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|error| ("making a socket pair", error.into()))?;
 
-        let sealed = self.sealed.get(&request.entry_sha256);
         let entry = match sealed {
             Some(entry) => Entry::Sealed(entry),
             None => Entry::Copy { file: checked.entry.as_fd(), name: &checked.title, sha256: &request.entry_sha256 },
@@ -282,7 +285,7 @@ impl Launcher {
             argv: &checked.argv,
             envp: &checked.envp,
         };
-        match kernel::clone3(self.namespaces()).map_err(|error| ("clone3", error))? {
+        match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd)).map_err(|error| ("clone3", error))? {
             Cloned::Child => child::run(&plan),
             Cloned::Parent { pidfd, pid } => Ok(Forked {
                 init: pidfd,

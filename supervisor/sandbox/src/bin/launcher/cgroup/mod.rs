@@ -105,7 +105,7 @@ impl Cgroups {
             made => made.and_then(|()| prepare(&directory)),
         };
         // Without the right to write the group's member list no child could join.
-        let made = made.and_then(|()| procs(&directory).map(drop));
+        let made = made.and_then(|()| members(version, &directory).map(drop));
         match made {
             Ok(()) => self.parents.push(Parent { version, directory, controls }),
             Err(error) => {
@@ -240,9 +240,17 @@ impl Cgroups {
 }
 
 impl Groups {
-    /// Each group's member list, open for writing, for the child to join.
-    pub(crate) fn joins(&self) -> io::Result<Vec<OwnedFd>> {
-        self.groups.iter().map(|group| procs(&group.directory)).collect()
+    /// Each group's member list, open for writing, for the child to join; without the v2 group when the child is to be
+    /// born there.
+    pub(crate) fn joins(&self, born_in_v2: bool) -> io::Result<Vec<OwnedFd>> {
+        let joined = self.groups.iter().filter(|group| !(born_in_v2 && group.version == Version::V2));
+        joined.map(|group| members(group.version, &group.directory)).collect()
+    }
+
+    /// The v2 group's directory, for `CLONE_INTO_CGROUP`: joining by a write costs an RCU grace period there.
+    pub(crate) fn v2_directory(&self) -> io::Result<Option<OwnedFd>> {
+        let group = self.groups.iter().find(|group| group.version == Version::V2);
+        group.map(|group| open(&group.directory, OFlags::RDONLY | OFlags::DIRECTORY)).transpose()
     }
 
     /// The directories, for people.
@@ -415,8 +423,15 @@ fn read(path: &Path) -> io::Result<String> {
     fs::read_to_string(path).map(|text| text.trim().to_owned())
 }
 
-fn procs(directory: &Path) -> io::Result<OwnedFd> {
-    open(&directory.join("cgroup.procs"), OFlags::WRONLY)
+/// The file by which a process joins. On v1 it is `tasks` and not `cgroup.procs`: a thread that moves itself needs no
+/// lock over all thread groups of the machine, for which the kernel waits an RCU grace period (measured: 0.04 ms against
+/// 11 ms). The child has one thread, so it makes no other difference.
+fn members(version: Version, directory: &Path) -> io::Result<OwnedFd> {
+    let file = match version {
+        Version::V1 => "tasks",
+        Version::V2 => "cgroup.procs",
+    };
+    open(&directory.join(file), OFlags::WRONLY)
 }
 
 fn open(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
