@@ -177,7 +177,7 @@ pub fn route<'t>(
     token: Option<&str>,
     hops: Option<&str>,
 ) -> Result<Decision<'t>, Refusal> {
-    if service.starts_with("plugvisor.") || service.starts_with("grpc.") {
+    if RESERVED.iter().any(|package| service.starts_with(package)) {
         return host(caller, service);
     }
     let provider = choose(table, caller, service, token)?;
@@ -190,13 +190,18 @@ pub fn route<'t>(
     }
 }
 
-/// The names that the supervisor keeps for itself; no plugin's offer of them is ever routed to.
+/// Packages whose services are the supervisor's own or gRPC's; no plugin's offer of them is ever routed to. Other packages
+/// below `plugvisor`, such as `plugvisor.examples`, are plugins' as any other.
+const RESERVED: [&str; 6] =
+    ["grpc.", "plugvisor.admin.", "plugvisor.broker.", "plugvisor.event.", "plugvisor.host.", "plugvisor.worker."];
+
+/// The names that the supervisor keeps for itself.
 fn host<'t>(caller: Caller<'_>, service: &str) -> Result<Decision<'t>, Refusal> {
     let Some(module) = HostModule::ALL.into_iter().find(|module| module.service() == service) else {
         return Err(Refusal::new(
             Reason::UnknownService,
             format!("{} is not a service of this host", shown(service)),
-            "services in the packages grpc and plugvisor belong to the supervisor; see docs for its host modules",
+            "services in this package belong to the supervisor; the host module for plugins is plugvisor.host.v1.Events",
         ));
     };
     match caller {

@@ -119,6 +119,17 @@ fn the_supervisors_own_names_never_reach_a_plugin() {
 }
 
 #[test]
+fn plugins_may_serve_other_packages_below_plugvisor() {
+    let refusal = |service| route(&table(), Caller::Local { uid: 1000 }, service, None, None).unwrap_err();
+    assert!(refusal("plugvisor.host.v1.Nothing").hint.contains("belong to the supervisor"));
+    for service in ["plugvisor.examples.v1.Nobody", "plugvisor.hosting.v1.Nobody"] {
+        let refusal = refusal(service);
+        assert_eq!(refusal.reason, Reason::UnknownService);
+        assert!(!refusal.hint.contains("belong to the supervisor"), "{service}: {}", refusal.hint);
+    }
+}
+
+#[test]
 fn a_refusal_names_caller_service_and_fix() {
     let usual = caller("gamma", &[], &[]);
     let refusal = route(&table(), Caller::Plugin(&usual), "acme.Open", None, None).unwrap_err();
