@@ -7,7 +7,10 @@ mod locate;
 
 use std::{
     fs, io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -97,7 +100,7 @@ impl Cgroups {
         controls: Vec<Control>,
         prepare: impl FnOnce(&Path) -> io::Result<()>,
     ) {
-        let made = match fs::create_dir(&directory) {
+        let made = match make_readable(&directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 remove_empty_children(&directory);
                 prepare(&directory)
@@ -195,7 +198,7 @@ impl Cgroups {
                 control: parent.controls[0],
                 why: format!("{} cannot be made: {error}", directory.display()),
             };
-            fs::create_dir(&directory).map_err(fails)?;
+            make_readable(&directory).map_err(fails)?;
             groups.groups.push(Group {
                 version: parent.version,
                 directory: directory.clone(),
@@ -408,6 +411,12 @@ impl Group {
         let got = read(&path).map_err(|error| format!("reading {} failed: {error}", path.display()))?;
         if good(&got) { Ok(()) } else { Err(format!("{} is {got} after {value} was written", path.display())) }
     }
+}
+
+/// A group that others may read: the supervisor, which is another user, shows what a plugin uses. The umask says no.
+fn make_readable(directory: &Path) -> io::Result<()> {
+    fs::create_dir(directory)?;
+    fs::set_permissions(directory, PermissionsExt::from_mode(0o755))
 }
 
 /// What a launcher of the same name left when it was killed; groups with processes cannot be removed and stay.
