@@ -5,7 +5,6 @@
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! # use plugvisor_proto::admin::v1 as thumbnailer;
 //! use std::time::Duration;
 //!
 //! let plugins = plugvisor_client::Client::from_default().await?.with_timeout(Duration::from_secs(2));
