@@ -406,7 +406,9 @@ impl Server {
         }
         let _ = epoll::delete(&self.epoll, &slot.running.init);
         slot.gone = true;
-        // The last words: how the program ended, or why it never started.
+        // The last words: how the program ended, or why it never started. Nobody is left to hold the pipe open, though
+        // its own event may come later: a program can be executed and end before the launcher looks once.
+        slot.running.exec = None;
         self.reported(id);
         let gone = Refusal {
             code: RefusalCode::Kernel,
