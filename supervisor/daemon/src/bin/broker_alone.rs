@@ -2,6 +2,7 @@
 //!
 //! Policy, breaker and metrics are on, as in plugvisord; there is no launcher and no plugin. It serves until its standard
 //! input ends.
+#![forbid(unsafe_code)]
 
 use std::{io::Read as _, os::unix::net::UnixListener, path::PathBuf, sync::Arc};
 
