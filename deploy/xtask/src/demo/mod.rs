@@ -5,6 +5,7 @@
 
 mod checks;
 mod fault;
+mod interrupt;
 mod leftovers;
 mod page;
 mod place;
@@ -23,6 +24,7 @@ use crate::build::{self, Profile, workspace_root};
 use crate::setup;
 use crate::steps::step;
 use checks::Checks;
+use interrupt::Interrupt;
 use leftovers::Belongings;
 use page::Samples;
 use place::{Place, configuration};
@@ -66,6 +68,7 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
             step("build", "fix what the compiler shows", || build::binaries(demo.profile))?
         }
     };
+    let interrupt = Interrupt::listen()?;
     let place = Place::new()?;
     build::bundle_examples(&demo.source, &binaries, &place.bundles())?;
     let mut checks = Checks::default();
@@ -76,8 +79,11 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
     let file = place.configure(&text)?;
     println!("\nconfiguration, {}:\n{}", file.display(), indented(&text));
     let supervisor = Supervisor::start(&binaries, &file, &place.runtime(), &place.path().join("plugvisord.log"))?;
-    let result = show(demo, &supervisor, &place, &lacking, &mut checks);
+    let result = show(demo, &binaries, &supervisor, &place, &lacking, &interrupt, &mut checks);
     if let Err(error) = result {
+        if interrupt.requested() {
+            bail!("interrupted; the supervisor and its plugins are stopped");
+        }
         eprintln!("\nplugvisord said:\n{}", indented(&supervisor.log_text()));
         return Err(error);
     }
@@ -119,9 +125,11 @@ fn metrics_address(once: bool) -> String {
 /// Everything between start and stop.
 fn show(
     demo: &Demo,
+    binaries: &Path,
     supervisor: &Supervisor,
     place: &Place,
     lacking: &[String],
+    interrupt: &Interrupt,
     checks: &mut Checks,
 ) -> anyhow::Result<()> {
     let mut events = supervisor.follow_events()?;
@@ -176,7 +184,7 @@ fn show(
             "\nIt runs until Ctrl-C. Try: plugvisor --socket {} status",
             place.runtime().join("admin.sock").display()
         );
-        wait_for_interrupt()?;
+        interrupt.wait();
     }
     Ok(())
 }
@@ -227,12 +235,6 @@ fn end(supervisor: Supervisor, place: Place, checks: &mut Checks) -> anyhow::Res
     place.remove()?;
     checks.check("no file is left", !path.exists(), path.display(), "removed", "remove it");
     Ok(())
-}
-
-fn wait_for_interrupt() -> anyhow::Result<()> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot wait for Ctrl-C")?;
-    runtime.block_on(tokio::signal::ctrl_c()).context("cannot wait for Ctrl-C")
 }
 
 /// Why a plugin did not come up, in the supervisor's words.

@@ -86,7 +86,10 @@ fn limits(
     degraded: &BTreeSet<String>,
     checks: &mut Checks,
 ) -> anyhow::Result<()> {
-    let groups = cgroups(pid)?;
+    let ours = cgroups(std::process::id())?;
+    // A limit on a group that we are in too would not be the plugin's.
+    let mut groups = cgroups(pid)?;
+    groups.retain(|controller, group| ours.get(controller) != Some(group));
     let asked = &manifest["security"]["sandbox"]["resourceLimits"]["maxMemory"];
     #[allow(
         clippy::cast_possible_truncation,
@@ -106,13 +109,28 @@ fn limits(
         );
     }
     if !degraded.contains("pids-limit") {
-        let seen = first_file(&groups, &[("pids", "pids.max"), ("", "pids.max")])
-            .with_context(|| format!("{name} has no pids cgroup"))?;
-        let limited = seen.1.parse::<u32>().is_ok();
+        let seen = first_file(&groups, &[("pids", "pids.max"), ("", "pids.max")]);
+        // Without a cgroup the limit counts the processes of one user in one user namespace, which must be its own.
+        let own_users = namespace(pid, "user")? != namespace(std::process::id(), "user")?;
+        let seen = match seen {
+            Some(seen) => Some(seen),
+            None if own_users => max_processes(pid)?,
+            None => None,
+        };
+        let (place, value) = seen.unwrap_or_default();
+        let limited = value.parse::<u32>().is_ok();
         let next = "the plugin may start any number of processes: report it";
-        checks.check(&format!("{name}: pids-limit"), limited, format!("{} {}", seen.0, seen.1), "a number", next);
+        checks.check(&format!("{name}: pids-limit"), limited, format!("{place} {value}"), "a number", next);
     }
     Ok(())
+}
+
+/// The soft limit on processes: where it was read and what it is.
+fn max_processes(pid: u32) -> anyhow::Result<Option<(String, String)>> {
+    let path = format!("/proc/{pid}/limits");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let limit = text.lines().find_map(|line| line.strip_prefix("Max processes")?.split_whitespace().next());
+    Ok(limit.map(|limit| (path.clone(), limit.to_owned())))
 }
 
 /// The first of the files that exists: its path and its content.
