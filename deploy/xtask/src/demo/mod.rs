@@ -180,10 +180,9 @@ fn show(
         println!("degraded {} (allowed in the configuration above)", lacking.join(", "));
     }
     if !demo.once {
-        println!(
-            "\nIt runs until Ctrl-C. Try: plugvisor --socket {} status",
-            place.runtime().join("admin.sock").display()
-        );
+        let plugvisor = binaries.join("plugvisor");
+        let socket = place.runtime().join("admin.sock");
+        println!("\nIt runs until Ctrl-C. Try: {} --socket {} status", plugvisor.display(), socket.display());
         interrupt.wait();
     }
     Ok(())
