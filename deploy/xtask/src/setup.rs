@@ -23,7 +23,7 @@ const BUILD: &[Tool] = &[Tool { program: "cc", package: "gcc", needed_for: "link
 /// The peers of `bench broker`.
 const PEERS: &[Tool] = &[
     Tool { program: "haproxy", package: "haproxy", needed_for: "bench broker" },
-    Tool { program: "nginx", package: "nginx-light", needed_for: "bench broker" },
+    Tool { program: "nginx", package: "nginx", needed_for: "bench broker" },
 ];
 
 /// Installs everything for every command.
@@ -47,7 +47,6 @@ pub(crate) fn for_build() -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`run`].
-#[allow(dead_code, reason = "called by the benchmark")]
 pub(crate) fn for_bench() -> anyhow::Result<()> {
     install(PEERS)
 }

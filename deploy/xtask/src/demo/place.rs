@@ -84,7 +84,7 @@ pub(crate) fn configuration(
         text.push_str(&format!(
             "\n[[directory]]\npath = {}\ntier = \"verified\"\ngrants = {}\n",
             quoted(&plugins.to_string_lossy()),
-            list(["api:internal-calls", "api:publish-events"]),
+            list(["api:internal-calls"]),
         ));
     }
     text
@@ -116,7 +116,7 @@ mod tests {
             "[supervisor]\nruntime_directory = \"/tmp/a \\\"b\\\"/run\"\nmetrics_address = \"127.0.0.1:0\"\n\
              allow_degraded = [\"memory-limit\", \"cpu-limit\"]\n\n\
              [[directory]]\npath = \"/tmp/plugins\"\ntier = \"verified\"\n\
-             grants = [\"api:internal-calls\", \"api:publish-events\"]\n"
+             grants = [\"api:internal-calls\"]\n"
         );
     }
 }

@@ -71,9 +71,7 @@ fn manifest(path: &Path) -> Result<Report, Failure> {
         true => File::open(path),
         false => Err(io::Error::other("it is neither a directory nor a regular file")),
     };
-    regular(path)
-        .and_then(|file| file.take(most).read_to_end(&mut bytes))
-        .map_err(|error| unreadable(path, &error))?;
+    regular(path).and_then(|file| file.take(most).read_to_end(&mut bytes)).map_err(|error| unreadable(path, &error))?;
     Ok(match Manifest::parse(&bytes, &limits) {
         Ok(manifest) => judged(&manifest),
         Err(problems) => Report { problems: problems.into_iter().collect(), ..Report::default() },
