@@ -15,9 +15,9 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 /// The service's name.
-pub(super) const SERVICE: &str = "plugvisor.bench.v1.Echo";
+pub(super) const SERVICE: &str = "bench.v1.Echo";
 /// The path of its method.
-pub(super) const METHOD: &str = "/plugvisor.bench.v1.Echo/Echo";
+pub(super) const METHOD: &str = "/bench.v1.Echo/Echo";
 /// Messages are `google.protobuf.BytesValue`.
 pub(super) type Codec = ProstCodec<Bytes, Bytes>;
 
