@@ -155,11 +155,19 @@ impl Launcher {
                 Control::OwnUid | Control::Landlock | Control::MemoryLimit | Control::CpuLimit | Control::PidsLimit
             )
         };
-        let missing: Vec<String> = Control::ALL
-            .into_iter()
-            .filter(|control| needed(control) && !(optional(control) && request.allow_degraded.contains(control)))
-            .filter_map(|control| Some(format!("{control}: {}; {}", self.lacking(control)?, step::fix(control))))
-            .collect();
+        // Controls that fail for one reason are told together.
+        let mut missing: Vec<(Vec<&str>, String)> = Vec::new();
+        for control in Control::ALL {
+            let allowed = optional(&control) && request.allow_degraded.contains(&control);
+            let Some(why) = self.lacking(control).filter(|_| needed(&control) && !allowed) else { continue };
+            let reason = format!("{why}; {}", step::fix(control));
+            match missing.iter_mut().find(|(_, other)| *other == reason) {
+                Some((names, _)) => names.push(control.as_str()),
+                None => missing.push((vec![control.as_str()], reason)),
+            }
+        }
+        let missing: Vec<String> =
+            missing.into_iter().map(|(names, reason)| format!("{}: {reason}", names.join(", "))).collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -285,7 +293,9 @@ impl Launcher {
             argv: &checked.argv,
             envp: &checked.envp,
         };
-        match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd)).map_err(|error| ("clone3", error))? {
+        match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd))
+            .map_err(|error| ("making its namespaces (clone3)", error))?
+        {
             Cloned::Child => child::run(&plan),
             Cloned::Parent { pidfd, pid } => Ok(Forked {
                 init: pidfd,

@@ -65,11 +65,28 @@ impl Launcher {
             walls = self.try_walls();
         }
         if let Err(error) = walls {
-            let namespaces = [Control::MountNamespace, Control::PidNamespace, Control::IpcNamespace];
-            let controls = error.step.and_then(Step::control).map_or(namespaces.to_vec(), |control| vec![control]);
+            let controls = match error.step.and_then(Step::control) {
+                Some(Control::MountNamespace | Control::PidNamespace) | None => self.resting_on_namespaces(),
+                Some(control) => vec![control],
+            };
             trial.failed.extend(controls.into_iter().map(|control| (control, error.why.clone())));
         }
         self.trial = trial;
+    }
+
+    /// What falls with the namespaces.
+    fn resting_on_namespaces(&self) -> Vec<Control> {
+        let mut controls = vec![
+            Control::MountNamespace,
+            Control::PidNamespace,
+            Control::IpcNamespace,
+            Control::WholeKill,
+            Control::DiesWithLauncher,
+        ];
+        if !self.privileged() && self.cgroups.place(Control::PidsLimit).is_err() {
+            controls.push(Control::PidsLimit);
+        }
+        controls
     }
 
     fn try_walls(&mut self) -> Result<(), TrialError> {

@@ -139,7 +139,11 @@ fn exec_words(errno: i32) -> String {
 pub(crate) const fn fix(control: Control) -> &'static str {
     match control {
         Control::OwnUid => "start plugvisord as root, or put \"own-uid\" into allow_degraded",
-        Control::MountNamespace | Control::PidNamespace | Control::IpcNamespace => {
+        Control::MountNamespace
+        | Control::PidNamespace
+        | Control::IpcNamespace
+        | Control::WholeKill
+        | Control::DiesWithLauncher => {
             "start plugvisord as root, or allow unprivileged user namespaces \
              (sysctl kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1, \
              user.max_user_namespaces above 0)"
@@ -160,10 +164,8 @@ pub(crate) const fn fix(control: Control) -> &'static str {
              or put \"pids-limit\" into allow_degraded"
         }
         Control::Seccomp => "boot a kernel with CONFIG_SECCOMP_FILTER",
-        Control::NoCapabilities
-        | Control::NoNewPrivs
-        | Control::Rlimits
-        | Control::WholeKill
-        | Control::DiesWithLauncher => "this kernel is older than Plugvisor supports; 5.14 or newer is needed",
+        Control::NoCapabilities | Control::NoNewPrivs | Control::Rlimits => {
+            "this kernel is older than Plugvisor supports; 5.14 or newer is needed"
+        }
     }
 }
