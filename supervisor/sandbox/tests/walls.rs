@@ -13,13 +13,14 @@ use std::{
 };
 
 use harness::{As, Harness, is_root};
-use plugvisor_sandbox::protocol::{Exit, Grant};
+use plugvisor_sandbox::protocol::{Control, Exit, Grant, ProbeState, Reply, Request};
 
 const EPERM: &str = "1";
 const ENOENT: &str = "2";
 const EACCES: &str = "13";
 const EINVAL: &str = "22";
 const EROFS: &str = "30";
+const ECONNREFUSED: &str = "111";
 const ENOSYS: &str = "38";
 const SIGSYS: i32 = 31;
 
@@ -52,6 +53,13 @@ fn files_and_sockets_of_others() {
         assert!(fs::exists("/etc/shadow").unwrap_or(false) && fs::exists(&secret).unwrap_or(false));
         std::os::unix::net::UnixStream::connect(&socket).expect("reachable from outside");
         std::os::unix::net::UnixStream::connect_addr(&abstract_address).expect("reachable from outside");
+        // Before version 6, Landlock knows no abstract sockets, and an empty network namespace holds them.
+        let Reply::Probe(probed) = harness.ask(&Request::Probe, &[]).0 else { panic!("not probed") };
+        let version = probed.into_iter().find_map(|probed| match (probed.control, probed.state) {
+            (Control::Landlock, ProbeState::Works(by)) => by.rsplit(' ').next()?.parse::<u32>().ok(),
+            _ => None,
+        });
+        let scoped = version.is_some_and(|version| version >= 6);
         let launcher = format!("/proc/{}/environ", harness.process.id());
         expect(
             &mut harness,
@@ -74,7 +82,7 @@ fn files_and_sockets_of_others() {
                 (&["list", "/run/plugvisor"], "broker.sock,worker.sock"),
                 (&["list", "/proc/self/fd"], "0,1,2,3,4"),
                 (&["unix", &socket], ENOENT),
-                (&["abstract", &name], EPERM),
+                (&["abstract", &name], if scoped { EPERM } else { ECONNREFUSED }),
                 (&["unix", "/run/plugvisor/broker.sock"], "ok"),
                 // Root's file is denied by its mode before the mount is asked.
                 (&["append", "/plugin/plugin.json"], if is_root() { EACCES } else { EROFS }),
