@@ -289,7 +289,7 @@ fn scripts_and_strange_entries() {
                 asyncio.run(asyncio.sleep(0)); print('done')\n";
             assert_eq!(run(python).expect("a script"), "thread\ndone\n");
         } else {
-            eprintln!("skipped: no /usr/bin/python3");
+            println!("SKIP python-script: there is no /usr/bin/python3");
         }
         for (what, bytes) in [
             ("neither ELF nor script", b"hello".to_vec()),

@@ -107,7 +107,7 @@ fn what_the_host_lacks_is_refused_unless_allowed() {
         request.allow_degraded = vec![Control::OwnUid, Control::MemoryLimit];
         harness.launch(request);
     } else {
-        eprintln!("skipped: what an ordinary user lacks is known for certain only when root made it one");
+        println!("SKIP privileged-lane: what an ordinary user lacks is known for certain only when root made it one");
     }
 }
 
@@ -195,7 +195,7 @@ fn output_can_be_reopened_by_path() {
 #[test]
 fn a_memory_hog_is_killed_and_told() {
     if !is_root() {
-        eprintln!("skipped: a memory limit needs root or a delegated cgroup");
+        println!("SKIP privileged-lane: a memory limit needs root or a delegated cgroup");
         return;
     }
     let mut harness = Harness::start(As::Root);

@@ -43,7 +43,7 @@ impl As {
         if is_root() {
             return vec![Self::Root, Self::Ordinary];
         }
-        eprintln!("skipped as root: this process is not root");
+        println!("SKIP privileged-lane: this user is not root");
         vec![Self::Ordinary]
     }
 }
@@ -274,7 +274,7 @@ impl Harness {
         match fs::read_dir(format!("/proc/{}/fd", self.process.id())) {
             Ok(open) => Some(open.count()),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !is_root() => {
-                eprintln!("skipped: only root may count the launcher's descriptors");
+                println!("SKIP privileged-lane: only root may count the launcher's descriptors");
                 None
             }
             Err(error) => panic!("its descriptors: {error}"),

@@ -249,13 +249,13 @@ mod tests {
     fn a_child_is_born_in_its_v2_group() {
         let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(Path::new);
         let Some(root) = roots.into_iter().find(|root| root.join("cgroup.procs").exists()) else {
-            eprintln!("skipped: no cgroup v2 hierarchy");
+            println!("SKIP cgroup-v2-birth: no cgroup v2 hierarchy");
             return;
         };
         let name = format!("plugvisor-test-into-{}", std::process::id());
         let directory = root.join(&name);
         if let Err(error) = fs::create_dir(&directory) {
-            eprintln!("skipped: {} cannot be made: {error}", directory.display());
+            println!("SKIP cgroup-v2-birth: {} cannot be made: {error}", directory.display());
             return;
         }
         let ended = forked_into(&directory, &name);
