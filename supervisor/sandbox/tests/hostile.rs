@@ -288,6 +288,11 @@ fn scripts_and_strange_entries() {
                 t = threading.Thread(target=lambda: print('thread')); t.start(); t.join()\n\
                 asyncio.run(asyncio.sleep(0)); print('done')\n";
             assert_eq!(run(python).expect("a script"), "thread\ndone\n");
+            // Rootless the plugin owns its sealed entry; it must not be able to spoil the next launch of it.
+            let spoil = b"#!/usr/bin/python3\nimport os\nprint('ran')\nfor mode in 0, 0o111:\n    \
+                try: os.fchmod(4, mode)\n    except PermissionError: pass\n";
+            assert_eq!(run(spoil).expect("a script"), "ran\n");
+            assert_eq!(run(spoil).expect("a script"), "ran\n", "{as_:?}: a second time");
         } else {
             println!("SKIP python-script: there is no /usr/bin/python3");
         }

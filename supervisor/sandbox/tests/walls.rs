@@ -13,15 +13,15 @@ use std::{
 };
 
 use harness::{As, Harness, is_root};
-use plugvisor_sandbox::protocol::{Control, Exit, Grant, ProbeState, Reply, Request};
+use plugvisor_sandbox::protocol::{Exit, Grant};
 
 const EPERM: &str = "1";
 const ENOENT: &str = "2";
 const EACCES: &str = "13";
 const EINVAL: &str = "22";
 const EROFS: &str = "30";
-const ECONNREFUSED: &str = "111";
 const ENOSYS: &str = "38";
+const ECONNREFUSED: &str = "111";
 const SIGSYS: i32 = 31;
 
 /// Runs each attempt and compares.
@@ -53,13 +53,6 @@ fn files_and_sockets_of_others() {
         assert!(fs::exists("/etc/shadow").unwrap_or(false) && fs::exists(&secret).unwrap_or(false));
         std::os::unix::net::UnixStream::connect(&socket).expect("reachable from outside");
         std::os::unix::net::UnixStream::connect_addr(&abstract_address).expect("reachable from outside");
-        // Before version 6, Landlock knows no abstract sockets, and an empty network namespace holds them.
-        let Reply::Probe(probed) = harness.ask(&Request::Probe, &[]).0 else { panic!("not probed") };
-        let version = probed.into_iter().find_map(|probed| match (probed.control, probed.state) {
-            (Control::Landlock, ProbeState::Works(by)) => by.rsplit(' ').next()?.parse::<u32>().ok(),
-            _ => None,
-        });
-        let scoped = version.is_some_and(|version| version >= 6);
         let launcher = format!("/proc/{}/environ", harness.process.id());
         expect(
             &mut harness,
@@ -82,7 +75,7 @@ fn files_and_sockets_of_others() {
                 (&["list", "/run/plugvisor"], "broker.sock,worker.sock"),
                 (&["list", "/proc/self/fd"], "0,1,2,3,4"),
                 (&["unix", &socket], ENOENT),
-                (&["abstract", &name], if scoped { EPERM } else { ECONNREFUSED }),
+                (&["abstract", &name], ECONNREFUSED),
                 (&["unix", "/run/plugvisor/broker.sock"], "ok"),
                 // Root's file is denied by its mode before the mount is asked.
                 (&["append", "/plugin/plugin.json"], if is_root() { EACCES } else { EROFS }),
@@ -96,6 +89,26 @@ fn files_and_sockets_of_others() {
                 (&["thread"], "ok"),
             ],
         );
+    }
+}
+
+/// The host's network shows in /proc/self/net and to ioctls of a Unix socket, and an abstract name bound in it is one
+/// that programs of the host may connect to: a plugin has an empty one instead.
+#[test]
+fn the_hosts_network_is_not_there() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        let name = format!("plugvisor-seen-{}-{as_:?}", std::process::id());
+        let _listener =
+            UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).expect("a name")).expect("binds");
+        let shown = fs::read_to_string("/proc/self/net/unix").expect("the host's sockets");
+        assert!(shown.contains(&name), "the control: it shows outside");
+        let lines = harness.attempt(|_| (), &["cat", "/proc/self/net/unix", "cat", "/proc/self/net/dev"]);
+        let [(_, sockets), (_, devices)] = lines.as_slice() else { panic!("{lines:?}") };
+        assert!(sockets.starts_with("Num ") && !sockets.contains(&name), "{as_:?}: {sockets}");
+        let devices: Vec<&str> =
+            devices.split('|').filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim()).collect();
+        assert_eq!(devices, ["lo"], "{as_:?}");
     }
 }
 
@@ -126,6 +139,7 @@ fn system_calls() {
             (raw(ADD_KEY, "0,0,0,0,0"), EPERM),
             (raw(KEYCTL, "0,0,0,0,0"), EPERM),
             (raw(IO_URING_SETUP, "1,0"), EPERM),
+            (raw(IO_SETUP, "1,0"), ENOSYS),
             (raw(OPEN_BY_HANDLE_AT, "0,0,0"), EPERM),
             (raw(FINIT_MODULE, "0,0,0"), EPERM),
             (raw(KEXEC_LOAD, "0,0,0,0"), EPERM),
@@ -232,7 +246,7 @@ mod libc_numbers {
         MOUNT SYS_mount; UNSHARE SYS_unshare; SETNS SYS_setns; CHROOT SYS_chroot; PIVOT_ROOT SYS_pivot_root;
         FSOPEN SYS_fsopen; CLONE SYS_clone; CLONE3 SYS_clone3; PTRACE SYS_ptrace; BPF SYS_bpf;
         PROCESS_VM_READV SYS_process_vm_readv; PERF_EVENT_OPEN SYS_perf_event_open; USERFAULTFD SYS_userfaultfd;
-        ADD_KEY SYS_add_key; KEYCTL SYS_keyctl; IO_URING_SETUP SYS_io_uring_setup; SETUID SYS_setuid;
+        ADD_KEY SYS_add_key; KEYCTL SYS_keyctl; IO_URING_SETUP SYS_io_uring_setup; IO_SETUP SYS_io_setup; SETUID SYS_setuid;
         OPEN_BY_HANDLE_AT SYS_open_by_handle_at; FINIT_MODULE SYS_finit_module; KEXEC_LOAD SYS_kexec_load;
         SHMGET SYS_shmget; MQ_OPEN SYS_mq_open; PERSONALITY SYS_personality; PRLIMIT64 SYS_prlimit64;
         PRCTL SYS_prctl; MEMFD_CREATE SYS_memfd_create; IOCTL SYS_ioctl; SOCKETPAIR SYS_socketpair;

@@ -111,7 +111,11 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
     umask(Mode::empty());
     creds::map_user(&plan.identity)?;
     let entry = match plan.entry {
-        Entry::Sealed(entry) => entry,
+        Entry::Sealed(entry) => {
+            // Rootless, an earlier launch owned it too and may have made a script unreadable to this one.
+            rustix::fs::fchmod(entry, Mode::from_raw_mode(0o755)).map_err(at(Step::EntryRead))?;
+            entry
+        }
         Entry::Copy { file, name, sha256 } => {
             let sealed = entry::seal(file, name, sha256)?;
             report::send(plan.report, &Message::Sealed, Some(sealed.as_fd()))

@@ -67,7 +67,13 @@ pub(crate) fn copy(entry: BorrowedFd<'_>, name: &CStr) -> Result<([u8; 32], Owne
         }
     }
     let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
-    fcntl_add_seals(&memory, seals).map_err(reading)?;
+    // A rootless plugin owns this file and could otherwise take the right to execute it from its own next launch.
+    match fcntl_add_seals(&memory, seals | SealFlags::EXEC) {
+        // F_SEAL_EXEC came with Linux 6.3.
+        Err(Errno::INVAL) => fcntl_add_seals(&memory, seals),
+        other => other,
+    }
+    .map_err(reading)?;
     let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
     let sealed = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(reading)?;
     Ok((hash.finalize().into(), sealed))

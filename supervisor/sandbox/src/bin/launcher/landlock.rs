@@ -1,8 +1,8 @@
 //! The Landlock rules of PROCESS: deny everything that this kernel's Landlock knows, then open the plugin's own tree.
 //!
 //! Built in the child after it changed its root, because rules hold on to files as the child sees them. What an older
-//! Landlock lacks is held elsewhere: TCP by seccomp (no such sockets), signals by the PID namespace, abstract Unix
-//! sockets by an empty network namespace (see `launch`).
+//! Landlock lacks is held elsewhere too: TCP by seccomp (no such sockets), signals by the PID namespace, abstract Unix
+//! sockets by the empty network namespace (see `launch`).
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, PathFdError, Ruleset,
@@ -17,7 +17,7 @@ use rustix::{
 use crate::{child::Failure, kernel, mounts, step::Step};
 
 /// The first version that scopes signals and abstract Unix sockets.
-pub(crate) const SCOPES: i32 = 6;
+const SCOPES: i32 = 6;
 
 /// The version to ask for: the kernel's, up to the newest that the rules below were written for.
 pub(crate) fn version() -> i32 {

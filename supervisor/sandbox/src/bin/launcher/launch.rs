@@ -318,15 +318,13 @@ impl Launcher {
         }
     }
 
-    /// The namespaces of PROCESS. A Landlock that cannot scope abstract Unix sockets, which belong to the network
-    /// namespace, is made up for by an empty one.
+    /// The namespaces of PROCESS. The network one is empty, whatever Landlock can do: in the host's, a plugin without any
+    /// socket of its own could still read /proc/self/net, ask a Unix socket for the host's addresses (SIOCGIFCONF), and
+    /// bind an abstract name that a program of the host connects to. Landlock scopes only what a plugin connects to.
     fn namespaces(&self) -> u64 {
-        let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC;
+        let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
         if !self.privileged {
             flags |= libc::CLONE_NEWUSER;
-        }
-        if self.landlock < landlock::SCOPES {
-            flags |= libc::CLONE_NEWNET;
         }
         flags.unsigned_abs().into()
     }

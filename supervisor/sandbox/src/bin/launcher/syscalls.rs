@@ -38,6 +38,7 @@ pub(crate) fn number(name: &str) -> Result<Option<i64>, ()> {
         "add_key" => libc::SYS_add_key,
         "request_key" => libc::SYS_request_key,
         "keyctl" => libc::SYS_keyctl,
+        "io_setup" => libc::SYS_io_setup,
         "io_uring_setup" => libc::SYS_io_uring_setup,
         "io_uring_enter" => libc::SYS_io_uring_enter,
         "io_uring_register" => libc::SYS_io_uring_register,
