@@ -10,7 +10,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -91,6 +94,10 @@ impl Harness {
 
     fn spawn(as_: As, change: impl FnOnce(&mut Options)) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
+        // One at a time: a process forked by another test would hold the copy of the launcher open for writing for a
+        // moment, and executing it would be ETXTBSY.
+        static COPYING: Mutex<()> = Mutex::new(());
+        let copying = COPYING.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path();
         let bundle = path.join("bundles/walled");
@@ -124,6 +131,7 @@ impl Harness {
         }
         let process = command.spawn().expect("the launcher starts");
         drop(command);
+        drop(copying);
         Self { process, connection, as_, directory, cgroup, notices: Vec::new(), last: 0 }
     }
 
