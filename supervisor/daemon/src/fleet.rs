@@ -242,7 +242,7 @@ impl Fleet {
                 // A name that was rejected under its directory's name before.
                 self.forget_rejected(&source);
                 let (driver, inbox, handle) = Driver::new(Arc::clone(&self.shared), source, bundle, config);
-                self.insert(name, handle.clone());
+                self.insert(&name, &handle);
                 self.drivers.spawn(driver.run(inbox));
                 Ok(handle)
             }
@@ -256,7 +256,7 @@ impl Fleet {
                 };
                 self.shared.events.publish(Subject::Plugin(name.clone()), event);
                 let handle = rejected(name.clone(), source, &rejection);
-                self.insert(name, handle);
+                self.insert(&name, &handle);
                 Err(rejection)
             }
         }
@@ -277,10 +277,10 @@ impl Fleet {
         });
     }
 
-    fn insert(&self, name: String, handle: PluginHandle) {
+    fn insert(&self, name: &str, handle: &PluginHandle) {
         self.shared.plugins.rcu(|plugins| {
             let mut plugins = BTreeMap::clone(plugins);
-            plugins.insert(name.clone(), handle.clone());
+            plugins.insert(name.to_owned(), handle.clone());
             plugins
         });
     }
@@ -295,7 +295,7 @@ async fn tell(handle: &PluginHandle, command: Command) {
 
 async fn hurried(haste: &mut watch::Receiver<Haste>, now: Haste) {
     if now == Haste::Now || haste.wait_for(|haste| *haste == Haste::Now).await.is_err() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

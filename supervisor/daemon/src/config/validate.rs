@@ -206,10 +206,10 @@ fn restart_config(table: &Section<raw::Restart>, problems: &mut Problems<'_>) ->
     let raw::Restart { enabled, initial_delay_ms, max_delay_ms, crash_loop_exits, crash_loop_window_ms } = table.value;
     let initial_delay = millis(table, "initial_delay_ms", initial_delay_ms, problems);
     let max_delay = millis(table, "max_delay_ms", max_delay_ms, problems);
-    if let (Some(initial), Some(max)) = (initial_delay, max_delay) {
-        if max < initial {
-            problems.add(table.at("max_delay_ms"), table.key("max_delay_ms"), "is shorter than initial_delay_ms");
-        }
+    if let (Some(initial), Some(max)) = (initial_delay, max_delay)
+        && max < initial
+    {
+        problems.add(table.at("max_delay_ms"), table.key("max_delay_ms"), "is shorter than initial_delay_ms");
     }
     RestartConfig {
         enabled,
@@ -267,7 +267,7 @@ fn millis<T>(table: &Section<T>, key: &str, value: Option<u64>, problems: &mut P
     Some(value)
 }
 
-fn at_least<T, N: PartialOrd + std::fmt::Display>(
+fn at_least<T, N: Copy + PartialOrd + std::fmt::Display>(
     table: &Section<T>,
     key: &str,
     value: Option<N>,

@@ -17,7 +17,8 @@ use plugvisor_core::{
 use plugvisor_package::{Bundle, Capability, Dependency, PluginName, SocketMode};
 use plugvisor_proto::worker::v1::LifecycleHook;
 use plugvisor_sandbox::protocol::{self, Launch, Level, RefusalCode};
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     BundleInfo, Driver, HOOK_PATIENCE, Inward, PluginView, ProcessView, Running, Shared,
@@ -75,7 +76,8 @@ impl Driver {
             let dependencies = bundle.as_ref().map_or(&[][..], |bundle| &bundle.manifest.dependencies);
             Some(match resolve(&shared, &name, &subject, dependencies).await {
                 Ok(()) => Inward::Life(Event::PhaseDone { generation, phase: Phase::Resolve }),
-                Err(failure) => failed(generation, Phase::Resolve, failure),
+                Err(Unresolved::Failed(error)) => failed(generation, Phase::Resolve, permanent(error)),
+                Err(Unresolved::Blocked(error, by)) => Inward::Blocked(generation, error, by),
             })
         });
     }
@@ -95,6 +97,31 @@ impl Driver {
                 }
             })
         });
+    }
+
+    /// A dependency will not come by itself: the load fails, and is begun anew once somebody has loaded it.
+    pub(super) async fn blocked(
+        &mut self,
+        generation: Generation,
+        error: Error,
+        mut by: watch::Receiver<Arc<PluginView>>,
+    ) {
+        let phase = Phase::Resolve;
+        let _ = self.apply(Event::PhaseFailed { generation, phase, failure: permanent(error) }).await;
+        let waiting = CancellationToken::new();
+        self.restart = Some(waiting.clone());
+        self.spawn_until(waiting, generation, async move {
+            let loaded = by.wait_for(|view| view.is_loaded()).await.is_ok();
+            loaded.then_some(Inward::Unblocked(generation))
+        });
+    }
+
+    /// What a failed load waited for has been loaded.
+    pub(super) async fn unblocked(&mut self, generation: Generation) {
+        if self.life.generation() == generation && matches!(self.life.state(), State::Failed(_)) {
+            self.start_reason = "restart";
+            let _ = self.apply(Event::LoadRequested).await;
+        }
     }
 
     /// Shows what verification found.
@@ -348,15 +375,23 @@ fn kernel_grant(capability: Capability) -> Option<protocol::Grant> {
     }
 }
 
+/// Why a plugin cannot be loaded now.
+enum Unresolved {
+    /// Until somebody changes something.
+    Failed(Error),
+    /// Until this plugin is loaded, which nothing under way will do.
+    Blocked(Error, watch::Receiver<Arc<PluginView>>),
+}
+
 async fn resolve(
     shared: &Shared,
     name: &PluginName,
     subject: &Subject,
     dependencies: &[Dependency],
-) -> Result<(), Failure> {
+) -> Result<(), Unresolved> {
     if let Some(path) = cycle(shared, name) {
         shared.events.publish(subject.clone(), DependencyEvent::CycleRejected { path: path.clone() });
-        return Err(permanent(Error::new(
+        return Err(Unresolved::Failed(Error::new(
             Code::DependencyCycle,
             format!("plugin {name} depends on itself: {}", path.join(" → ")),
             "remove one of these dependencies from its plugin.json",
@@ -367,10 +402,10 @@ async fn resolve(
         let wanted = &dependency.name;
         let plugins = shared.plugins.load();
         let Some(handle) = plugins.get(wanted.as_str()) else {
-            return Err(transient(Error::new(
+            return Err(Unresolved::Failed(Error::new(
                 Code::DependencyMissing,
                 format!("plugin {name} depends on {wanted}, which is not in the plugin directories"),
-                format!("install {wanted}, then `plugvisor load {wanted}`"),
+                format!("install {wanted}, then `plugvisor load {wanted}` and `plugvisor load {name}`"),
             )));
         };
         let mut view = handle.view.clone();
@@ -380,7 +415,7 @@ async fn resolve(
             if let Some(version) = now.bundle.as_ref().map(|bundle| &bundle.manifest.version)
                 && !dependency.range.matches(version)
             {
-                return Err(transient(Error::new(
+                return Err(Unresolved::Failed(Error::new(
                     Code::DependencyVersion,
                     format!("plugin {name} needs {wanted}@{}, but {version} is installed", dependency.range),
                     format!("install a version of {wanted} in that range"),
@@ -390,11 +425,14 @@ async fn resolve(
                 break;
             }
             if !will_come(&now) {
-                return Err(transient(Error::new(
+                let error = Error::new(
                     Code::DependencyNotReady,
                     format!("plugin {name} depends on {wanted}, which is {}", now.state.name()),
-                    format!("`plugvisor load {wanted}` loads it; `plugvisor describe {wanted}` says what is wrong"),
-                )));
+                    format!(
+                        "`plugvisor describe {wanted}` says why; {name} is loaded by itself as soon as {wanted} is"
+                    ),
+                );
+                return Err(Unresolved::Blocked(error, view));
             }
             if !waited {
                 waited = true;

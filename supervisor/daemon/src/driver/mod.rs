@@ -109,6 +109,10 @@ pub enum Command {
 enum Inward {
     /// For the lifecycle.
     Life(Event),
+    /// A dependency will not come by itself.
+    Blocked(Generation, Error, watch::Receiver<Arc<PluginView>>),
+    /// It has come all the same.
+    Unblocked(Generation),
     /// A bundle was read and judged.
     Verified(Generation, Box<Verified>),
     /// A process runs.
@@ -235,6 +239,7 @@ impl Driver {
                 Some(inward) = self.received.recv() => self.inward(inward).await,
             }
         }
+        self.cancel_restart();
         self.forget(self.life.generation()).await;
         self.tasks.close();
         self.tasks.wait().await;
@@ -273,6 +278,8 @@ impl Driver {
                 }
                 let _ = self.apply(event).await;
             }
+            Inward::Blocked(generation, error, by) => self.blocked(generation, error, by).await,
+            Inward::Unblocked(generation) => self.unblocked(generation).await,
             Inward::Verified(generation, verified) => {
                 if let Some(run) = self.of(generation) {
                     run.verified = Some(*verified);
@@ -357,20 +364,23 @@ impl Driver {
                     Some(Inward::Life(Event::RestartDue { generation }))
                 });
             }
-            Effect::CancelRestart => {
-                if let Some(restart) = self.restart.take() {
-                    restart.cancel();
-                }
-            }
+            Effect::CancelRestart => self.cancel_restart(),
             Effect::Emit(event) => self.emit(event),
             Effect::Forget { generation } => self.forget(generation).await,
         }
         None
     }
 
+    fn cancel_restart(&mut self) {
+        if let Some(restart) = self.restart.take() {
+            restart.cancel();
+        }
+    }
+
     async fn begin(&mut self, generation: Generation, phase: Phase) -> Option<Event> {
         match phase {
             Phase::Resolve => {
+                self.cancel_restart();
                 self.run = Some(Run {
                     generation,
                     cancel: CancellationToken::new(),

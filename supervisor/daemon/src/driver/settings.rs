@@ -10,7 +10,7 @@ use plugvisor_core::{
     probe::ProbePolicy,
     restart::{RestartMode, RestartPolicy},
 };
-use plugvisor_package::{IsolationLevel, Manifest, TrustTier};
+use plugvisor_package::{ByteSize, IsolationLevel, Manifest, TrustTier};
 use plugvisor_sandbox::protocol;
 
 use crate::config::{BreakerConfig, HealthConfig, LimitsConfig, PluginConfig, RestartConfig, defaults};
@@ -72,9 +72,9 @@ pub(super) fn asked(manifest: &Manifest) -> Asked {
         capabilities: security.capabilities.iter().copied().collect(),
         level: if security.sandbox.enabled { security.sandbox.isolation_level } else { Some(IsolationLevel::None) },
         limits: Limits {
-            memory_bytes: limits.max_memory.map(|size| size.bytes()),
+            memory_bytes: limits.max_memory.map(ByteSize::bytes),
             cpu_percent: limits.max_cpu_percent,
-            file_size_bytes: limits.max_file_size.map(|size| size.bytes()),
+            file_size_bytes: limits.max_file_size.map(ByteSize::bytes),
             call_time: limits.max_execution_time,
             ..Limits::NONE
         },
