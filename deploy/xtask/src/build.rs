@@ -101,7 +101,10 @@ pub(crate) fn bundle_examples(root: &Path, binaries: &Path, into: &Path) -> anyh
 }
 
 /// A bundle is the checked-in files, the program, and the descriptor set that the program prints.
-fn bundle(source: &Path, program: &Path, into: &Path) -> anyhow::Result<()> {
+///
+/// # Errors
+/// When `program` does not run, or a file cannot be copied.
+pub(crate) fn bundle(source: &Path, program: &Path, into: &Path) -> anyhow::Result<()> {
     let name = source.file_name().context("the bundle has no name")?;
     let binaries = into.join("bin");
     fs::create_dir_all(&binaries).with_context(|| format!("cannot make {}", binaries.display()))?;

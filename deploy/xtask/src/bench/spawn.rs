@@ -1,9 +1,185 @@
-//! `bench spawn`: what starting a plugin costs.
+//! `bench spawn`: what starting a plugin costs, on the real programs.
+//!
+//! A supervisor with one real plugin is started again and again; in each, the plugin is restarted. Launch to exec is the
+//! launcher's own measurement, which the event `plugin.starting` carries; discovery to LOADED is the time between the
+//! events `plugin.discovered` and `plugin.ready`. Both are read from outside, as an operator would.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::Context as _;
+use serde_json::{Map, Value, json};
+
+use super::figures::{cores, kernel, median, number};
+use crate::{
+    build::{self, Profile},
+    demo::{
+        place::{Place, configuration},
+        supervisor::{Supervisor, is_about},
+    },
+};
+
+/// The plugin that is started: small, and as real as any.
+const PLUGIN: &str = "markdown";
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The levels of the design. Those that this version cannot launch are named as missing.
+const LEVELS: [&str; 5] = ["none", "process", "container", "sandbox", "vm"];
 
 /// How much to measure.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct Options {}
+pub(crate) struct Options {
+    /// Supervisors to start.
+    #[arg(long, default_value_t = 5)]
+    starts: usize,
+    /// Restarts of the plugin in each.
+    #[arg(long, default_value_t = 4)]
+    restarts: usize,
+}
 
-pub(super) fn run(_options: &Options) -> anyhow::Result<()> {
-    anyhow::bail!("bench spawn has not landed yet")
+#[derive(Default)]
+struct Figures {
+    launch_exec_ms: Vec<f64>,
+    discovery_loaded_ms: Vec<f64>,
+    level: Option<String>,
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let binaries = build::binaries(Profile::Release)?;
+    let mut figures = Figures::default();
+    let mut lacking = Vec::new();
+    for start in 1..=options.starts {
+        eprint!("\rstart {start} of {}", options.starts);
+        let place = Place::new()?;
+        let bundles = place.bundles();
+        build::bundle(
+            &build::workspace_root().join(build::BUNDLES).join(PLUGIN),
+            &binaries.join(PLUGIN),
+            &bundles.join(PLUGIN),
+        )?;
+        if start == 1 {
+            lacking = what_is_lacking(&binaries, &place)?;
+        }
+        measure(&binaries, &place, &lacking, options.restarts, &mut figures)?;
+        place.remove()?;
+    }
+    eprintln!();
+    report(&figures, &lacking, options);
+    Ok(())
+}
+
+/// What this host cannot enforce; the plugin is then started without it, and the result says so.
+fn what_is_lacking(binaries: &Path, place: &Place) -> anyhow::Result<Vec<String>> {
+    let file = place.configure(&configuration(&place.runtime(), "127.0.0.1:0", None, &[]))?;
+    let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("probe.log"))?;
+    let status = supervisor.ask(&["status"])?;
+    let features = status["supervisor"]["features"].as_array().cloned().unwrap_or_default();
+    supervisor.stop()?;
+    let broken = features.iter().filter(|feature| feature["works"] != true);
+    Ok(broken.filter_map(|feature| feature["name"].as_str()).map(str::to_owned).collect())
+}
+
+fn measure(
+    binaries: &Path,
+    place: &Place,
+    lacking: &[String],
+    restarts: usize,
+    figures: &mut Figures,
+) -> anyhow::Result<()> {
+    let text = configuration(&place.runtime(), "127.0.0.1:0", Some(&place.bundles()), lacking);
+    let file = place.configure(&text)?;
+    let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("plugvisord.log"))?;
+    let mut events = supervisor.follow_events()?;
+    let mut seen = 0;
+    for restart in 0..=restarts {
+        if restart > 0 {
+            supervisor.ask(&["restart", PLUGIN])?;
+        }
+        let (_, ready) = events
+            .wait_for("plugin.ready", PATIENCE, |event| {
+                is_about(event, "plugin.ready", PLUGIN) && sequence(event) > seen
+            })
+            .with_context(|| format!("{PLUGIN} did not start; the supervisor said:\n{}", supervisor.log_text()))?;
+        let (_, starting) = events.wait_for("plugin.starting", PATIENCE, |event| {
+            is_about(event, "plugin.starting", PLUGIN) && sequence(event) > seen
+        })?;
+        if restart == 0 {
+            let (_, found) =
+                events.wait_for("plugin.discovered", PATIENCE, |event| is_about(event, "plugin.discovered", PLUGIN))?;
+            figures.discovery_loaded_ms.push(moment(&ready)? - moment(&found)?);
+        }
+        seen = sequence(&ready);
+        let micros = starting["data"]["launch_exec_us"].as_f64().context("the event says no launch_exec_us")?;
+        figures.launch_exec_ms.push(micros / 1_000.0);
+        figures.level = starting["data"]["level"].as_str().map(str::to_owned);
+    }
+    drop(events);
+    supervisor.stop()?;
+    Ok(())
+}
+
+/// When an event happened, in milliseconds of its day; the two that are compared are a moment apart.
+fn moment(event: &Value) -> anyhow::Result<f64> {
+    let text = event["time"].as_str().context("an event without time")?;
+    let clock = text.split_once('T').and_then(|(_, clock)| clock.strip_suffix('Z'));
+    let mut parts = clock.context("an event's time is not RFC 3339 in UTC")?.splitn(3, ':').map(str::parse::<f64>);
+    let mut next = || parts.next().context("an event's time is cut short")?.context("an event's time is no number");
+    let (hours, minutes, seconds) = (next()?, next()?, next()?);
+    Ok(((hours * 60.0 + minutes) * 60.0 + seconds) * 1_000.0)
+}
+
+fn sequence(event: &Value) -> u64 {
+    let sequence = &event["sequence"];
+    // 64-bit numbers may be text in JSON.
+    sequence.as_u64().or_else(|| sequence.as_str()?.parse().ok()).unwrap_or_default()
+}
+
+fn report(figures: &Figures, lacking: &[String], options: &Options) {
+    let level = figures.level.as_deref().unwrap_or("process");
+    let launch = median(&figures.launch_exec_ms);
+    let loaded = median(&figures.discovery_loaded_ms);
+    println!(
+        "Medians of {} starts of plugvisord with {} restarts of {PLUGIN} in each.",
+        options.starts, options.restarts
+    );
+    println!();
+    println!("{:32} {:>10}", "", "ms");
+    let mut by_level = Map::new();
+    for each in LEVELS {
+        if each == level {
+            println!("{:32} {launch:>10.2}", format!("launch to exec, {each}"));
+            by_level.insert(each.to_owned(), number(launch));
+        } else {
+            println!("{:32} {:>10}", format!("launch to exec, {each}"), "missing");
+        }
+    }
+    println!("{:32} {loaded:>10.1}", "discovery to LOADED");
+    if !lacking.is_empty() {
+        println!("without what this host cannot enforce: {}", lacking.join(", "));
+    }
+    println!();
+    let missing: Vec<&str> = LEVELS.into_iter().filter(|each| *each != level).collect();
+    let result = json!({
+        "launch_exec_ms": by_level,
+        "discovery_loaded_ms": number(loaded),
+        "cores": cores(),
+        "kernel": kernel(),
+        "missing": missing,
+        "not_enforced": lacking,
+        "raw": { "launch_exec_ms": figures.launch_exec_ms, "discovery_loaded_ms": figures.discovery_loaded_ms },
+    });
+    println!("{result}");
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{moment, sequence};
+
+    #[test]
+    fn an_event_tells_its_moment_and_number() {
+        let event = json!({ "time": "2026-11-23T01:00:02.345Z", "sequence": "7" });
+        assert!((moment(&event).unwrap() - 3_602_345.0).abs() < 1e-6);
+        assert_eq!(sequence(&event), 7);
+        assert!(moment(&json!({ "time": "yesterday" })).is_err());
+    }
 }

@@ -8,9 +8,9 @@ mod fault;
 mod interrupt;
 mod leftovers;
 mod page;
-mod place;
+pub(crate) mod place;
 mod process;
-mod supervisor;
+pub(crate) mod supervisor;
 mod walls;
 
 use std::collections::BTreeSet;

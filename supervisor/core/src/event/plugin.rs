@@ -88,6 +88,8 @@ pub enum PluginEvent {
         cgroups: Vec<String>,
         /// The isolation level.
         level: &'static str,
+        /// From the launcher's reading of the request to the exec, in microseconds.
+        launch_exec_us: u64,
     },
     /// It serves gRPC.
     HandshakeOk {

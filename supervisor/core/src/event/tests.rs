@@ -28,7 +28,7 @@ fn samples() -> Vec<Event> {
         PluginEvent::Validated { version: text(), digest: plugvisor_package::Digest::of(b"") },
         PluginEvent::Rejected { stage: text(), error: error(), problems: Vec::new() },
         PluginEvent::LoadingProgress { phase: "init", percent: 80 },
-        PluginEvent::Starting { pid: 1, cgroups: Vec::new(), level: "process" },
+        PluginEvent::Starting { pid: 1, cgroups: Vec::new(), level: "process", launch_exec_us: 1 },
         PluginEvent::HandshakeOk { ms: 1 },
         PluginEvent::HandshakeFailed { stage: text(), error: error(), stderr_tail: Vec::new() },
         PluginEvent::Ready { ms: 1 },

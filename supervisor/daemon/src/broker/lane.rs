@@ -1,7 +1,7 @@
 //! One direction of one call: bytes from one HTTP/2 stream to another, with flow control end to end.
 //!
 //! A byte is taken over only when the far side has room for it, and only then is the near side told that it may send
-//! another: what waits here is therefore never more than one stream window. It waits as it came, except that frames
+//! another: what waits here is therefore never more than one stream window, and [`EAGER`] of a request. It waits as it came, except that frames
 //! smaller than [`SMALL`] are put together: h2 charges each frame that it must keep for its bookkeeping, and closes a
 //! connection on which many small ones pile up, which a slow reader on the far side would otherwise bring about.
 
@@ -17,6 +17,8 @@ use http::HeaderMap;
 use super::frame::{Breach, Messages};
 
 const SMALL: usize = 1024;
+/// The most that is handed over before the far stream is open, in bytes.
+const EAGER: usize = 64 * 1024;
 
 /// How a lane that passed everything ended.
 #[derive(Debug)]
@@ -51,6 +53,8 @@ pub(super) enum Ending {
 pub(super) struct Lane {
     messages: Messages,
     ending: Ending,
+    /// Nothing has been handed over yet.
+    first: bool,
     queue: VecDeque<Bytes>,
     tail: BytesMut,
     over: bool,
@@ -63,6 +67,7 @@ impl Lane {
         Self {
             messages: Messages::new(limit),
             ending,
+            first: true,
             queue: VecDeque::new(),
             tail: BytesMut::new(),
             over: false,
@@ -142,6 +147,11 @@ impl Lane {
             let Some(first) = self.queue.front_mut() else { return Flushed::All { closed: false } };
             to.reserve_capacity(first.len());
             let mut room = to.capacity();
+            // h2 gives a request's stream no room before its connection has opened it, which is a wake-up later. Sent
+            // along with the head, the first piece costs the provider one wake-up and not two.
+            if room == 0 && self.first && self.ending == Ending::WithData && first.len() <= EAGER {
+                room = first.len();
+            }
             if room == 0 {
                 match to.poll_capacity(cx) {
                     Poll::Pending => return Flushed::Waiting,
@@ -159,6 +169,7 @@ impl Lane {
             } else {
                 first.split_to(room)
             };
+            self.first = false;
             let size = piece.len();
             let last = self.ending == Ending::WithData
                 && self.over

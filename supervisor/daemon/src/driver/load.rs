@@ -229,7 +229,8 @@ impl Driver {
                 self.tasks.spawn(logs.read(self.name.clone(), generation.0, stream, pipe))
             })
             .into();
-        self.emit(PluginEvent::Starting { pid, cgroups: launched.cgroups, level });
+        let launch_exec_us = launched.launch_exec_nanos / 1_000;
+        self.emit(PluginEvent::Starting { pid, cgroups: launched.cgroups, level, launch_exec_us });
         if !missing.is_empty() {
             self.emit(SecurityEvent::SandboxDegraded { missing });
         }
