@@ -263,7 +263,7 @@ impl Harness {
                 if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     continue;
                 }
-                if path.to_string_lossy().contains(name) {
+                if path.iter().any(|part| part == name) {
                     found.push(path.clone());
                 }
                 if depth > 0 {
