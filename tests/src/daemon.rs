@@ -239,8 +239,9 @@ impl Daemon {
         let deadline = tokio::time::Instant::now() + events::PATIENCE;
         loop {
             let mark = self.events.mark();
-            let plugin = self.plugin(name).await?;
-            if wanted(&plugin) {
+            // It may not have been discovered yet.
+            let plugin = self.status().await?.plugins.into_iter().find(|plugin| plugin.name == name);
+            if let Some(plugin) = plugin.clone().filter(&wanted) {
                 return Ok(plugin);
             }
             let next = self.events.wait_after(mark, "any event", |_| true);

@@ -27,13 +27,20 @@ pub use process::{Process, descendants};
 pub use scrape::{Sample, Scrape};
 pub use world::{NotStarted, World};
 
+/// The longest that a scenario may take; the slowest takes a fifth of it.
+const LONGEST: std::time::Duration = std::time::Duration::from_secs(120);
+
 /// Runs a scenario to its end on a runtime of its own.
 ///
 /// # Panics
 /// When the scenario fails, with the whole chain of causes.
 pub fn run<F: Future<Output = anyhow::Result<()>>>(scenario: F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-    if let Err(error) = runtime.block_on(scenario) {
+    let bounded = async {
+        // A stream that never ends must fail, not hang the whole run.
+        tokio::time::timeout(LONGEST, scenario).await.unwrap_or_else(|_| anyhow::bail!("not done in {LONGEST:?}"))
+    };
+    if let Err(error) = runtime.block_on(bounded) {
         // Not its Debug: that adds a backtrace of the harness, which says nothing about the daemon.
         let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
         panic!("{}", causes.join("\ncaused by: "));
