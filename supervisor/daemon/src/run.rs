@@ -9,7 +9,7 @@ use plugvisor_core::{
     Code, Error,
     event::{BreakerEvent, BrokerEvent as DomainEvent, ConfigEvent, SupervisorEvent},
     lifecycle::Haste,
-    route::HostModule,
+    route::{HostModule, Reason, Refusal},
 };
 use plugvisor_sandbox::seqpacket::Seqpacket;
 use tokio::{
@@ -21,7 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     admin,
-    broker::{Broker, BrokerConfig, BrokerEvent, HostService, LocalSpec, PluginIdentity, Sender},
+    broker::{Broker, BrokerConfig, BrokerEvent, CallerIdentity, HostService, LocalSpec, PluginIdentity, Sender},
     calls::Calls,
     config::Config,
     discovery::PluginDirectory,
@@ -242,6 +242,19 @@ async fn pump(state: Arc<Supervisor>, mut noticed: mpsc::Receiver<BrokerEvent>) 
             }
             BrokerEvent::CallerRejected { caller, detail } => {
                 events.publish(Subject::Supervisor, DomainEvent::ProtocolError { peer: caller, detail });
+            }
+            BrokerEvent::CallDenied { caller, service, refusal } => {
+                let subject = match &caller {
+                    CallerIdentity::Plugin(plugin) => of(plugin),
+                    CallerIdentity::Local { .. } => Subject::Supervisor,
+                };
+                let Refusal { reason, message, hint } = refusal;
+                let event = if reason == Reason::Loop {
+                    DomainEvent::LoopRejected { path: message }
+                } else {
+                    DomainEvent::CallDenied { caller: caller.label(), service, denial: reason.as_str(), message, hint }
+                };
+                events.publish(subject, event);
             }
             BrokerEvent::MessageTooLarge { provider, caller, sender, size: _, limit } => {
                 let sender = match sender {

@@ -174,13 +174,12 @@ impl Admin for AdminService {
                 if more {
                     continue;
                 }
-                tokio::select! {
-                    changed = newest.changed(), if follow => if changed.is_err() { return },
-                    () = sender.closed() => return,
-                    else => return,
-                }
                 if !follow {
                     return;
+                }
+                tokio::select! {
+                    changed = newest.changed() => if changed.is_err() { return },
+                    () = sender.closed() => return,
                 }
             }
         }));

@@ -4,11 +4,17 @@ use std::{rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header::CONTENT_TYPE, request::Parts};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header::CONTENT_TYPE, request::Parts,
+    uri::PathAndQuery,
+};
 use plugvisor_core::route::{Decision, Reason, Refusal, extend_hops, route};
 use tokio::time::Instant;
 
-use super::{call::Call, caller::Caller, deadline, headers, host, provider::Admitted, refusal, shared::Shared};
+use super::{
+    call::Call, caller::Caller, deadline, event::BrokerEvent, headers, host, provider::Admitted, refusal,
+    shared::Shared,
+};
 
 /// Begins a call that arrived on a caller's connection: passes it on, or refuses it at once.
 pub(super) fn begin(
@@ -18,6 +24,7 @@ pub(super) fn begin(
     mut respond: SendResponse<Bytes>,
 ) {
     let (parts, body) = request.into_parts();
+    let path = parts.uri.path_and_query().cloned();
     // The tasks end with their calls, and calls with either of their streams: they need no other owner.
     match admit(shared, caller, parts) {
         Ok(Target::Provider { admitted, request, time }) => {
@@ -30,10 +37,43 @@ pub(super) fn begin(
         }
         Err(refused) => {
             shared.metrics.rejected(caller.key, refused.reason);
+            tell_denied(shared, caller, path.as_ref(), &refused);
             // An error means that the caller is gone; there is nobody to tell.
             let _ = respond.send_response(refusal::response(&refused), true);
         }
     }
+}
+
+/// The longest text of a caller's own making in an event, in bytes: events are kept, and a path may have kilobytes.
+const EVENT_TEXT: usize = 512;
+
+/// Tells of refusals that somebody has to mend: those that only say "not now" are counted, not told.
+fn tell_denied(shared: &Shared, caller: &Caller, path: Option<&PathAndQuery>, refused: &Refusal) {
+    match refused.reason {
+        Reason::UnknownService
+        | Reason::UnknownToken
+        | Reason::AmbiguousService
+        | Reason::CallerNotAllowed
+        | Reason::Loop => {}
+        Reason::ProviderNotReady
+        | Reason::BreakerOpen
+        | Reason::Overloaded
+        | Reason::Deadline
+        | Reason::ProviderLost
+        | Reason::MessageTooLarge
+        | Reason::ProtocolError
+        | Reason::BadRequest
+        | Reason::Stopping => return,
+    }
+    let service = path.and_then(|path| headers::service_and_method(path.as_str())).map_or("", |(service, _)| service);
+    let refusal = Refusal::new(refused.reason, cut(&refused.message), cut(&refused.hint));
+    let event = BrokerEvent::CallDenied { caller: caller.identity.clone(), service: cut(service).to_owned(), refusal };
+    // Not by the service: its name is the caller's choice, and a new one each time would be told each time.
+    shared.tell_once(&format!("{} {}", caller.identity.label(), refused.reason), event);
+}
+
+fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(EVENT_TEXT)]
 }
 
 /// The time of one call.

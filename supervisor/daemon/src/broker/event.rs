@@ -1,8 +1,8 @@
 //! What the broker noticed by itself and tells the supervisor. It decides nothing: drivers do.
 
-use plugvisor_core::breaker::Transition;
+use plugvisor_core::{breaker::Transition, route::Refusal};
 
-use super::identity::PluginIdentity;
+use super::identity::{CallerIdentity, PluginIdentity};
 
 /// Something the broker noticed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,15 @@ pub enum BrokerEvent {
         caller: String,
         /// Why.
         detail: String,
+    },
+    /// A caller called what it may not, or what is not there.
+    CallDenied {
+        /// Who called.
+        caller: CallerIdentity,
+        /// What was called, cut to a bounded length.
+        service: String,
+        /// Why it was refused; its texts are cut too.
+        refusal: Refusal,
     },
     /// A provider sent, or was sent, a message over its limit.
     MessageTooLarge {
