@@ -395,12 +395,16 @@ impl Printed {
         tokio::spawn(async move {
             let mut reader = BufReader::new(stderr).lines();
             while let Ok(Some(line)) = reader.next_line().await {
+                counted.send_modify(|count| *count += 1);
+                // The events come by the admin stream already, and in full.
+                if line.contains(" event: ") {
+                    continue;
+                }
                 let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
                 if kept.len() == LINES {
                     kept.pop_front();
                 }
                 kept.push_back(line);
-                counted.send_modify(|count| *count += 1);
             }
         });
         Self { lines, count }

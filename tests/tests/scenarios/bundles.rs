@@ -53,7 +53,7 @@ fn corpus() -> Vec<Wrong> {
         ),
         (
             hostile("level-too-strong").set("/security/sandbox/isolationLevel", "container"),
-            "isolation.level_not_implemented",
+            "manifest.unsupported",
             &["container"],
         ),
         (
