@@ -169,7 +169,7 @@ fn show(
         fault::kill_under_load(supervisor, &mut events, &calls, samples.picture("rings.png")?, checks)?;
     }
     println!();
-    watch_from_outside(&status, checks)?;
+    watch_from_outside(supervisor, &status, checks)?;
     memory("supervisor", supervisor_pid, SUPERVISOR_MEMORY, checks)?;
     memory("launcher", launcher_pid, LAUNCHER_MEMORY, checks)?;
 
@@ -188,8 +188,8 @@ fn show(
     Ok(())
 }
 
-/// The web surface: metrics with every plugin's state, and readiness.
-fn watch_from_outside(status: &Value, checks: &mut Checks) -> anyhow::Result<()> {
+/// What machines read: metrics with every plugin's state, the events, and readiness.
+fn watch_from_outside(supervisor: &Supervisor, status: &Value, checks: &mut Checks) -> anyhow::Result<()> {
     let address = status["supervisor"]["metrics_address"].as_str().context("no metrics address")?;
     let metrics = http_get(address, "/metrics")?;
     for name in PLUGINS {
@@ -204,6 +204,13 @@ fn watch_from_outside(status: &Value, checks: &mut Checks) -> anyhow::Result<()>
     }
     let ready = http_get(address, "/readyz");
     let seen = ready.as_ref().map_or_else(ToString::to_string, |_| "200".to_owned());
+    // Read to the end: the events that are kept, numbered without a gap.
+    let events = supervisor.ask(&["events"])?;
+    let numbers: Vec<u64> =
+        events.as_array().into_iter().flatten().filter_map(|event| event["sequence"].as_u64()).collect();
+    let gapless = numbers.windows(2).all(|pair| pair[1] == pair[0] + 1) && numbers.len() > PLUGINS.len();
+    let range = format!("{} of them, {:?} to {:?}", numbers.len(), numbers.first(), numbers.last());
+    checks.check("the events have no gap", gapless, range, "consecutive numbers", "see `plugvisor events`");
     checks.check("/readyz", ready.is_ok(), seen, "200", "see `plugvisor status`");
     Ok(())
 }
