@@ -3,18 +3,17 @@
 //! What an event says is the core's (`plugvisor_core::event`); this module adds the envelope of CloudEvents. A consumer
 //! never slows a publisher: one that is too slow finds a gap in the sequence.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Mutex, PoisonError},
-    time::SystemTime,
-};
+use std::time::SystemTime;
 
 use plugvisor_core::{Generation, Severity, event::Event};
 use plugvisor_package::PluginName;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::journal::{Batch, Journal, JournalLimits};
+use crate::{
+    journal::{Batch, Journal, JournalLimits},
+    observe::Counters,
+};
 
 /// What is kept.
 pub const KEPT: JournalLimits = JournalLimits { entries: 4096, weight: 4 * 1024 * 1024 };
@@ -74,7 +73,7 @@ pub struct Record {
 pub struct Events {
     journal: Journal<Record>,
     source: String,
-    counts: Mutex<BTreeMap<String, u64>>,
+    counters: Counters,
 }
 
 impl Events {
@@ -83,7 +82,7 @@ impl Events {
     pub fn new() -> Self {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        Self { journal: Journal::new(KEPT), source: format!("/{host}/{}", boot.trim()), counts: Mutex::default() }
+        Self { journal: Journal::new(KEPT), source: format!("/{host}/{}", boot.trim()), counters: Counters::new() }
     }
 
     /// The `source` of every event: `/host/boot-id`.
@@ -97,7 +96,7 @@ impl Events {
         let event = event.into();
         let type_name = event.type_name();
         log(&subject, &type_name, &event);
-        *self.counts.lock().unwrap_or_else(PoisonError::into_inner).entry(type_name.clone()).or_insert(0) += 1;
+        self.counters.event(&type_name);
         // A plugin's own data is the only part of any size.
         let weight = 512 + if let Event::Custom(custom) = &event { weight(&custom.data) } else { 0 };
         self.journal.push(weight, |sequence| Record {
@@ -122,10 +121,10 @@ impl Events {
         self.journal.newest()
     }
 
-    /// Events published so far, by type.
+    /// How many events there were, by type, in the text format of Prometheus.
     #[must_use]
-    pub fn counts(&self) -> BTreeMap<String, u64> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn render_counters(&self) -> String {
+        self.counters.render()
     }
 }
 
@@ -172,7 +171,7 @@ mod tests {
         assert_eq!((ready.sequence, ready.subject.text()), (2, "gallery/3".to_owned()));
         assert_eq!(ready.type_name, "io.plugvisor.plugin.ready.v1");
         assert_eq!(ready.id.get_version_num(), 7);
-        assert_eq!(events.counts()["io.plugvisor.plugin.ready.v1"], 1);
+        assert!(events.render_counters().contains("{type=\"io.plugvisor.plugin.ready.v1\"} 1\n"));
         assert!(events.source().starts_with('/'));
     }
 }

@@ -10,10 +10,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use plugvisor_core::{Generation, event::ResourceEvent};
 use plugvisor_package::PluginName;
 use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch, time::Instant};
 
-use crate::journal::{Journal, JournalLimits};
+use crate::{
+    events::{Events, Subject},
+    journal::{Journal, JournalLimits},
+};
 
 /// Bounds of what is read and kept, for each plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +36,9 @@ impl Default for LogLimits {
         Self { line_bytes: 8 * 1024, kept, lines_per_second: 500 }
     }
 }
+
+/// Between two events about dropped lines of one pipe.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// Which pipe a line came through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,13 +86,14 @@ pub struct Logs {
     /// Changes with every line of anyone.
     changed: watch::Sender<()>,
     limits: LogLimits,
+    events: Arc<Events>,
 }
 
 impl Logs {
-    /// Nothing kept yet.
+    /// Nothing kept yet. `events` hears of dropped lines.
     #[must_use]
-    pub fn new(limits: LogLimits) -> Self {
-        Self { journals: Mutex::default(), changed: watch::Sender::new(()), limits }
+    pub fn new(limits: LogLimits, events: Arc<Events>) -> Self {
+        Self { journals: Mutex::default(), changed: watch::Sender::new(()), limits, events }
     }
 
     /// Reads a pipe until it ends. Never fails the plugin: a pipe that cannot be read ends its log.
@@ -123,9 +131,16 @@ impl Logs {
             };
             if read == 0 {
                 lines.finish(&mut keep);
+            } else {
+                lines.feed(&buffer[..read], &mut keep);
+            }
+            if let Some(lines) = rate.tell(Instant::now(), read == 0) {
+                let subject = Subject::Generation(plugin.clone(), Generation(generation));
+                self.events.publish(subject, ResourceEvent::LogsDropped { lines });
+            }
+            if read == 0 {
                 return;
             }
-            lines.feed(&buffer[..read], &mut keep);
         }
     }
 
@@ -234,13 +249,17 @@ struct Rate {
     tokens: f64,
     most: f64,
     at: Instant,
+    /// Since the line that was kept last.
     dropped: u64,
+    /// Since it was last told.
+    untold: u64,
+    told_at: Option<Instant>,
 }
 
 impl Rate {
     fn new(per_second: u32, now: Instant) -> Self {
         let most = f64::from(per_second);
-        Self { tokens: most, most, at: now, dropped: 0 }
+        Self { tokens: most, most, at: now, dropped: 0, untold: 0, told_at: None }
     }
 
     /// `Some` with the number dropped before, when one more line may be kept.
@@ -250,10 +269,21 @@ impl Rate {
         self.tokens = (self.tokens + passed.as_secs_f64() * self.most).min(self.most);
         if self.tokens < 1.0 {
             self.dropped += 1;
+            self.untold += 1;
             return None;
         }
         self.tokens -= 1.0;
         Some(std::mem::take(&mut self.dropped))
+    }
+
+    /// How many lines were dropped since this last said so; at most once in [`TELL_EVERY`], and at the end.
+    fn tell(&mut self, now: Instant, end: bool) -> Option<u64> {
+        let due = end || self.told_at.is_none_or(|told| now.saturating_duration_since(told) >= TELL_EVERY);
+        if self.untold == 0 || !due {
+            return None;
+        }
+        self.told_at = Some(now);
+        Some(std::mem::take(&mut self.untold))
     }
 }
 
@@ -297,7 +327,8 @@ mod tests {
     async fn a_flood_neither_blocks_the_writer_nor_grows() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let kept = JournalLimits { entries: 10, weight: 1 << 20 };
-        let logs = Arc::new(Logs::new(LogLimits { line_bytes: 64, kept, lines_per_second: 100 }));
+        let events = Arc::new(Events::new());
+        let logs = Arc::new(Logs::new(LogLimits { line_bytes: 64, kept, lines_per_second: 100 }, Arc::clone(&events)));
         let plugin: PluginName = "noisy".parse().unwrap();
         let read = tokio::spawn(Arc::clone(&logs).read(plugin.clone(), 3, LogStream::Stderr, reader));
         let wrote = tokio::task::spawn_blocking(move || {
@@ -313,6 +344,8 @@ mod tests {
         let batch = logs.journal(&plugin).read(0, usize::MAX);
         assert_eq!(batch.entries.len(), 10);
         assert!(batch.missed < 10_000, "the rate dropped most of the lines");
+        let told = events.read(0, usize::MAX).entries.len();
+        assert!((1..=4).contains(&told), "dropped lines are told, and not one by one: {told}");
         assert_eq!(logs.stderr_tail(&plugin, 3, 2), ["short", "short"]);
         assert!(logs.stderr_tail(&plugin, 2, 2).is_empty());
     }

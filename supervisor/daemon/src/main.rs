@@ -5,7 +5,7 @@ use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser as _;
 use plugvisor_daemon::{
-    run::{self, RunError},
+    run,
     start::{self, Args},
 };
 use tracing_subscriber::EnvFilter;
@@ -46,7 +46,7 @@ fn supervise(args: Args) -> ExitCode {
     };
     match runtime.block_on(run::run(prepared)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error @ (RunError::Host(_) | RunError::LauncherLost(_))) => {
+        Err(error) => {
             eprintln!("plugvisord: {error}");
             ExitCode::from(HOST)
         }

@@ -57,7 +57,7 @@ pub async fn page(supervisor: &Supervisor) -> String {
     usage(&mut page, &rows);
     calls(&mut page, &snapshot);
     breakers(&mut page, &snapshot, supervisor, &rows);
-    page.into_text()
+    page.into_text() + &supervisor.shared.events.render_counters()
 }
 
 fn rows(plugins: &BTreeMap<String, PluginHandle>) -> Vec<Row> {
@@ -84,10 +84,6 @@ fn host(page: &mut Page, supervisor: &Supervisor) {
     for (process, pid) in [("plugvisord", std::process::id()), ("plugvisor-launcher", supervisor.shared.launcher.pid())]
     {
         page.sample(&[("process", process)], stats::resident_bytes(pid).unwrap_or(0));
-    }
-    page.family("plugvisor_events_total", Kind::Counter, "Events published, by type.");
-    for (type_name, count) in supervisor.shared.events.counts() {
-        page.sample(&[("type", &type_name)], count);
     }
 }
 

@@ -21,7 +21,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     admin,
-    broker::{Broker, BrokerConfig, BrokerEvent, CallerIdentity, HostService, LocalSpec, PluginIdentity, Sender},
+    broker::{
+        AddError, Broker, BrokerConfig, BrokerEvent, CallerIdentity, HostService, LocalSpec, PluginIdentity, Sender,
+        StartError,
+    },
     calls::Calls,
     config::Config,
     discovery::PluginDirectory,
@@ -29,7 +32,7 @@ use crate::{
     events::{Events, Subject},
     fleet::Fleet,
     host_events::HostEvents,
-    launcher::{Launcher, LauncherEnd},
+    launcher::{Launcher, LauncherEnd, LauncherError},
     logs::{LogLimits, Logs},
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
@@ -71,9 +74,18 @@ pub struct Prepared {
 /// Why the supervisor ended other than by being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// Something of the host's failed.
-    #[error("{0:#}")]
-    Host(#[from] anyhow::Error),
+    /// Signals, or a listener.
+    #[error("the system refused what the supervisor needs: {0}; check the limit on open files")]
+    Io(#[from] io::Error),
+    /// The launcher refused the first requests.
+    #[error("the launcher cannot be asked: {0}; install plugvisord and plugvisor-launcher together")]
+    Launcher(#[from] LauncherError),
+    /// The broker did not start.
+    #[error(transparent)]
+    Broker(#[from] StartError),
+    /// `calls.sock` cannot be served.
+    #[error(transparent)]
+    Calls(#[from] AddError),
     /// The launcher ended by itself, and every plugin with it.
     #[error("the launcher ended: {0}; every plugin has ended with it; start plugvisord again and report this as a bug")]
     LauncherLost(String),
@@ -92,7 +104,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         mut launcher,
         connection,
     } = prepared;
-    let mut signals = Signals::new().map_err(anyhow::Error::from)?;
+    let mut signals = Signals::new()?;
     let result = async {
         let config = Arc::new(config);
         let client = Launcher::start(connection)
@@ -103,25 +115,25 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         events.publish(Subject::Supervisor, started);
         let file = config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
         events.publish(Subject::Supervisor, ConfigEvent::Loaded { file });
-        let features = client.probe().await.map_err(anyhow::Error::from)?;
+        let features = client.probe().await?;
 
         let plugins: Plugins = Arc::new(ArcSwap::default());
         let module = HostEvents::new(Arc::clone(&events), Arc::clone(&plugins)).into_server();
         let modules = vec![HostService::new(HostModule::Events, module)];
-        let (broker, broker_events) = Broker::start(BrokerConfig::default(), modules).map_err(anyhow::Error::from)?;
+        let (broker, broker_events) = Broker::start(BrokerConfig::default(), modules)?;
         let local = LocalSpec { listener: calls_listener.into(), allowed_uids: allowed.iter().copied().collect() };
-        broker.add_local(local).await.map_err(anyhow::Error::from)?;
+        broker.add_local(local).await?;
 
         let shared = Arc::new(Shared {
             launcher: client.clone(),
             calls: Calls::start(broker.clone()),
             events: Arc::clone(&events),
-            logs: Arc::new(Logs::new(LogLimits::default())),
+            logs: Arc::new(Logs::new(LogLimits::default(), Arc::clone(&events))),
             allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
             plugins,
             began: Instant::now(),
         });
-        let metrics_address = metrics.local_addr().map_err(anyhow::Error::from)?;
+        let metrics_address = metrics.local_addr()?;
         let fleet = Fleet::new(Arc::clone(&shared), Arc::clone(&config), directories);
         let calls_socket = runtime_directory.path().join("calls.sock");
         let state = Arc::new(Supervisor::new(config, shared, fleet, features, metrics_address, calls_socket));

@@ -11,7 +11,7 @@ use plugvisor_core::{
     Code, Error, Generation,
     event::{BrokerEvent, DependencyEvent, PluginEvent, SecurityEvent},
     lifecycle::{Event, Failure, Permanence, Phase, State},
-    policy::{Policy, Verdict},
+    policy::{Policy, Verdict, WhyNot},
     route::PluginCaller,
 };
 use plugvisor_package::{Bundle, Capability, Dependency, PluginName, SocketMode};
@@ -134,6 +134,8 @@ impl Driver {
             let name = capability.capability.as_str();
             match capability.why_not {
                 None => self.emit(SecurityEvent::CapabilityGranted { capability: name }),
+                // The operator gave more than was asked for: shown in the description, denied to nobody.
+                Some(WhyNot::NotAsked) => {}
                 Some(why) => {
                     self.emit(SecurityEvent::CapabilityDenied { capability: name, why: why.describe() });
                 }

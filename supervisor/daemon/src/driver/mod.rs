@@ -332,12 +332,30 @@ impl Driver {
                     return Err(refused.error);
                 }
             };
+            // What is told comes after what is shown: who hears of an event finds the state that it speaks of. A step
+            // that ends one generation and begins the next speaks of the old one until it is forgotten.
+            let mut about = self.life.generation();
+            if let Some(Effect::Forget { generation }) = effects.iter().find(|e| matches!(e, Effect::Forget { .. })) {
+                about = *generation;
+            }
+            let mut told = Vec::new();
             for effect in effects {
-                // Only Register answers at once; it is the last effect of its step.
-                next = next.or(self.carry_out(effect).await);
+                match effect {
+                    Effect::Emit(event) => told.push((about, event)),
+                    effect => {
+                        if matches!(effect, Effect::Forget { .. }) {
+                            about = self.life.generation();
+                        }
+                        // Only Handshake and Register may answer at once; they are the last effects of their step.
+                        next = next.or(self.carry_out(effect).await);
+                    }
+                }
             }
             self.route().await;
             self.publish(&before, cause);
+            for (generation, event) in told {
+                self.tell(generation, event);
+            }
         }
         Ok(())
     }
@@ -365,7 +383,7 @@ impl Driver {
                 });
             }
             Effect::CancelRestart => self.cancel_restart(),
-            Effect::Emit(event) => self.emit(event),
+            Effect::Emit(event) => self.tell(self.life.generation(), event),
             Effect::Forget { generation } => self.forget(generation).await,
         }
         None
@@ -554,7 +572,10 @@ impl Driver {
     }
 
     fn emit(&self, event: impl Into<DomainEvent>) {
-        let generation = self.life.generation();
+        self.tell(self.life.generation(), event);
+    }
+
+    fn tell(&self, generation: Generation, event: impl Into<DomainEvent>) {
         let subject = if generation == Generation::NONE {
             Subject::Plugin(self.name.to_string())
         } else {
