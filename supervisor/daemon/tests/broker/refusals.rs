@@ -1,8 +1,10 @@
 //! What the broker refuses, and what a refusal looks like.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use plugvisor_core::{CapabilitySet, route::Export};
-use plugvisor_daemon::broker::{BrokerEvent, CallLimits};
+use plugvisor_daemon::broker::{BrokerConfig, BrokerEvent, CallLimits, ConnectionLimits};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -32,6 +34,11 @@ async fn a_service_that_nobody_provides() {
     assert_eq!((rejected[0].caller.as_str(), rejected[0].reason, rejected[0].count), ("asker", "unknown_service", 1));
 }
 
+/// For tests where the name `message` is a text.
+fn request_body() -> Bytes {
+    message(b"")
+}
+
 #[tokio::test]
 async fn a_caller_without_the_right() {
     let mut world = World::new();
@@ -41,13 +48,9 @@ async fn a_caller_without_the_right() {
     assert!(message.contains("plugin asker"), "{message}");
 
     let path = world.caller_with("powerless", &[], None).await;
-    let answer = call(&client(&path).await, request("/t.S/M").body(()).unwrap(), message_of(&[])).await;
+    let answer = call(&client(&path).await, request("/t.S/M").body(()).unwrap(), request_body()).await;
     assert_eq!((answer.status(), answer.reason()), (7, Some("caller_not_allowed")));
     assert!(answer.end("grpc-message").unwrap().contains("api:internal-calls"), "{answer:?}");
-}
-
-fn message_of(payload: &[u8]) -> Bytes {
-    message(payload)
 }
 
 #[tokio::test]
@@ -173,4 +176,55 @@ async fn strangers_on_a_plugins_socket_are_turned_away() {
         })
         .await;
     assert!(detail.contains(&somebody_else.to_string()), "{detail}");
+}
+
+#[tokio::test]
+async fn callers_that_stay_silent_are_closed() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let impatient = ConnectionLimits { handshake_timeout: Duration::from_millis(100), ..ConnectionLimits::default() };
+    let config = BrokerConfig { plugin_connections: impatient, ..BrokerConfig::default() };
+    let mut world = World::with(config, Vec::new());
+    let path = world.caller("asker").await;
+    let quiet = client(&path).await;
+    let begun = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat();
+    // Nothing at all; half a preface; a preface and half a frame.
+    for said in [&b""[..], &PREFACE[..10], &begun[..begun.len() - 3]] {
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        let mut rest = Vec::new();
+        // A reset or an end: either way it is closed.
+        let _ = within(stream.read_to_end(&mut rest)).await;
+    }
+    let detail = world.event(|event| match event {
+        BrokerEvent::CallerRejected { detail, .. } => Some(detail.clone()),
+        _ => None,
+    });
+    assert!(detail.await.contains("HTTP/2"));
+    // One that has nothing to say either, but answers pings, stays.
+    let answer = call(&quiet, request("/t.S/M").body(()).unwrap(), message(b"")).await;
+    assert_eq!(answer.reason(), Some("unknown_service"));
+    assert_eq!(world.broker.snapshot().await.unwrap().caller_connections, 1);
+}
+
+#[tokio::test]
+async fn one_caller_has_so_many_connections() {
+    let few = ConnectionLimits { max_connections: 2, ..ConnectionLimits::default() };
+    let config = BrokerConfig { plugin_connections: few, ..BrokerConfig::default() };
+    let mut world = World::with(config, Vec::new());
+    let path = world.caller("asker").await;
+    let held = [client(&path).await, client(&path).await];
+    for sender in &held {
+        let answer = call(sender, request("/t.S/M").body(()).unwrap(), message(b"")).await;
+        assert_eq!(answer.reason(), Some("unknown_service"));
+    }
+    let mut third = UnixStream::connect(&path).await.unwrap();
+    let mut rest = Vec::new();
+    // A reset or an end: either way it is closed, and nothing was said.
+    let _ = within(third.read_to_end(&mut rest)).await;
+    assert!(rest.is_empty());
+    let detail = world.event(|event| match event {
+        BrokerEvent::CallerRejected { detail, .. } => Some(detail.clone()),
+        _ => None,
+    });
+    assert!(detail.await.contains("2 connections"));
 }
