@@ -70,7 +70,7 @@ async fn stopping_lets_calls_finish_and_tells_callers_to_go() {
     // GOAWAY: the connection takes no further call, and the one in flight goes on.
     within(async {
         while std::future::poll_fn(|cx| sender.poll_ready(cx)).await.is_ok() {
-            tokio::task::yield_now().await
+            tokio::task::yield_now().await;
         }
     })
     .await;

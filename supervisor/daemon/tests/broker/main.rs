@@ -1,6 +1,6 @@
 //! The broker over real Unix sockets, with tonic and bare HTTP/2 at both ends.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod backpressure;
 mod faults;
