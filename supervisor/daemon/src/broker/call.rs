@@ -67,9 +67,13 @@ impl Call {
             },
         };
         let mut answered = None;
+        let mut asked = None;
         let mut to_caller = None;
         if let Some(mut pump) = pump {
             answered = pump.answered;
+            asked = pump.asked;
+            // A provider is only as slow as it is after it has been asked in full.
+            self.admitted.began = asked.unwrap_or_else(Instant::now);
             to_caller = pump.close(&end);
         }
         if let End::Cut { refusal, .. } = &end {
@@ -79,7 +83,7 @@ impl Call {
                 None => drop(self.respond.send_response(refusal::response(refusal), true)),
             }
         }
-        self.record(path.path(), &end, answered);
+        self.record(path.path(), &end, asked, answered);
     }
 
     async fn sender(&mut self, mut timer: Pin<&mut Sleep>) -> Result<SendRequest<Bytes>, End> {
@@ -93,7 +97,9 @@ impl Call {
             if self.respond.poll_reset(cx).is_ready() {
                 return Poll::Ready(Err(End::Cancelled));
             }
-            timer.as_mut().poll(cx).map(|()| Err(self.out_of_time()))
+            // Without a connection only the provider can be at fault; with one, its streams may all be other callers'.
+            let asked = (!provider.is_connected()).then_some(self.time.began);
+            timer.as_mut().poll(cx).map(|()| Err(self.out_of_time(asked)))
         })
         .await
     }
@@ -106,7 +112,7 @@ impl Call {
     ) -> Result<Pump, End> {
         let left = self.time.deadline().saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(self.out_of_time());
+            return Err(self.out_of_time(None));
         }
         request.headers_mut().insert(headers::TIMEOUT, deadline::format(left));
         let no_body = body.is_end_stream();
@@ -127,7 +133,8 @@ impl Call {
         })
         .await;
         match ended {
-            None => self.out_of_time(),
+            // Once it has answered, how fast its response goes depends on its reader too.
+            None => self.out_of_time(pump.asked.filter(|_| pump.answered.is_none())),
             Some(Ok(end)) => end,
             Some(Err(fault)) => fault.end(&self.caller, &self.admitted),
         }
@@ -142,16 +149,24 @@ impl Call {
         )
     }
 
-    fn out_of_time(&self) -> End {
+    /// `asked`: since when the provider alone kept the call waiting, if it did.
+    fn out_of_time(&self, asked: Option<Instant>) -> End {
         let refusal = self.time.over(&format!("plugin {}", self.admitted.provider.identity.name));
-        // See `BrokerConfig::fair_deadline`.
-        let fair = self.time.given >= self.admitted.shared.config.fair_deadline;
-        End::Cut { refusal, outcome: if fair { Outcome::Failure } else { Outcome::Ignored } }
+        End::Cut { refusal, outcome: if self.was_fair(asked) { Outcome::Failure } else { Outcome::Ignored } }
     }
 
-    fn record(self, path: &str, end: &End, answered: Option<Instant>) {
+    /// Whether the provider had enough time for its answer; see `BrokerConfig::fair_deadline`.
+    fn was_fair(&self, asked: Option<Instant>) -> bool {
+        let had = asked.map(|asked| self.time.deadline().saturating_duration_since(asked));
+        had.is_some_and(|had| had >= self.admitted.shared.config.fair_deadline)
+    }
+
+    fn record(self, path: &str, end: &End, asked: Option<Instant>, answered: Option<Instant>) {
+        const DEADLINE_EXCEEDED: i32 = 4;
         let now = Instant::now();
         let (code, outcome) = match end {
+            // The provider watches the same deadline, and may tell of it before the broker's own clock does.
+            End::Passed { code: DEADLINE_EXCEEDED } if !self.was_fair(asked) => (DEADLINE_EXCEEDED, Outcome::Ignored),
             End::Passed { code } => (*code, Outcome::of_grpc(*code)),
             End::Cancelled => (1, Outcome::Ignored),
             End::Cut { refusal, outcome } => {

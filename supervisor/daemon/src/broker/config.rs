@@ -20,8 +20,9 @@ pub struct BrokerConfig {
     pub provider_max_frame_size: u32,
     /// The longest deadline of a call to a provider that sets none of its own, and to the supervisor itself.
     pub max_deadline: Duration,
-    /// A call that ran out of time counts against its provider's breaker only when it had at least this long, so that a
-    /// caller cannot open a breaker with deadlines that nobody can meet.
+    /// A call that ran out of time counts against its provider's breaker only when the provider, asked in full, then had
+    /// at least this long and did not begin to answer: a caller cannot open a breaker with deadlines that nobody can
+    /// meet, with a request that it never ends, or with a response that it does not read.
     pub fair_deadline: Duration,
     /// How many distinct methods of one provider get metrics of their own; the others are counted together as `other`.
     pub max_method_series: usize,

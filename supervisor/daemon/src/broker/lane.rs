@@ -119,6 +119,11 @@ impl Lane {
         }
     }
 
+    /// Whether the side that sends has sent its last, passed on or not.
+    pub(super) const fn source_ended(&self) -> bool {
+        self.over
+    }
+
     /// Whether everything passed so far ends with a whole message.
     pub(super) const fn at_boundary(&self) -> bool {
         self.messages.at_boundary()

@@ -181,8 +181,12 @@ impl Provider {
             ready: self.admission.get() == Admission::Ready,
             breaker: self.breaker.borrow().snapshot(shared.time(Instant::now())),
             in_flight: self.in_flight.get(),
-            connected: matches!(*self.link.borrow(), Link::Up { .. }),
+            connected: self.is_connected(),
         }
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        matches!(*self.link.borrow(), Link::Up { .. })
     }
 
     fn tell_transition(&self, shared: &Shared, transition: Option<Transition>) {

@@ -27,6 +27,8 @@ const NO_STATUS: &str = "its response ends without a grpc-status";
 pub(super) struct Pump {
     /// When the head of the response came.
     pub(super) answered: Option<Instant>,
+    /// When the caller had said all that it asks. Until then its provider owes no answer.
+    pub(super) asked: Option<Instant>,
     to_provider: SendStream<Bytes>,
     /// The request's body, until all of it has been passed on.
     up: Option<(RecvStream, Lane)>,
@@ -51,7 +53,8 @@ impl Pump {
         limit: u32,
     ) -> Self {
         let up = (!no_body).then(|| (body, Lane::new(limit, Ending::WithData)));
-        Self { answered: None, to_provider, up, down: Down::Awaiting(response), limit }
+        let asked = no_body.then(Instant::now);
+        Self { answered: None, asked, to_provider, up, down: Down::Awaiting(response), limit }
     }
 
     /// Passes on what can be passed on now.
@@ -87,7 +90,11 @@ impl Pump {
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Option<Result<End, Fault>> {
         let (from, lane) = self.up.as_mut()?;
-        match lane.poll(cx, from, &mut self.to_provider) {
+        let passed = lane.poll(cx, from, &mut self.to_provider);
+        if self.asked.is_none() && lane.source_ended() {
+            self.asked = Some(Instant::now());
+        }
+        match passed {
             Poll::Pending => return None,
             Poll::Ready(Ok(done)) => {
                 // An error means that the provider wants no more; its response says why.

@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::support::{
-    World, answer, answer_ok, answer_status, call, client, identity, message, request, serve, within,
+    World, answer, answer_ok, answer_status, call, client, identity, message, read, request, serve, within,
 };
 
 const LIMIT: u32 = 64 * 1024;
@@ -264,8 +264,72 @@ async fn deadlines_that_nobody_can_meet_do_not_open_a_breaker() {
         let asked = request("/t.S/M").header("grpc-timeout", timeout).body(()).unwrap();
         assert_eq!(call(&sender, asked, message(b"")).await.reason(), Some("deadline"));
     }
-    let asked = request("/t.S/M").header("grpc-timeout", "120m").body(()).unwrap();
+    let asked = request("/t.S/M").header("grpc-timeout", "400m").body(()).unwrap();
     assert_eq!(call(&sender, asked, message(b"")).await.reason(), Some("deadline"));
+    assert!(matches!(world.event(transition).await, Transition::Opened { .. }));
+}
+
+#[tokio::test]
+async fn callers_that_keep_their_own_calls_waiting_do_not_open_a_breaker() {
+    let mut world = World::new();
+    let breaker =
+        Settings { failure_threshold: 1, slow_after: Some(Duration::from_millis(300)), ..Settings::default() };
+    let listener = world.provider_with("p", "t.S", breaker, CallLimits::default()).await;
+    serve(listener, |asked, mut respond| async move {
+        if asked.uri().path() == "/t.S/OwnClock" {
+            answer_status(respond, 4);
+        } else if asked.uri().path() == "/t.S/Echo" {
+            drop(read(asked).await);
+            answer_ok(respond, b"");
+        } else if asked.uri().path() == "/t.S/Endless" {
+            let head = http::Response::builder().header("content-type", "application/grpc").body(()).unwrap();
+            let mut to = respond.send_response(head, false).unwrap();
+            to.send_data(message(&vec![7; 1 << 20]), false).unwrap();
+            drop(std::future::poll_fn(|cx| to.poll_reset(cx)).await);
+        } else {
+            drop(std::future::poll_fn(|cx| respond.poll_reset(cx)).await);
+        }
+    });
+    let mut sender = client(&world.caller("asker").await).await;
+    let asked = |path: &str| request(path).header("grpc-timeout", "400m").body(()).unwrap();
+    within(async {
+        // A request without an end: the provider owes no answer yet.
+        let (response, mut open) = sender.send_request(asked("/t.S/Open"), false).unwrap();
+        open.send_data(message(b"more follows"), false).unwrap();
+        assert_eq!(answer(response.await.unwrap()).await.reason(), Some("deadline"));
+        // One that ends when its time is over but for moments.
+        let (response, mut late) = sender.send_request(asked("/t.S/Late"), false).unwrap();
+        tokio::time::sleep(Duration::from_millis(350)).await;
+        late.send_data(message(b""), true).unwrap();
+        assert_eq!(answer(response.await.unwrap()).await.reason(), Some("deadline"));
+        // One that the provider itself ends when its time is over.
+        let (response, mut open) = sender.send_request(asked("/t.S/OwnClock"), false).unwrap();
+        open.send_data(message(b"more follows"), false).unwrap();
+        assert_eq!(answer(response.await.unwrap()).await.status(), 4);
+        // One that takes long to ask, and is answered at once: it is not slow.
+        let (response, mut late) = sender.send_request(request("/t.S/Echo").body(()).unwrap(), false).unwrap();
+        tokio::time::sleep(Duration::from_millis(350)).await;
+        late.send_data(message(b""), true).unwrap();
+        assert_eq!(answer(response.await.unwrap()).await.status(), 0);
+        let window = world.broker.snapshot().await.unwrap().providers[0].breaker.window;
+        assert_eq!(window.slow, 0, "{window:?}");
+        // A response that its caller does not read.
+        let (response, _stream) = sender.send_request(asked("/t.S/Endless"), true).unwrap();
+        let mut unread = response.await.unwrap().into_body();
+        assert!(unread.data().await.unwrap().is_ok());
+    })
+    .await;
+    // The last call ends here too: it gives its place back when its time is over.
+    within(async {
+        while world.broker.snapshot().await.unwrap().providers[0].in_flight > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let breaker = world.broker.snapshot().await.unwrap().providers[0].breaker;
+    assert_eq!((breaker.position, breaker.consecutive_failures), (Position::Closed, 0));
+    // The same provider, asked in full and silent.
+    assert_eq!(call(&sender, asked("/t.S/Silent"), message(b"")).await.reason(), Some("deadline"));
     assert!(matches!(world.event(transition).await, Transition::Opened { .. }));
 }
 
