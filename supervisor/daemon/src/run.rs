@@ -204,6 +204,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
                 stopped.await;
             }
         }
+        state.stopped.cancel();
         let cut = broker.stop(BROKER_PATIENCE).await.unwrap_or(0);
         if cut > 0 {
             tracing::warn!(cut, "calls in flight were cut");

@@ -41,8 +41,10 @@ pub struct Supervisor {
     pub metrics_address: SocketAddr,
     /// Where local applications dial.
     pub calls_socket: PathBuf,
-    /// Ends long answers when the supervisor stops.
+    /// The supervisor stops.
     pub closing: CancellationToken,
+    /// Every plugin has been stopped. Long answers last until then, so that who follows sees the stop itself.
+    pub stopped: CancellationToken,
     ready: AtomicBool,
     breaker_transitions: Mutex<BTreeMap<(PluginName, &'static str), u64>>,
 }
@@ -67,6 +69,7 @@ impl Supervisor {
             metrics_address,
             calls_socket,
             closing: CancellationToken::new(),
+            stopped: CancellationToken::new(),
             ready: AtomicBool::new(false),
             breaker_transitions: Mutex::default(),
         }

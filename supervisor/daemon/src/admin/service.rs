@@ -148,9 +148,11 @@ impl Admin for AdminService {
         let mut after = after_sequence.unwrap_or(if follow { *newest.borrow() } else { 0 });
         let mut gap_counts = after_sequence.is_some_and(|after| after > 0);
         let (sender, receiver) = mpsc::channel(1);
-        let closing = self.state.closing.clone();
-        tokio::spawn(closing.run_until_cancelled_owned(async move {
+        let stopped = self.state.stopped.clone();
+        tokio::spawn(async move {
             loop {
+                // Looked at before the events are read: what was said until the stop is still sent.
+                let last = !follow || stopped.is_cancelled();
                 newest.mark_unchanged();
                 let Batch { missed, entries } = events.read(after, BATCH);
                 let more = entries.len() == BATCH;
@@ -174,15 +176,16 @@ impl Admin for AdminService {
                 if more {
                     continue;
                 }
-                if !follow {
+                if last {
                     return;
                 }
                 tokio::select! {
                     changed = newest.changed() => if changed.is_err() { return },
+                    () = stopped.cancelled() => {}
                     () = sender.closed() => return,
                 }
             }
-        }));
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -201,8 +204,8 @@ impl Admin for AdminService {
         };
         let logs = Arc::clone(&self.state.shared.logs);
         let (sender, receiver) = mpsc::channel(1);
-        let closing = self.state.closing.clone();
-        tokio::spawn(closing.run_until_cancelled_owned(async move {
+        let stopped = self.state.stopped.clone();
+        tokio::spawn(stopped.run_until_cancelled_owned(async move {
             let count = if tail == 0 { usize::MAX } else { usize::try_from(tail).unwrap_or(usize::MAX) };
             let mut changed = logs.changed();
             let mut places: BTreeMap<PluginName, (Arc<Journal<LogLine>>, u64)> = BTreeMap::new();
