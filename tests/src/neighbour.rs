@@ -14,6 +14,9 @@ use crate::contract::{SayRequest, echo_service_client::EchoServiceClient};
 /// Between two calls: often enough to meet a short outage, seldom enough to leave the machine to the test.
 const PACE: Duration = Duration::from_millis(5);
 
+/// The fewest calls that say something; a trouble that is over sooner is followed by calls that must be answered too.
+const AT_LEAST: u64 = 20;
+
 /// Calls the echo service without pause until it is finished.
 #[derive(Debug)]
 pub struct Neighbour {
@@ -43,7 +46,7 @@ impl Neighbour {
             loop {
                 tokio::select! {
                     biased;
-                    _ = &mut told => return Ok(quiet),
+                    _ = &mut told, if quiet.calls >= AT_LEAST => return Ok(quiet),
                     _ = pace.tick() => {}
                 }
                 let text = format!("call {}", quiet.calls);
@@ -66,12 +69,10 @@ impl Neighbour {
     /// Ends the calls and says how it was.
     ///
     /// # Errors
-    /// When a call failed, the neighbour was restarted, or there was hardly a call at all.
+    /// When a call failed or the neighbour was restarted.
     pub async fn finish(self) -> anyhow::Result<Quiet> {
         // A task that ended early dropped its end; its own error says more than the failed send.
         let _ = self.enough.send(());
-        let quiet = self.task.await.context("the neighbour's task")??;
-        ensure!(quiet.calls >= 3, "only {} calls were made: that proves nothing", quiet.calls);
-        Ok(quiet)
+        self.task.await.context("the neighbour's task")?
     }
 }

@@ -40,12 +40,15 @@ async fn a_second_signal_means_now(lane: Lane) -> anyhow::Result<()> {
         .toml("[plugin.deaf.health]\nstop_timeout_ms = 600000\ndrain_timeout_ms = 100")
         .start()
         .await?;
+    daemon.loaded("echo").await?;
     daemon.loaded("deaf").await?;
     let remains = daemon.remains();
     daemon.process().signal(Signal::TERM)?;
     daemon.events().wait("the stop", |event| events::is(event, "plugin.stopping", "deaf")).await?;
     daemon.process().signal(Signal::TERM)?;
     daemon.ended().await?;
+    let unloaded = |event: &_| events::is(event, "plugin.unloaded", "deaf");
+    daemon.events().wait("the end of the stop", unloaded).await?;
     remains.gone().await?;
     remains.no_files()
 }
@@ -63,8 +66,14 @@ async fn plugins_die_with_their_launcher(lane: Lane) -> anyhow::Result<()> {
     }
     let code = daemon.ended().await?;
     ensure!(code.is_some_and(|code| code != 0), "the daemon ended with {code:?}");
+    let lost =
+        daemon.events().wait("the loss", |event| events::short_type(event) == "supervisor.launcher_lost").await?;
+    ensure!(!lost.hint.is_empty(), "{lost:?}");
     ensure!(daemon.printed().contains("launcher"), "it does not say why it ended\n{}", daemon.printed());
-    remains.no_files()
+    // Killed, the launcher could not remove its own directory; the next one does.
+    let again = three(lane)?.runtime_directory(&daemon.world().runtime()).start().await?;
+    again.loaded("echo").await?;
+    again.stop().await
 }
 
 /// The supervisor is killed: with no linger the launcher ends, and every plugin and cgroup with it.

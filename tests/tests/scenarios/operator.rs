@@ -120,13 +120,17 @@ async fn events_resume_where_they_were_left(lane: Lane) -> anyhow::Result<()> {
     daemon.stop().await
 }
 
-/// The page is in the text format; a plugin's series come with it and go with it.
-async fn metrics_come_and_go_with_the_plugin(lane: Lane) -> anyhow::Result<()> {
+/// The page is in the text format; what is measured on a process comes with it and goes with it.
+async fn metrics_come_and_go_with_the_process(lane: Lane) -> anyhow::Result<()> {
     let daemon = world(lane)?.start().await?;
     daemon.loaded("echo").await?;
     daemon.echo().say(SayRequest::default()).await?;
     let scrape = daemon.scrape().await?;
-    for name in ["plugvisor_plugin_info", "plugvisor_plugin_state", "plugvisor_plugin_starts_total"] {
+    let mut names = vec!["plugvisor_plugin_info", "plugvisor_plugin_state", "plugvisor_plugin_starts_total"];
+    if lane == Lane::Privileged {
+        names.extend(["plugvisor_plugin_memory_bytes", "plugvisor_plugin_pids"]);
+    }
+    for name in names {
         let found = scrape.labelled("plugin", "echo").any(|sample| sample.name == name);
         ensure!(found, "no {name} of echo");
     }
@@ -152,13 +156,14 @@ async fn metrics_come_and_go_with_the_plugin(lane: Lane) -> anyhow::Result<()> {
     let unload = daemon.cli(&["unload", "echo"]).await?;
     ensure!(unload.code == Some(0), "{unload:?}");
     let scrape = daemon.scrape().await?;
-    let left: Vec<_> = scrape
-        .labelled("plugin", "echo")
-        .chain(scrape.labelled("callee", "echo"))
-        // What is still known of an unloaded plugin is that it is unloaded.
-        .filter(|sample| !["plugvisor_plugin_state", "plugvisor_plugin_info"].contains(&sample.name.as_str()))
-        .collect();
-    ensure!(left.is_empty(), "series of an unloaded plugin: {left:?}");
+    // What is measured on a process goes with it; what was counted stays as long as the plugin is known.
+    for name in ["plugvisor_plugin_memory_bytes", "plugvisor_plugin_pids"] {
+        let left: Vec<_> = scrape.labelled("plugin", "echo").filter(|sample| sample.name == name).collect();
+        ensure!(left.is_empty(), "series of a process that is gone: {left:?}");
+    }
+    ensure!(!scrape.labelled("plugin", "echo").any(|sample| loaded(&sample) && sample.value > 0.0), "still loaded");
+    let counted = scrape.labelled("plugin", "echo").find(|sample| sample.name == "plugvisor_plugin_starts_total");
+    ensure!(counted.is_some(), "its starts are forgotten");
     daemon.stop().await
 }
 
@@ -166,5 +171,5 @@ scenarios!(
     commands_change_what_runs,
     commands_show_what_is,
     events_resume_where_they_were_left,
-    metrics_come_and_go_with_the_plugin,
+    metrics_come_and_go_with_the_process,
 );

@@ -67,7 +67,7 @@ async fn a_wall_that_cannot_be_built_is_named(lane: Lane) -> anyhow::Result<()> 
     for feature in &lacking {
         ensure!(!feature.detail.is_empty(), "no reason why {} does not work", feature.name);
     }
-    let event = told(&daemon, "plugin.rejected", "echo").await?;
+    let event = told(&daemon, "plugin.gave_up", "echo").await?;
     ensure!(event.reason == "isolation.control_unavailable", "{event:?}");
     let status = daemon.in_state("echo", PluginState::Failed).await?;
     let text = format!("{} {}", status.last_error, status.hint);
