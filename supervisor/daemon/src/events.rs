@@ -138,9 +138,18 @@ fn weight(data: &serde_json::Map<String, serde_json::Value>) -> usize {
     serde_json::to_vec(data).map_or(0, |bytes| bytes.len())
 }
 
+/// What the supervisor's own log says of an event. Of a plugin's own data only the size: there may be much of it, and
+/// what is in it is for those who may follow events.
+fn logged(event: &Event) -> serde_json::Value {
+    match event {
+        Event::Custom(custom) => serde_json::json!({ "bytes": weight(&custom.data) }),
+        _ => serde_json::Value::Object(event.data()),
+    }
+}
+
 fn log(subject: &Subject, type_name: &str, event: &Event) {
     let (subject, reason, hint) = (subject.text(), event.reason(), event.hint());
-    let data = serde_json::Value::Object(event.data());
+    let data = logged(event);
     macro_rules! at {
         ($level:ident) => {
             tracing::$level!(target: "event", r#type = type_name, %subject, reason, %hint, %data)
@@ -155,7 +164,7 @@ fn log(subject: &Subject, type_name: &str, event: &Event) {
 
 #[cfg(test)]
 mod tests {
-    use plugvisor_core::event::{ConfigEvent, PluginEvent};
+    use plugvisor_core::event::{ConfigEvent, CustomEvent, PluginEvent};
 
     use super::*;
 
@@ -173,5 +182,14 @@ mod tests {
         assert_eq!(ready.id.get_version_num(), 7);
         assert!(events.render_counters().contains("{type=\"io.plugvisor.plugin.ready.v1\"} 1\n"));
         assert!(events.source().starts_with('/'));
+    }
+
+    #[test]
+    fn the_log_says_of_a_plugins_data_only_its_size() {
+        let data = serde_json::json!({"note": "private"}).as_object().cloned().unwrap();
+        let custom = Event::Custom(CustomEvent { name: "note".into(), data });
+        assert_eq!(logged(&custom), serde_json::json!({"bytes": 18}));
+        let own = Event::from(PluginEvent::Ready { ms: 5 });
+        assert_eq!(logged(&own), serde_json::json!({"ms": 5}));
     }
 }

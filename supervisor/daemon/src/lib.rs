@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod broker;
+pub mod bucket;
 pub mod calls;
 pub mod config;
 pub mod discovery;

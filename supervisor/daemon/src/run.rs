@@ -31,7 +31,7 @@ use crate::{
     driver::{Plugins, Shared},
     events::{Events, Subject},
     fleet::Fleet,
-    host_events::HostEvents,
+    host_events::{HostEvents, PublishLimits},
     launcher::{Launcher, LauncherEnd, LauncherError},
     logs::{LogLimits, Logs},
     observe::{self, ServerLimits},
@@ -118,7 +118,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let features = client.probe().await?;
 
         let plugins: Plugins = Arc::new(ArcSwap::default());
-        let module = HostEvents::new(Arc::clone(&events), Arc::clone(&plugins)).into_server();
+        let module = HostEvents::new(Arc::clone(&events), Arc::clone(&plugins), PublishLimits::default()).into_server();
         let modules = vec![HostService::new(HostModule::Events, module)];
         let (broker, broker_events) = Broker::start(BrokerConfig::default(), modules)?;
         let local = LocalSpec { listener: calls_listener.into(), allowed_uids: allowed.iter().copied().collect() };

@@ -21,7 +21,7 @@ pub fn refused(refusal: &Refusal) -> Status {
     with_trailers(Status::new(Grpc::from_i32(reason.grpc_status()), message.as_str()), &trailers)
 }
 
-fn with_trailers(mut status: Status, trailers: &[(&'static str, &str)]) -> Status {
+pub(crate) fn with_trailers(mut status: Status, trailers: &[(&'static str, &str)]) -> Status {
     let metadata = status.metadata_mut();
     for (name, text) in trailers {
         // Header values are visible ASCII; a hint may name a path that is not.
