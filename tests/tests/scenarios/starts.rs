@@ -25,7 +25,13 @@ const BAD: [Bad; 7] = [
         &["closes"],
     ),
     ("exits-at-once", &["exits-at-once", "3"], &["plugin.exited"], &["3"]),
-    ("hangs-in-health", &["hangs-in-health"], &["timeout.startup"], &["hangs-in-health"]),
+    (
+        "hangs-in-health",
+        &["hangs-in-health"],
+        // From outside the same as a socket that nobody accepts on, and the message says so.
+        &["timeout.startup", "communication.never_listened"],
+        &["hangs-in-health"],
+    ),
     ("not-serving", &["not-serving"], &["timeout.startup"], &["not-serving"]),
 ];
 
