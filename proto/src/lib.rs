@@ -4,7 +4,7 @@
 //! them into domain types as soon as they arrive. The documentation of each message is in its `.proto` file.
 #![forbid(unsafe_code)]
 #![allow(missing_docs, reason = "generated; the .proto files are the documentation")]
-#![allow(clippy::all, reason = "generated")]
+#![allow(clippy::all, rustdoc::all, reason = "generated; comments of .proto files are not Markdown")]
 
 /// Every contract as a serialised `google.protobuf.FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.binpb"));

@@ -33,6 +33,9 @@ enum Command {
         /// The long suites too: more rounds, more cases.
         #[arg(long)]
         full: bool,
+        /// Only these checks; may be given several times.
+        #[arg(long, value_enum, value_name = "CHECK")]
+        only: Vec<test::Check>,
     },
     /// Measure; the last line on standard output is one JSON object.
     Bench {
@@ -56,7 +59,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(demo) => demo::run(&demo),
-        Command::Test { full } => test::all(full),
+        Command::Test { full, only } => test::run_checks(full, &only),
         Command::Bench { what } => {
             // A peer that is missing is named in the result; our own figures need none.
             if matches!(what, bench::Bench::Broker(_))

@@ -22,39 +22,73 @@ const FULL: &str = "PLUGVISOR_FULL";
 /// A uid without an account, so that nothing belongs to it.
 const STRANGER: u32 = 61_235;
 
-/// Runs every check and stops at the first that fails.
+/// The checks, in the order in which they run: cheap ones first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Check {
+    /// rustfmt.
+    Format,
+    /// clippy with every warning denied.
+    Clippy,
+    /// cargo-deny: bans, licences and sources.
+    Dependencies,
+    /// Every test of the workspace, and which of them may be skipped.
+    Tests,
+    /// `cargo xtask demo --once`; as root also as an ordinary user.
+    Demo,
+    /// rustdoc with every warning denied.
+    Documentation,
+}
+
+/// Runs the checks, all of them when `only` is empty, and stops at the first that fails.
 ///
 /// # Errors
 /// The step that failed and what to do next.
-pub(crate) fn all(full: bool) -> anyhow::Result<()> {
+pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
+    let wanted = |check| only.is_empty() || only.contains(&check);
     step("tools", "run the command it names, then `cargo xtask test` again", setup::for_build)?;
-    step("format", "`cargo fmt --all`", || run(cargo().args(["fmt", "--all", "--check"])))?;
-    step("clippy", "fix what it shows; `cargo clippy --workspace --all-targets --all-features` repeats it", || {
-        run(cargo().args([
-            "clippy",
-            "--locked",
-            "--workspace",
-            "--all-targets",
-            "--all-features",
-            "--",
-            "-D",
-            "warnings",
-        ]))
-    })?;
-    step("dependencies", "see deny.toml: remove the dependency, or state there why it may stay", deny)?;
-    let binaries = step("binaries", "fix what the compiler shows", || binaries(Profile::Dev))?;
-    step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
-    let next = "see which line says FAILED; `cargo xtask demo --once --profile dev` repeats it";
-    step("demo", next, || run(&mut demo(&binaries.join("xtask"), &binaries)))?;
-    if rustix::process::geteuid().is_root() {
-        step("demo as an ordinary user", next, || demo_as_stranger(&binaries))?;
+    if wanted(Check::Format) {
+        step("format", "`cargo fmt --all`", || run(cargo().args(["fmt", "--all", "--check"])))?;
     }
-    step("documentation", "fix what rustdoc shows", || {
-        run(cargo()
-            .args(["doc", "--locked", "--workspace", "--all-features", "--no-deps", "--quiet"])
-            .env("RUSTDOCFLAGS", "-D warnings"))
-    })?;
-    eprintln!("everything passed{}", if full { ", long suites too" } else { "; `--full` adds the long suites" });
+    if wanted(Check::Clippy) {
+        step("clippy", "fix what it shows; `cargo xtask test --only clippy` repeats it", || {
+            run(cargo()
+                .args(["clippy", "--locked", "--workspace", "--all-targets", "--all-features"])
+                .args(["--", "-D", "warnings"]))
+        })?;
+    }
+    if wanted(Check::Dependencies) {
+        step("dependencies", "see deny.toml: remove the dependency, or state there why it may stay", deny)?;
+    }
+    if wanted(Check::Tests) || wanted(Check::Demo) {
+        let binaries = step("binaries", "fix what the compiler shows", || binaries(Profile::Dev))?;
+        if wanted(Check::Tests) {
+            step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
+        }
+        if wanted(Check::Demo) {
+            demos(&binaries)?;
+        }
+    }
+    if wanted(Check::Documentation) {
+        step("documentation", "fix what rustdoc shows", || {
+            run(cargo()
+                .args(["doc", "--locked", "--workspace", "--all-features", "--no-deps", "--quiet"])
+                .env("RUSTDOCFLAGS", "-D warnings"))
+        })?;
+    }
+    match (only.is_empty(), full) {
+        (false, _) => eprintln!("what was asked for passed"),
+        (true, true) => eprintln!("everything passed, long suites too"),
+        (true, false) => eprintln!("everything passed; `--full` adds the long suites"),
+    }
+    Ok(())
+}
+
+fn demos(binaries: &Path) -> anyhow::Result<()> {
+    let next = "see which line says FAILED; `cargo xtask test --only demo` repeats it";
+    step("demo", next, || run(&mut demo(&binaries.join("xtask"), binaries)))?;
+    if rustix::process::geteuid().is_root() {
+        step("demo as an ordinary user", next, || demo_as_stranger(binaries))?;
+    }
     Ok(())
 }
 
