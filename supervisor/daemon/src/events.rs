@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::{
     journal::{Batch, Journal, JournalLimits},
+    logs::visible,
     observe::Counters,
 };
 
@@ -140,15 +141,19 @@ fn weight(data: &serde_json::Map<String, serde_json::Value>) -> usize {
 
 /// What the supervisor's own log says of an event. Of a plugin's own data only the size: there may be much of it, and
 /// what is in it is for those who may follow events.
-fn logged(event: &Event) -> serde_json::Value {
-    match event {
+fn logged(event: &Event) -> String {
+    let data = match event {
         Event::Custom(custom) => serde_json::json!({ "bytes": weight(&custom.data) }),
         _ => serde_json::Value::Object(event.data()),
-    }
+    };
+    // JSON escapes only the control characters of ASCII.
+    visible(&data.to_string()).into_owned()
 }
 
 fn log(subject: &Subject, type_name: &str, event: &Event) {
+    // The name of a directory may be anything.
     let (subject, reason, hint) = (subject.text(), event.reason(), event.hint());
+    let (subject, hint) = (visible(&subject), visible(&hint));
     let data = logged(event);
     macro_rules! at {
         ($level:ident) => {
@@ -188,8 +193,10 @@ mod tests {
     fn the_log_says_of_a_plugins_data_only_its_size() {
         let data = serde_json::json!({"note": "private"}).as_object().cloned().unwrap();
         let custom = Event::Custom(CustomEvent { name: "note".into(), data });
-        assert_eq!(logged(&custom), serde_json::json!({"bytes": 18}));
+        assert_eq!(logged(&custom), r#"{"bytes":18}"#);
         let own = Event::from(PluginEvent::Ready { ms: 5 });
-        assert_eq!(logged(&own), serde_json::json!({"ms": 5}));
+        assert_eq!(logged(&own), r#"{"ms":5}"#);
+        let hostile = Event::from(ConfigEvent::Loaded { file: "a\u{9b}2J\n".into() });
+        assert_eq!(logged(&hostile), r#"{"file":"a\u{9b}2J\n"}"#);
     }
 }

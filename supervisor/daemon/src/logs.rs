@@ -189,8 +189,17 @@ impl Logs {
     }
 }
 
+/// The longest message of a plugin that is passed on, in characters.
+const MESSAGE: usize = 1024;
+
+/// What a plugin says in a status or an error, fit for one line of a log: [`visible`], and cut.
+pub(crate) fn message(said: &str) -> String {
+    let end = said.char_indices().nth(MESSAGE).map_or(said.len(), |(end, _)| end);
+    visible(&said[..end]).chars().take(MESSAGE).collect()
+}
+
 /// Control characters would let a plugin forge or hide lines on the operator's terminal.
-fn visible(line: &str) -> std::borrow::Cow<'_, str> {
+pub(crate) fn visible(line: &str) -> std::borrow::Cow<'_, str> {
     if line.chars().any(|c| c.is_control() && c != '\t') {
         line.chars()
             .flat_map(|c| if c.is_control() && c != '\t' { c.escape_default().collect() } else { vec![c] })
@@ -354,5 +363,7 @@ mod tests {
     fn control_characters_are_made_visible() {
         assert_eq!(visible("a\tb"), "a\tb");
         assert_eq!(visible("a\u{1b}[2Jb"), "a\\u{1b}[2Jb");
+        assert_eq!(message("no\r\n2026 INFO all is well"), "no\\r\\n2026 INFO all is well");
+        assert_eq!(message(&"é\n".repeat(2000)).chars().count(), 1024);
     }
 }

@@ -28,7 +28,7 @@ use tonic::{
 };
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
-use crate::admin::wire;
+use crate::{admin::wire, logs};
 
 /// The name of the socket that a plugin binds itself.
 const SOCKET: &str = "worker.sock";
@@ -297,7 +297,7 @@ impl Worker {
             Err(_late) => Err(format!("no answer in {} ms", patience.as_millis())),
             Ok(Ok(_)) => Ok(()),
             Ok(Err(status)) if status.code() == Grpc::Unimplemented => Ok(()),
-            Ok(Err(status)) => Err(status.message().to_owned()),
+            Ok(Err(status)) => Err(logs::message(status.message())),
         }
     }
 
@@ -342,7 +342,8 @@ impl Fault {
                 None => break,
             }
         }
-        let detail = deepest.to_string();
+        // A peer may put text of its own into a GOAWAY.
+        let detail = logs::message(&deepest.to_string());
         if protocol { Self::Protocol(detail) } else { Self::Transport(detail) }
     }
 }
@@ -364,7 +365,7 @@ fn broken(plugin: &str, detail: &str) -> Trouble {
 }
 
 fn init_failed(plugin: &str, status: &Status) -> Trouble {
-    let said: String = status.message().chars().take(1024).collect();
+    let said = logs::message(status.message());
     let message = format!("plugin {plugin} refused Init: {said}");
     match status.code() {
         // Trying again with the same configuration would end the same way.
@@ -374,5 +375,88 @@ fn init_failed(plugin: &str, status: &Status) -> Trouble {
             format!("mend config under [plugin.{plugin}] in plugvisor.toml, then restart plugvisord"),
         ),
         _ => transient(Code::PluginInitFailed, message, format!("see `plugvisor logs {plugin}`")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use plugvisor_proto::worker::v1::{
+        DrainResponse, HookResponse, InitResponse, ReconfigureRequest, ReconfigureResponse, StopResponse,
+        worker_server::{self, WorkerServer},
+    };
+    use tokio::net::UnixListener;
+    use tokio_stream::wrappers::UnixListenerStream;
+    use tonic::Response;
+
+    use super::*;
+
+    const FORGED: &str = "no\r\n2026-01-01T00:00:00Z INFO all is well\u{1b}[1A";
+    const SHOWN: &str = "no\\r\\n2026-01-01T00:00:00Z INFO all is well\\u{1b}[1A";
+
+    /// A plugin that refuses everything with this code.
+    struct Refusing(Grpc);
+
+    #[tonic::async_trait]
+    impl worker_server::Worker for Refusing {
+        async fn init(&self, _: Request<InitRequest>) -> Result<Response<InitResponse>, Status> {
+            Err(Status::new(self.0, FORGED))
+        }
+
+        async fn reconfigure(&self, _: Request<ReconfigureRequest>) -> Result<Response<ReconfigureResponse>, Status> {
+            Err(Status::new(self.0, FORGED))
+        }
+
+        async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+            Err(Status::new(self.0, FORGED))
+        }
+
+        async fn stop(&self, _: Request<StopRequest>) -> Result<Response<StopResponse>, Status> {
+            Err(Status::new(self.0, FORGED))
+        }
+
+        async fn hook(&self, _: Request<HookRequest>) -> Result<Response<HookResponse>, Status> {
+            Err(Status::new(self.0, FORGED))
+        }
+    }
+
+    fn worker(code: Grpc, directory: &tempfile::TempDir) -> Worker {
+        let path = directory.path().join("worker.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = tonic::transport::Server::builder().add_service(WorkerServer::new(Refusing(code)));
+        // Ends with the test's runtime.
+        tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+        let socket = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        Worker::new(Arc::new(socket), None)
+    }
+
+    async fn refused_init(code: Grpc) -> Trouble {
+        let directory = tempfile::tempdir().unwrap();
+        let ask = Init {
+            plugin: "p",
+            generation: 1,
+            config: serde_json::Map::new(),
+            granted: CapabilitySet::default(),
+            provided: &[],
+        };
+        worker(code, &directory).init(ask, Instant::now() + Duration::from_secs(20)).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_plugin_that_calls_its_configuration_wrong_is_not_tried_again() {
+        for code in [Grpc::InvalidArgument, Grpc::FailedPrecondition] {
+            let trouble = refused_init(code).await;
+            assert_eq!((trouble.permanence, trouble.error.code), (Permanence::Permanent, Code::PluginMisconfigured));
+        }
+        let trouble = refused_init(Grpc::Unavailable).await;
+        assert_eq!((trouble.permanence, trouble.error.code), (Permanence::Transient, Code::PluginInitFailed));
+    }
+
+    #[tokio::test]
+    async fn what_a_plugin_says_forges_no_lines() {
+        let trouble = refused_init(Grpc::Internal).await;
+        assert_eq!(trouble.error.message, format!("plugin p refused Init: {SHOWN}"));
+        let directory = tempfile::tempdir().unwrap();
+        let hook = worker(Grpc::Internal, &directory).hook(LifecycleHook::BeforeLoad, Duration::from_secs(20)).await;
+        assert_eq!(hook.unwrap_err(), SHOWN);
     }
 }
