@@ -19,6 +19,9 @@ use crate::{
 /// What is kept.
 pub const KEPT: JournalLimits = JournalLimits { entries: 4096, weight: 4 * 1024 * 1024 };
 
+/// What an event weighs without its data, in bytes.
+const ENVELOPE: usize = 512;
+
 /// Whom an event is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
@@ -98,8 +101,8 @@ impl Events {
         let type_name = event.type_name();
         log(&subject, &type_name, &event);
         self.counters.event(&type_name);
-        // A plugin's own data is the only part of any size.
-        let weight = 512 + if let Event::Custom(custom) = &event { weight(&custom.data) } else { 0 };
+        // Lists of problems, lines of stderr and a plugin's own data may all be long.
+        let weight = ENVELOPE + size(&event.data());
         self.journal.push(weight, |sequence| Record {
             id: Uuid::now_v7(),
             sequence,
@@ -135,7 +138,8 @@ impl Default for Events {
     }
 }
 
-fn weight(data: &serde_json::Map<String, serde_json::Value>) -> usize {
+/// As JSON, in bytes.
+fn size(data: &serde_json::Map<String, serde_json::Value>) -> usize {
     serde_json::to_vec(data).map_or(0, |bytes| bytes.len())
 }
 
@@ -143,7 +147,7 @@ fn weight(data: &serde_json::Map<String, serde_json::Value>) -> usize {
 /// what is in it is for those who may follow events.
 fn logged(event: &Event) -> String {
     let data = match event {
-        Event::Custom(custom) => serde_json::json!({ "bytes": weight(&custom.data) }),
+        Event::Custom(custom) => serde_json::json!({ "bytes": size(&custom.data) }),
         _ => serde_json::Value::Object(event.data()),
     };
     // JSON escapes only the control characters of ASCII.
@@ -198,5 +202,16 @@ mod tests {
         assert_eq!(logged(&own), r#"{"ms":5}"#);
         let hostile = Event::from(ConfigEvent::Loaded { file: "a\u{9b}2J\n".into() });
         assert_eq!(logged(&hostile), r#"{"file":"a\u{9b}2J\n"}"#);
+    }
+
+    #[test]
+    fn every_event_weighs_what_it_holds() {
+        let events = Events::new();
+        let file = "x".repeat(KEPT.weight / 8);
+        for _ in 0..20 {
+            events.publish(Subject::Supervisor, ConfigEvent::Loaded { file: file.clone() });
+        }
+        let kept = events.read(0, usize::MAX).entries.len();
+        assert_eq!(kept, 7, "events within the weight of the log");
     }
 }
