@@ -15,6 +15,7 @@ use plugvisor_package::PluginName;
 use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch, time::Instant};
 
 use crate::{
+    bucket::{Bucket, Rate},
     events::{Events, Subject},
     journal::{Journal, JournalLimits},
 };
@@ -26,7 +27,7 @@ pub struct LogLimits {
     pub line_bytes: usize,
     /// What is kept.
     pub kept: JournalLimits,
-    /// Lines kept in a second, in the long run and as a burst.
+    /// Lines kept in a second, in the long run and as a burst; a line counts once more for every full KiB of it.
     pub lines_per_second: u32,
 }
 
@@ -107,12 +108,12 @@ impl Logs {
         };
         let journal = self.journal(&plugin);
         let mut lines = Lines::new(self.limits.line_bytes);
-        let mut rate = Rate::new(self.limits.lines_per_second, Instant::now());
+        let mut rate = Intake::new(self.limits.lines_per_second, Instant::now());
         let mut buffer = vec![0; 16 * 1024];
         loop {
             let read = pipe.read(&mut buffer).await.unwrap_or(0);
             let mut keep = |line: &[u8], truncated| {
-                let Some(dropped_before) = rate.admit(Instant::now()) else { return };
+                let Some(dropped_before) = rate.admit(line.len(), Instant::now()) else { return };
                 let line = String::from_utf8_lossy(line).into_owned();
                 tracing::info!(
                     target: "plugin", %plugin, generation, stream = stream.as_str(), dropped_before, "{}", visible(&line)
@@ -253,11 +254,9 @@ impl Lines {
     }
 }
 
-/// A token bucket of one second.
-struct Rate {
-    tokens: f64,
-    most: f64,
-    at: Instant,
+/// What one pipe may still say, and what was dropped of it.
+struct Intake {
+    left: Bucket,
     /// Since the line that was kept last.
     dropped: u64,
     /// Since it was last told.
@@ -265,23 +264,20 @@ struct Rate {
     told_at: Option<Instant>,
 }
 
-impl Rate {
+impl Intake {
     fn new(per_second: u32, now: Instant) -> Self {
-        let most = f64::from(per_second);
-        Self { tokens: most, most, at: now, dropped: 0, untold: 0, told_at: None }
+        let left = Bucket::new(Rate { per_second, burst: per_second }, now);
+        Self { left, dropped: 0, untold: 0, told_at: None }
     }
 
-    /// `Some` with the number dropped before, when one more line may be kept.
-    fn admit(&mut self, now: Instant) -> Option<u64> {
-        let passed: Duration = now.saturating_duration_since(self.at);
-        self.at = now;
-        self.tokens = (self.tokens + passed.as_secs_f64() * self.most).min(self.most);
-        if self.tokens < 1.0 {
+    /// `Some` with the number dropped before, when one more line of so many bytes may be kept.
+    fn admit(&mut self, bytes: usize, now: Instant) -> Option<u64> {
+        let cost = u32::try_from(1 + bytes / 1024).unwrap_or(u32::MAX);
+        if !self.left.take(cost, now) {
             self.dropped += 1;
             self.untold += 1;
             return None;
         }
-        self.tokens -= 1.0;
         Some(std::mem::take(&mut self.dropped))
     }
 
@@ -325,11 +321,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_rate_drops_and_counts() {
-        let mut rate = Rate::new(2, Instant::now());
-        let mut admit = || rate.admit(Instant::now());
+        let mut rate = Intake::new(2, Instant::now());
+        let mut admit = || rate.admit(80, Instant::now());
         assert_eq!([admit(), admit(), admit(), admit()], [Some(0), Some(0), None, None]);
         tokio::time::advance(Duration::from_millis(500)).await;
         assert_eq!([admit(), admit()], [Some(2), None]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_lines_cost_more_and_none_is_too_long() {
+        let mut rate = Intake::new(2, Instant::now());
+        let mut admit = |bytes| rate.admit(bytes, Instant::now());
+        assert_eq!([admit(8 * 1024), admit(1)], [Some(0), None]);
+        // Nine tokens were taken of two.
+        tokio::time::advance(Duration::from_millis(3900)).await;
+        assert_eq!(admit(1), None);
+        tokio::time::advance(Duration::from_millis(200)).await;
+        assert_eq!(admit(1023), Some(2));
     }
 
     #[tokio::test]
