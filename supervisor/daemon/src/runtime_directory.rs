@@ -111,7 +111,7 @@ impl RuntimeDirectory {
             rustix::fs::fchown(&directory, None, Some(Gid::from_raw(owner.gid))).map_err(|e| failed("chown", e))?;
             rustix::fs::fchmod(&directory, Mode::from_raw_mode(0o1775)).map_err(|error| failed("chmod", error))?;
         }
-        let lock = take_lock(path, &directory)?;
+        let lock = take_lock(path, &directory, owner)?;
         let this = Self { path: path.to_owned(), directory, lock, sockets: Vec::new(), created };
         if let Some(owner) = owner {
             let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
@@ -230,7 +230,7 @@ fn check(path: &Path, directory: &OwnedFd, owner: Option<Owner>) -> Result<(), R
     Ok(())
 }
 
-fn take_lock(path: &Path, directory: &OwnedFd) -> Result<File, RuntimeDirectoryError> {
+fn take_lock(path: &Path, directory: &OwnedFd, owner: Option<Owner>) -> Result<File, RuntimeDirectoryError> {
     let lock_path = path.join(LOCK);
     let failed = |what, source: io::Error| RuntimeDirectoryError::Io { what, path: lock_path.clone(), source };
     loop {
@@ -254,6 +254,18 @@ fn take_lock(path: &Path, directory: &OwnedFd) -> Result<File, RuntimeDirectoryE
             Ok(named) if (named.st_dev, named.st_ino) == (ours.st_dev, ours.st_ino) => {}
             Ok(_) | Err(Errno::NOENT) => continue,
             Err(error) => return Err(failed("look at", error.into())),
+        }
+        // In a directory that an unprivileged user may write to, the name could be a link to any file of ours.
+        let in_the_way = |why| Err(RuntimeDirectoryError::InTheWay { path: lock_path.clone(), why });
+        if FileType::from_raw_mode(ours.st_mode) != FileType::RegularFile {
+            return in_the_way("it is not a regular file");
+        }
+        if ours.st_nlink != 1 {
+            return in_the_way("it has other names (hard links)");
+        }
+        let this = rustix::process::geteuid().as_raw();
+        if ours.st_uid != this && owner.is_none_or(|owner| owner.uid != ours.st_uid) {
+            return in_the_way("it belongs to another user");
         }
         lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(|e| failed("write", e))?;
         return Ok(lock);
@@ -321,5 +333,40 @@ mod tests {
         assert!(error.to_string().contains("chmod go-w"), "{error}");
         symlink("/etc/passwd", parent.path().join("lock")).unwrap();
         assert!(RuntimeDirectory::open(parent.path(), None).is_err(), "a link as the lock");
+    }
+
+    #[test]
+    fn a_lock_that_is_another_file_is_left_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let (lock, precious) = (parent.path().join("lock"), parent.path().join("precious"));
+        std::fs::write(&precious, "keep").unwrap();
+        std::fs::hard_link(&precious, &lock).unwrap();
+        let error = RuntimeDirectory::open(parent.path(), None).unwrap_err();
+        let expected = format!("{} is in the way: it has other names (hard links); remove it", lock.display());
+        assert!(error.to_string().starts_with(&expected), "{error}");
+        assert_eq!(std::fs::read_to_string(&precious).unwrap(), "keep");
+        std::fs::remove_file(&lock).unwrap();
+        RuntimeDirectory::open(parent.path(), None).unwrap();
+    }
+
+    #[test]
+    fn a_lock_of_another_user_is_refused_but_not_the_successors() {
+        if !rustix::process::geteuid().is_root() {
+            // Only root can make another user's file; the other tests hold for everyone.
+            return;
+        }
+        let parent = tempfile::tempdir().unwrap();
+        let lock = parent.path().join("lock");
+        std::fs::write(&lock, "left").unwrap();
+        std::os::unix::fs::chown(&lock, Some(12_345), None).unwrap();
+        let successor = |uid| Some(Owner { uid, gid: uid });
+        for owner in [None, successor(54_321)] {
+            let error = RuntimeDirectory::open(parent.path(), owner).unwrap_err();
+            assert!(error.to_string().contains("it belongs to another user"), "{error}");
+            assert_eq!(std::fs::read_to_string(&lock).unwrap(), "left");
+            // As it was before root's attempt.
+            std::fs::set_permissions(parent.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        RuntimeDirectory::open(parent.path(), successor(12_345)).unwrap();
     }
 }
