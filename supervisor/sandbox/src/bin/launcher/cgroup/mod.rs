@@ -17,7 +17,7 @@ use std::{
 use plugvisor_sandbox::protocol::{Control, Limits};
 use rustix::{
     event::{EventfdFlags, epoll::EventFlags, eventfd},
-    fs::{Mode, OFlags},
+    fs::{FlockOperation, Mode, OFlags},
 };
 
 use self::locate::{Own, Version};
@@ -39,11 +39,16 @@ pub(crate) struct Cgroups {
     moved: Option<(PathBuf, PathBuf)>,
 }
 
+/// How the default policy names a launcher's groups, see `plugvisor_sandbox::options`.
+const NAME: &str = "plugvisor-";
+
 #[derive(Debug)]
 struct Parent {
     version: Version,
     directory: PathBuf,
     controls: Vec<Control>,
+    /// The directory, locked (flock(2)) for as long as this launcher lives: the next one sees that it is not a leftover.
+    _lock: OwnedFd,
 }
 
 /// The groups of one launch.
@@ -100,6 +105,7 @@ impl Cgroups {
         controls: Vec<Control>,
         prepare: impl FnOnce(&Path) -> io::Result<()>,
     ) {
+        remove_leftovers(&directory);
         let made = match make_readable(&directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 remove_empty_children(&directory);
@@ -108,9 +114,9 @@ impl Cgroups {
             made => made.and_then(|()| prepare(&directory)),
         };
         // Without the right to write the group's member list no child could join.
-        let made = made.and_then(|()| members(version, &directory).map(drop));
+        let made = made.and_then(|()| members(version, &directory).map(drop)).and_then(|()| lock(&directory));
         match made {
-            Ok(()) => self.parents.push(Parent { version, directory, controls }),
+            Ok(lock) => self.parents.push(Parent { version, directory, controls, _lock: lock }),
             Err(error) => {
                 let why = format!("{} cannot be made or used: {error}", directory.display());
                 self.lacking.extend(controls.into_iter().map(|control| (control, why.clone())));
@@ -417,6 +423,29 @@ impl Group {
 fn make_readable(directory: &Path) -> io::Result<()> {
     fs::create_dir(directory)?;
     fs::set_permissions(directory, PermissionsExt::from_mode(0o755))
+}
+
+/// Removes what launchers left beside `directory` that were killed. Such a group has the name of the default policy
+/// ([`NAME`] and the number of the process that started the launcher), that process is gone, and nobody holds its lock.
+/// Groups with processes cannot be removed and stay.
+fn remove_leftovers(directory: &Path) {
+    for entry in directory.parent().map(fs::read_dir).into_iter().flatten().flatten().flatten() {
+        let name = entry.file_name();
+        let starter = name.to_str().and_then(|name| name.strip_prefix(NAME)?.parse::<u32>().ok());
+        let gone = starter.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists());
+        let path = entry.path();
+        // The lock is let go at once: who removes an empty directory first does not matter.
+        if gone && path != directory && lock(&path).is_ok() {
+            remove_empty_children(&path);
+            drop(fs::remove_dir(&path));
+        }
+    }
+}
+
+fn lock(directory: &Path) -> io::Result<OwnedFd> {
+    let descriptor = open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW)?;
+    rustix::fs::flock(&descriptor, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(descriptor)
 }
 
 /// What a launcher of the same name left when it was killed; groups with processes cannot be removed and stay.
