@@ -87,9 +87,7 @@ impl Failure {
         }
         let code = trailer(status, "plugvisor-code");
         let outcome = match status.code() {
-            _ if code.as_deref().is_some_and(|code| code.starts_with("configuration.")) => {
-                Outcome::InvalidConfiguration
-            }
+            _ if code.as_deref().is_some_and(|code| code.starts_with("config.")) => Outcome::InvalidConfiguration,
             Code::NotFound => Outcome::NotFound,
             Code::PermissionDenied | Code::Unauthenticated => Outcome::Denied,
             Code::DeadlineExceeded => Outcome::Timeout,
@@ -218,6 +216,15 @@ mod tests {
         assert_eq!(failure.outcome.code(), 4);
         assert_eq!(failure.message, "describe: no plugin is called thumbnailr [plugin.not_found]");
         assert_eq!(failure.hint, "did you mean thumbnailer?");
+    }
+
+    #[test]
+    fn a_wrong_configuration_has_its_own_exit_code() {
+        let code = [("plugvisor-code", "config.invalid")];
+        let status = refused(Code::InvalidArgument, "unknown key: memroy", &code);
+        assert_eq!(Failure::from_admin("reload", Path::new("/s"), &status).outcome.code(), 8);
+        let other = refused(Code::InvalidArgument, "no name", &[("plugvisor-code", "request.invalid")]);
+        assert_eq!(Failure::from_admin("load", Path::new("/s"), &other).outcome.code(), 1);
     }
 
     #[test]

@@ -91,4 +91,11 @@ mod tests {
         assert_eq!(trailer("plugvisor-category"), "state");
         assert_eq!(trailer("plugvisor-hint"), "look at ? `plugvisor status`");
     }
+
+    #[test]
+    fn a_wrong_configuration_has_the_code_that_the_command_looks_for() {
+        // `plugvisor` ends with the exit code 8 for codes that begin with `config.`.
+        let status = status(&Error::new(Code::ConfigurationInvalid, "unknown key", "remove it"));
+        assert_eq!(status.metadata().get("plugvisor-code").unwrap(), "config.invalid");
+    }
 }
