@@ -19,6 +19,7 @@ pub mod launcher;
 pub mod logs;
 pub mod metrics;
 pub mod observe;
+pub mod open_files;
 pub mod privileges;
 mod readiness;
 pub mod run;

@@ -11,6 +11,7 @@ use crate::{
     discovery::{DirectoryError, PluginDirectory},
     launcher::{self, SpawnError},
     observe::{self, BindError},
+    open_files,
     privileges::{self, PrivilegeError},
     run::Prepared,
     runtime_directory::{RuntimeDirectory, RuntimeDirectoryError},
@@ -70,6 +71,7 @@ impl StartError {
 /// Prepares everything. Must be called while the process has one thread.
 pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     let Args { config, runtime_directory, launcher } = args;
+    open_files::raise();
     let surroundings = Surroundings::of_process();
     let mut config = Config::load(config.as_deref(), &surroundings)?;
     if let Some(path) = runtime_directory {
