@@ -89,6 +89,8 @@ impl Failure {
         let outcome = match status.code() {
             _ if code.as_deref().is_some_and(|code| code.starts_with("config.")) => Outcome::InvalidConfiguration,
             Code::NotFound => Outcome::NotFound,
+            // With a code it is a service that no plugin has; without, a supervisor that lacks the question.
+            Code::Unimplemented if code.is_some() => Outcome::NotFound,
             Code::PermissionDenied | Code::Unauthenticated => Outcome::Denied,
             Code::DeadlineExceeded => Outcome::Timeout,
             Code::Unavailable if code.is_none() => Outcome::DaemonDown,
@@ -216,6 +218,10 @@ mod tests {
         assert_eq!(failure.outcome.code(), 4);
         assert_eq!(failure.message, "describe: no plugin is called thumbnailr [plugin.not_found]");
         assert_eq!(failure.hint, "did you mean thumbnailer?");
+
+        let status =
+            refused(Code::Unimplemented, "no plugin provides a.B", &[("plugvisor-code", "call.unknown_service")]);
+        assert_eq!(Failure::from_admin("find a.B", Path::new("/s"), &status).outcome.code(), 4);
     }
 
     #[test]

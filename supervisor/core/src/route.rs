@@ -330,7 +330,7 @@ fn ambiguous(service: &str, one: &Provider, other: &Provider) -> Refusal {
     Refusal::new(
         Reason::AmbiguousService,
         format!("both {} and {} provide {}", one.name(), other.name(), shown(service)),
-        "choose one by its token in the metadata plugvisor-token",
+        "choose one by its token, in the metadata plugvisor-token or with `plugvisor call --token`",
     )
 }
 
@@ -339,7 +339,7 @@ fn not_ready(provider: &Provider, why: &str) -> Refusal {
     Refusal::new(
         Reason::ProviderNotReady,
         format!("plugin {name} is not ready: {why}"),
-        format!("try again shortly; `plugvisor describe {name}` says what it waits for"),
+        format!("`plugvisor describe {name}` says why; try again when it is LOADED"),
     )
 }
 

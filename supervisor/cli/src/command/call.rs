@@ -59,7 +59,7 @@ fn split(method: &str) -> Result<(&str, &str), Failure> {
         return Err(Failure::new(
             Outcome::Usage,
             format!("{method:?} is not a method"),
-            "write package.Service/Method, such as plugvisor.examples.v1.Markdown/Render",
+            "write package.Service/Method, such as plugvisor.examples.markdown.v1.MarkdownService/Render",
         ));
     }
     Ok((service, name))

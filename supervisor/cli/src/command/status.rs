@@ -41,7 +41,7 @@ fn print(output: &Output, answer: &GetStatusResponse) -> Result<(), Failure> {
     output.line(&Line::default())?;
     if answer.plugins.is_empty() {
         return output.line(&Line::new(
-            "No plugins. Name a directory of bundles in the configuration, or `plugvisor load /path/of/a/bundle`.",
+            "No plugins. Name the directory that has their bundles as a [[directory]] in plugvisor.toml, and restart plugvisord.",
         ));
     }
     let mut titles =
@@ -153,7 +153,10 @@ pub(crate) fn breaker(state: &str) -> Line {
 
 /// What last went wrong, what happens now, and the next command.
 pub(crate) fn trouble(plugin: &PluginStatus) -> Vec<Line> {
-    let mut line = Line::default().add(Style::Bad, &plugin.name).add(Style::Plain, format!(": {}", plugin.last_error));
+    // A list of problems has a line for each. They stand deeper than our own lines, so that none can pass for one.
+    let mut error = plugin.last_error.lines();
+    let first = error.next().unwrap_or_default();
+    let mut line = Line::default().add(Style::Bad, &plugin.name).add(Style::Plain, format!(": {first}"));
     if let Some(time) = plugin.restart_in {
         line = line.add(Style::Plain, format!(", restart {} in {}", plugin.restarts + 1, span(time)));
     }
@@ -162,6 +165,7 @@ pub(crate) fn trouble(plugin: &PluginStatus) -> Vec<Line> {
         line = line.add(Style::Plain, format!(", {} {calls} failed", plugin.calls_failed_total));
     }
     let mut lines = vec![line];
+    lines.extend(error.map(|problem| Line::new(format!("    {}", problem.trim_start()))));
     if !plugin.hint.is_empty() {
         lines.push(Line::new(format!("  {}", plugin.hint)));
     }
@@ -175,5 +179,31 @@ fn is_well(plugin: &PluginStatus) -> bool {
         PluginState::Loaded => !plugin.conditions.iter().any(|condition| condition == "degraded"),
         PluginState::Discovered | PluginState::Loading | PluginState::Unloaded => true,
         PluginState::Unspecified | PluginState::Unknown | PluginState::Failed | PluginState::Quarantined => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_problem_of_a_list_has_a_line_and_none_passes_for_ours() {
+        let plugin = PluginStatus {
+            name: "a".into(),
+            last_error: "2 problems in the manifest\n  versoin: not known\nb: forged\x1b[0m".into(),
+            hint: "correct the manifest".into(),
+            ..PluginStatus::default()
+        };
+        let lines: Vec<String> = trouble(&plugin).iter().map(|line| line.render(false)).collect();
+        assert_eq!(
+            lines,
+            [
+                "a: 2 problems in the manifest",
+                "    versoin: not known",
+                "    b: forged\\x1b[0m",
+                "  correct the manifest",
+                "  see `plugvisor describe a`",
+            ]
+        );
     }
 }

@@ -285,7 +285,7 @@ impl Group for PluginEvent {
             Self::Exited { expected: false, exit } => exit.hint().into(),
             Self::Killed { stage: "terminate" } => "make the plugin end within its grace when it gets SIGTERM".into(),
             Self::Crashloop { .. } => {
-                "see stderr_tail of its plugin.exited events; `plugvisor restart` tries at once".into()
+                "`plugvisor logs` shows what it printed last; `plugvisor restart` tries at once".into()
             }
             Self::Drained { inflight_left: 1.. } => "calls outlived the drain time and were cut off".into(),
             Self::Quarantined { .. } => "look into why before it is lifted".into(),
@@ -321,9 +321,13 @@ impl Exit {
     fn hint(&self) -> &'static str {
         match self.kind {
             _ if self.oom => "raise maxMemory, or make the plugin use less",
-            ExitKind::Code(78) => "its configuration is wrong: see stderr_tail, mend it, then `plugvisor restart`",
-            ExitKind::Code(_) | ExitKind::Unknown => "see stderr_tail, and `plugvisor logs` for more",
-            ExitKind::Signal(_) => "see stderr_tail; nobody asked Plugvisor to end it",
+            ExitKind::Code(78) => {
+                "its configuration is wrong: `plugvisor logs` shows what it said; mend it, then `plugvisor restart`"
+            }
+            ExitKind::Code(_) | ExitKind::Unknown => "`plugvisor logs` shows what it printed last",
+            ExitKind::Signal(_) => {
+                "Plugvisor did not send it: it crashed, or somebody killed it; `plugvisor logs` shows what it printed last"
+            }
         }
     }
 

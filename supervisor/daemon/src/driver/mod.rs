@@ -666,7 +666,9 @@ const fn state_text(state: &State) -> &'static str {
 
 fn unavailable(state: &State) -> String {
     match state {
-        State::Unknown | State::Discovered | State::Unloaded => "it is not loaded".to_owned(),
+        State::Unknown | State::Discovered | State::Unloaded => {
+            "it is not loaded; `plugvisor load` loads it".to_owned()
+        }
         State::Loading(_) => "it is being loaded".to_owned(),
         State::Loaded(Loaded { condition, .. }) => match condition {
             Condition::Serving { .. } => "it is about to serve".to_owned(),
