@@ -1,8 +1,8 @@
 //! One end of the `SOCK_SEQPACKET` connection between supervisor and launcher: whole packets with descriptors.
 //!
 //! Nothing here blocks: every call passes `MSG_DONTWAIT`, so a descriptor whose `O_NONBLOCK` the other side could clear
-//! makes no difference. A packet that did not fit is never handed on in part, and its descriptors are closed. What the
-//! bytes mean is not known here.
+//! makes no difference. A packet that did not fit is never handed on in part. Received descriptors are handed on whatever
+//! came with them, and none is closed here: closing one can block. What the bytes mean is not known here.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -21,6 +21,10 @@ use rustix::{
 
 use crate::protocol::{MAX_DESCRIPTORS, MAX_PACKET};
 
+/// The most descriptors that the kernel lets anybody put into one packet (`SCM_MAX_FD`). There is room for all of them,
+/// because the kernel closes those for which there is none in the receiving thread.
+pub const MOST_DESCRIPTORS: usize = 253;
+
 /// One end of the connection. Works under tokio's `AsyncFd`: both calls answer `WouldBlock` instead of waiting.
 #[derive(Debug)]
 pub struct Seqpacket {
@@ -32,9 +36,9 @@ pub struct Seqpacket {
 pub enum Received {
     /// One whole packet.
     Packet(Packet),
-    /// The packet was longer than [`MAX_PACKET`] or carried more than [`MAX_DESCRIPTORS`]; it is dropped and its
-    /// descriptors are closed.
-    Truncated,
+    /// The packet was longer than [`MAX_PACKET`] or carried more than [`MAX_DESCRIPTORS`]; it is dropped, and these are
+    /// all the descriptors that came with it.
+    Truncated(Vec<OwnedFd>),
     /// The other side closed the connection; nothing more will come.
     Closed,
 }
@@ -109,9 +113,12 @@ impl Seqpacket {
     }
 
     /// Receives one packet, or `WouldBlock`.
+    ///
+    /// A process whose descriptor table has no room for [`MOST_DESCRIPTORS`] more leaves it to the kernel to close the
+    /// rest.
     pub fn try_recv(&self) -> io::Result<Received> {
         let mut bytes = vec![0; MAX_PACKET];
-        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let message = match recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
@@ -127,7 +134,7 @@ impl Seqpacket {
         }
         let cut = message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
         if cut || descriptors.len() > MAX_DESCRIPTORS {
-            return Ok(Received::Truncated);
+            return Ok(Received::Truncated(descriptors));
         }
         // An empty packet looks like the end of the connection; only the hang-up tells them apart.
         if message.bytes == 0 && descriptors.is_empty() && self.hung_up()? {
@@ -195,15 +202,16 @@ mod tests {
     fn what_is_too_large_is_dropped_whole() {
         let (a, b) = Seqpacket::pair().expect("socketpair");
         rustix::net::send(&a, &vec![7; MAX_PACKET + 1], SendFlags::NOSIGNAL).expect("send");
-        assert!(matches!(b.try_recv().expect("recv"), Received::Truncated));
+        assert!(matches!(b.try_recv().expect("recv"), Received::Truncated(none) if none.is_empty()));
 
         let null = File::open("/dev/null").expect("/dev/null");
-        let many = vec![null.as_fd(); MAX_DESCRIPTORS * 4];
-        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS * 4))];
+        let many = vec![null.as_fd(); MOST_DESCRIPTORS];
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
         sendmsg(&a, &[IoSlice::new(b"x")], &mut control, SendFlags::NOSIGNAL).expect("send");
-        assert!(matches!(b.try_recv().expect("recv"), Received::Truncated));
+        let Received::Truncated(all) = b.try_recv().expect("recv") else { panic!("not too large") };
+        assert_eq!(all.len(), MOST_DESCRIPTORS);
         assert_eq!(a.try_send(&[], &[]).expect_err("empty").kind(), ErrorKind::InvalidInput);
     }
 

@@ -7,18 +7,22 @@ mod harness;
 use std::{
     fs::{self, File},
     io::{self, Seek, SeekFrom, Write},
+    net::{TcpListener, TcpStream},
     os::fd::{AsFd, BorrowedFd},
     sync::atomic::{AtomicBool, Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, read_all};
+use harness::{As, Harness, PATIENCE, read_all, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
     protocol::{Exit, Hello, Launch, Level, MAX_PACKET, RefusalCode, Reply, Request},
-    seqpacket::Received,
+    seqpacket::{MOST_DESCRIPTORS, Received},
 };
-use rustix::net::{SendFlags, send};
+use rustix::{
+    net::{SendFlags, send, sockopt::set_socket_linger},
+    process::Signal,
+};
 
 fn refusal(reply: Reply) -> (RefusalCode, String) {
     match reply {
@@ -160,16 +164,101 @@ fn more_descriptors_than_allowed_are_closed() {
     still_well(&mut harness);
     let before = harness.descriptors();
     let null = File::open("/dev/null").expect("/dev/null");
-    let many = vec![null.as_fd(); 200];
-    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(200))];
-    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
-    assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&many)));
-    rustix::net::sendmsg(&harness.connection, &[io::IoSlice::new(b"x")], &mut control, SendFlags::NOSIGNAL)
-        .expect("send");
+    send_many(&harness, null.as_fd());
     let (message, _) = harness.receive(Instant::now() + PATIENCE).expect("an answer");
     let FromLauncher::Reply { reply, .. } = message else { panic!("not a reply") };
     assert_eq!(refusal(reply).0, RefusalCode::Malformed);
     assert_eq!(harness.descriptors(), before);
+}
+
+/// One packet with as many descriptors as the kernel allows.
+fn send_many(harness: &Harness, descriptor: BorrowedFd<'_>) {
+    let many = vec![descriptor; MOST_DESCRIPTORS];
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&many)));
+    rustix::net::sendmsg(&harness.connection, &[io::IoSlice::new(b"x")], &mut control, SendFlags::NOSIGNAL)
+        .expect("send");
+}
+
+/// A TCP socket whose last close waits for as long as the listener lives: its peer never reads.
+fn lingering() -> (TcpListener, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let mut stream = TcpStream::connect(listener.local_addr().expect("its address")).expect("connects");
+    stream.set_nonblocking(true).expect("O_NONBLOCK");
+    let full = loop {
+        if let Err(error) = stream.write(&[0; 64 << 10]) {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+    // close(2) of a non-blocking socket would linger all the same, but nothing here depends on it.
+    stream.set_nonblocking(false).expect("O_NONBLOCK");
+    set_socket_linger(&stream, Some(Duration::from_secs(1000))).expect("SO_LINGER");
+    (listener, stream)
+}
+
+#[test]
+fn descriptors_that_do_not_close_hold_up_nothing() {
+    for as_ in As::possible() {
+        for way in ["refused", "malformed", "launch", "too many"] {
+            let mut harness = Harness::start(as_);
+            still_well(&mut harness);
+            let before = harness.descriptors();
+            let request = harness.request(&["accept"]);
+            let plugin = harness.launch(request);
+            let (listener, stream) = lingering();
+            // Stopped, so that the packet and not this process holds the last reference.
+            harness.signal(Signal::STOP);
+            match way {
+                "refused" => {
+                    harness.send(&Request::Probe, &[stream.as_fd()]);
+                }
+                "malformed" => harness.connection.try_send(b"x", &[stream.as_fd()]).expect("sends"),
+                "launch" => {
+                    let request = Request::Launch(Box::new(harness.request(&["pause"])));
+                    harness.send(&request, &[stream.as_fd(), stream.as_fd()]);
+                }
+                _ => send_many(&harness, stream.as_fd()),
+            }
+            drop(stream);
+            harness.signal(Signal::CONT);
+            let deadline = Instant::now() + Duration::from_secs(1);
+            let (message, _) = harness.receive(deadline).expect("an answer");
+            assert!(matches!(message, FromLauncher::Reply { reply: Reply::Refused(_), .. }), "{way}: {message:?}");
+            // The close begins after the answer. Whatever is asked now is asked while it hangs.
+            harness.await_closing();
+            let asked = Instant::now();
+            assert!(matches!(harness.ask(&Request::Probe, &[]).0, Reply::Probe(_)));
+            let kill = Request::Kill { launch: plugin.launched.launch };
+            assert_eq!(harness.ask(&kill, &[]).0, Reply::Done);
+            assert_eq!(harness.exit_of(plugin.launched.launch).0, Exit::Signal(9), "{way}");
+            assert!(asked.elapsed() < Duration::from_secs(1), "{way}: {:?}", asked.elapsed());
+            drop(listener);
+            still_well(&mut harness);
+            assert_eq!(harness.descriptors(), before, "{way}");
+        }
+    }
+}
+
+#[test]
+fn descriptors_that_never_close_end_the_connection() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        let request = harness.request(&["pause"]);
+        let plugin = harness.launch(request);
+        let (listener, stream) = lingering();
+        harness.signal(Signal::STOP);
+        harness.send(&Request::Probe, &[stream.as_fd()]);
+        drop(stream);
+        harness.signal(Signal::CONT);
+        let deadline = Instant::now() + PATIENCE;
+        while harness.receive(deadline).is_some() {}
+        assert!(wait_readable(plugin.pidfd.as_fd(), deadline), "the plugin ended");
+        assert_eq!(harness.process.wait().expect("it ends").code(), Some(74));
+        assert_eq!(harness.cgroups(), Vec::<std::path::PathBuf>::new());
+        drop(listener);
+    }
 }
 
 #[test]

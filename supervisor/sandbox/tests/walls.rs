@@ -234,6 +234,17 @@ fn rlimits_hold() {
         let results: Vec<&str> = lines.iter().map(|(_, result)| result.as_str()).collect();
         // EFBIG, and EMFILE with the 64th number.
         assert_eq!(results, ["ok", "1 MiB then 27", "60 then 24"], "{as_:?}");
+        // The least that may be asked for, also when the launcher itself has many more open.
+        for _ in 0..8 {
+            let request = harness.request(&["pause"]);
+            harness.launch(request);
+        }
+        let lines =
+            harness.attempt(|launch| launch.limits.open_files = Some(8), &["open-many", "cat", "/proc/self/limits"]);
+        assert_eq!(lines[0].1, "4 then 24", "{as_:?}");
+        // 1 and not 0, which a core handler of the host would not heed.
+        let core = lines[1].1.split('|').find(|line| line.starts_with("Max core file size")).expect("the line");
+        assert_eq!(core.split_whitespace().skip(4).collect::<Vec<_>>(), ["1", "1", "bytes"], "{as_:?}");
     }
 }
 

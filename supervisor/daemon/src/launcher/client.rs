@@ -232,7 +232,7 @@ impl Task {
                 received = receive(&self.connection) => match received {
                     Ok(Received::Packet(packet)) => self.handle(packet).await,
                     Ok(Received::Closed) => Err("it closed the connection".to_owned()),
-                    Ok(Received::Truncated) => Err("it sent a packet over the protocol's bounds".to_owned()),
+                    Ok(Received::Truncated(_)) => Err("it sent a packet over the protocol's bounds".to_owned()),
                     Err(error) => Err(error.to_string()),
                 },
             };

@@ -168,7 +168,7 @@ impl Harness {
                     return Some((message, packet.descriptors));
                 }
                 Ok(Received::Closed) => return None,
-                Ok(Received::Truncated) => panic!("a truncated packet"),
+                Ok(Received::Truncated(_)) => panic!("a truncated packet"),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     assert!(wait_readable(self.connection.as_fd(), deadline), "nothing came in time");
                 }
@@ -276,9 +276,45 @@ impl Harness {
         found
     }
 
-    /// How many descriptors the launcher has open; `None`, and said so, where only root may see that: the launcher is not
-    /// dumpable.
-    pub fn descriptors(&self) -> Option<usize> {
+    /// Whether a child of the launcher is closing descriptors, or may be about to.
+    fn closing(&self, only_named: bool) -> bool {
+        let pid = self.process.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("its children");
+        children.split_whitespace().any(|child| {
+            let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
+            let name = name.trim();
+            name == "plugvisor-close" || (!only_named && name != "plugvisor-init")
+        })
+    }
+
+    /// Signals the launcher.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        rustix::process::kill_process(pid, signal).expect("the launcher lives");
+    }
+
+    /// Waits until a child of the launcher is closing descriptors. There is no event for it.
+    pub fn await_closing(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.closing(true) {
+            assert!(Instant::now() < deadline, "nothing is closed");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// How many descriptors the launcher has open when it has closed what it got; `None`, and said so, where only root may
+    /// see that: the launcher is not dumpable.
+    pub fn descriptors(&mut self) -> Option<usize> {
+        let deadline = Instant::now() + PATIENCE;
+        // An answer comes in a later turn of its loop than what was before: the closing child has begun by then, and in
+        // the turn that reaps it lets go of it too.
+        let turn = |harness: &mut Self| assert!(matches!(harness.ask(&Request::Probe, &[]).0, Reply::Probe(_)));
+        turn(self);
+        while self.closing(false) {
+            assert!(Instant::now() < deadline, "the closing does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        turn(self);
         match fs::read_dir(format!("/proc/{}/fd", self.process.id())) {
             Ok(open) => Some(open.count()),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !is_root() => {

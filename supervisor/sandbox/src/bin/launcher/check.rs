@@ -4,7 +4,7 @@
 use std::{
     ffi::CString,
     fs,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
 
@@ -20,14 +20,14 @@ const MAX_ENTRY_PATH: usize = 1024;
 const MIN_MEMORY: u64 = 1 << 20;
 
 /// A request that passed.
-pub(crate) struct Checked {
+pub(crate) struct Checked<'a> {
     pub(crate) plugin: PluginName,
     /// The entry's file name, cut to what fits: what `ps` shows.
     pub(crate) title: CString,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
-    pub(crate) entry: OwnedFd,
-    pub(crate) bundle: OwnedFd,
+    pub(crate) entry: BorrowedFd<'a>,
+    pub(crate) bundle: BorrowedFd<'a>,
     pub(crate) bundle_path: PathBuf,
 }
 
@@ -40,7 +40,11 @@ fn policy<T>(message: impl Into<String>) -> Result<T, Refusal> {
 }
 
 /// Checks a request and the descriptors that came with it.
-pub(crate) fn launch(request: &Launch, descriptors: Vec<OwnedFd>, roots: &[PathBuf]) -> Result<Checked, Refusal> {
+pub(crate) fn launch<'a>(
+    request: &Launch,
+    descriptors: &'a [OwnedFd],
+    roots: &[PathBuf],
+) -> Result<Checked<'a>, Refusal> {
     let Ok(plugin) = request.plugin.parse::<PluginName>() else {
         return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
     };
@@ -57,14 +61,15 @@ pub(crate) fn launch(request: &Launch, descriptors: Vec<OwnedFd>, roots: &[PathB
             );
         }
     }
-    let Ok([entry, bundle]) = <[OwnedFd; 2]>::try_from(descriptors) else {
+    let [entry, bundle] = descriptors else {
         return policy(format!("{plugin} was not started: a launch carries two descriptors, the entry and the bundle"));
     };
     limits(&plugin, request)?;
-    let bundle_path = bundle_path(&plugin, &bundle, roots)?;
+    let bundle_path = bundle_path(&plugin, bundle, roots)?;
     let argv = argv(&plugin, request)?;
     let title: String = request.entry.rsplit('/').next().unwrap_or_default().chars().take(48).collect();
     let title = CString::new(title).unwrap_or_default();
+    let (entry, bundle) = (entry.as_fd(), bundle.as_fd());
     Ok(Checked { argv, title, envp: envp(&plugin, request)?, plugin, entry, bundle, bundle_path })
 }
 

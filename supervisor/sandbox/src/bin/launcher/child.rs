@@ -19,8 +19,8 @@ use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
     process::{
-        DumpableBehavior, Resource, Rlimit, Signal, WaitOptions, parent_process_death_signal, set_dumpable_behavior,
-        set_parent_process_death_signal, setrlimit, setsid, umask, wait,
+        DumpableBehavior, Resource, Rlimit, Signal, WaitOptions, getrlimit, parent_process_death_signal,
+        set_dumpable_behavior, set_parent_process_death_signal, setrlimit, setsid, umask, wait,
     },
 };
 use seccompiler::BpfProgram;
@@ -132,8 +132,12 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
     setsid().map_err(at(Step::Session))?;
     plan.tree.enter()?;
     for (resource, limit) in &plan.rlimits {
-        let limit = Rlimit { current: Some(*limit), maximum: Some(*limit) };
-        setrlimit(*resource, limit).map_err(at(Step::Rlimits))?;
+        let mut limit = *limit;
+        if *resource == Resource::Nofile {
+            // Only raised for now: the child holds what the launcher has open, under numbers beyond a low limit.
+            limit = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX).max(limit);
+        }
+        set_limit(*resource, limit)?;
     }
     creds::drop_privileges(&plan.identity)?;
     // Only now: the kernel clears the parent-death signal when credentials change.
@@ -149,6 +153,9 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
     arrange(plan, entry, script).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     if plan.landlock > 0 {
         landlock::restrict(plan.landlock, plan.tree.socket, plan.tree.temp.is_some())?;
+    }
+    if let Some((resource, limit)) = plan.rlimits.iter().find(|(resource, _)| *resource == Resource::Nofile) {
+        set_limit(*resource, *limit)?;
     }
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match plan.tree.socket {
@@ -231,6 +238,10 @@ fn arrange(plan: &Plan<'_>, entry: BorrowedFd<'_>, script: bool) -> io::Result<(
     kernel::place(exec, EXEC, false)?;
     kernel::place(report, REPORT, false)?;
     kernel::close_from(REPORT + 1)
+}
+
+fn set_limit(resource: Resource, limit: u64) -> Result<(), Failure> {
+    setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }).map_err(at(Step::Rlimits))
 }
 
 fn readable(fd: BorrowedFd<'_>) -> Result<bool, Errno> {

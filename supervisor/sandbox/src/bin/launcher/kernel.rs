@@ -22,16 +22,16 @@ pub(crate) enum Cloned {
     },
 }
 
-/// Forks with `CLONE_PIDFD` and these namespace flags, into this v2 cgroup directory if one is given.
+/// Forks with `CLONE_PIDFD` and these flags (`CLONE_NEW*`, `CLONE_FILES`), into this v2 cgroup directory if one is given.
 ///
 /// The child has a copy of the caller's memory and of its one thread, as after fork(2). The launcher never has a second
 /// thread, so no lock is held by a thread that the child lacks, and the child may allocate.
-pub(crate) fn clone3(namespaces: u64, group: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+pub(crate) fn clone3(flags: u64, group: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     const INTO_CGROUP: u64 = 0x2_0000_0000;
     let into = if group.is_some() { INTO_CGROUP } else { 0 };
     let mut pidfd: RawFd = -1;
     let mut args = libc::clone_args {
-        flags: namespaces | into | u64::from(libc::CLONE_PIDFD.unsigned_abs()),
+        flags: flags | into | u64::from(libc::CLONE_PIDFD.unsigned_abs()),
         pidfd: (&raw mut pidfd) as u64,
         child_tid: 0,
         parent_tid: 0,
@@ -178,7 +178,8 @@ pub(crate) fn close_from(first: RawFd) -> io::Result<()> {
 
 /// Closes a number, open or not.
 pub(crate) fn close(fd: RawFd) {
-    // SAFETY: the init closes the numbers that it placed itself; no owner in this process holds them.
+    // SAFETY: the init closes the numbers that it placed itself, the closer those whose owners were given up for it; no
+    // owner in this process or in one that shares its table holds them.
     unsafe { libc::close(fd) };
 }
 

@@ -42,6 +42,8 @@ use crate::{
 const BACKLOG: i32 = 4096;
 /// Open files when the manifest says nothing: what most systems give.
 const OPEN_FILES: u64 = 1024;
+/// The largest core: none, also where a handler takes them.
+pub(crate) const CORE_BYTES: u64 = 1;
 /// The size of /tmp when the plugin has one.
 const TEMP_BYTES: u64 = 64 << 20;
 /// How long a child may take to set itself up: far more than ever needed, unless a filesystem hangs.
@@ -178,7 +180,12 @@ impl Launcher {
     }
 
     /// Starts a checked launch. On error nothing is left of it.
-    pub(crate) fn start(&mut self, request: &Launch, checked: &Checked, arrived: Instant) -> Result<Running, Refusal> {
+    pub(crate) fn start(
+        &mut self,
+        request: &Launch,
+        checked: &Checked<'_>,
+        arrived: Instant,
+    ) -> Result<Running, Refusal> {
         let plugin = request.plugin.as_str();
         let identity = self.identity(plugin)?;
         self.last += 1;
@@ -236,7 +243,7 @@ impl Launcher {
     fn fork(
         &self,
         request: &Launch,
-        checked: &Checked,
+        checked: &Checked<'_>,
         identity: Identity,
         id: LaunchId,
         groups: &Groups,
@@ -268,13 +275,13 @@ impl Launcher {
 
         let entry = match sealed {
             Some(entry) => Entry::Sealed(entry),
-            None => Entry::Copy { file: checked.entry.as_fd(), name: &checked.title, sha256: &request.entry_sha256 },
+            None => Entry::Copy { file: checked.entry, name: &checked.title, sha256: &request.entry_sha256 },
         };
         let plan = Plan {
             entry,
             tree: Tree {
                 bundle_path: &checked.bundle_path,
-                bundle: checked.bundle.as_fd(),
+                bundle: checked.bundle,
                 sockets: id.0.to_string(),
                 socket: request.socket,
                 temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
@@ -332,7 +339,9 @@ impl Launcher {
     fn rlimits(&self, limits: &Limits) -> Vec<(Resource, u64)> {
         let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
         let files = limits.open_files.map_or(OPEN_FILES.min(hard), u64::from);
-        let mut rlimits = vec![(Resource::Core, 0), (Resource::Nofile, files)];
+        // 1 and not 0: the kernel starts a core handler (`|` in core_pattern) whatever the limit is, except for 1, and
+        // no core fits into one byte.
+        let mut rlimits = vec![(Resource::Core, CORE_BYTES), (Resource::Nofile, files)];
         if let Some(bytes) = limits.file_size_bytes {
             rlimits.push((Resource::Fsize, bytes));
         }

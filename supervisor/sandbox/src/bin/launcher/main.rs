@@ -7,6 +7,7 @@
 mod cgroup;
 mod check;
 mod child;
+mod closer;
 mod creds;
 mod entry;
 mod kernel;
@@ -38,7 +39,7 @@ use rustix::{
     process::{DumpableBehavior, fchdir, getppid, getuid, set_child_subreaper, set_dumpable_behavior, umask},
 };
 
-use crate::{launch::Launcher, seccomp::Filters, serve::Server};
+use crate::{closer::Closer, launch::Launcher, seccomp::Filters, serve::Server};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).peekable();
@@ -79,14 +80,20 @@ fn run(options: Options) -> Result<(), Wrong> {
     let signals =
         kernel::signalfd(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]).map_err(system("making a signalfd"))?;
     let filters = Filters::compile().map_err(Wrong::Policy)?;
+    let closer = Closer::new().map_err(system("dividing its descriptor table"))?;
     let directory =
         own_directory(&options.runtime_directory).map_err(system("making its directory in --runtime-directory"))?;
     let mut launcher = Launcher::new(options, filters).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
-    let served = Server::new(launcher, connection, signals).and_then(Server::run);
+    let mut server = Server::new(launcher, connection, signals, closer).map_err(system("making an epoll set"))?;
+    let served = server.run();
+    // The end of the process closes what it holds. Closing the connection would close the descriptors in packets that
+    // nobody has read, and that can block; in a process that exits, sockets do not linger.
+    server.hang_up();
+    std::mem::forget(server);
     let _ = rustix::process::chdir("/");
     drop(fs::remove_dir_all(directory));
-    served.map_err(system("waiting for events"))
+    served.map_err(system("serving the supervisor"))
 }
 
 /// Embedded, the other end is the process that started the launcher and made the pair: as root or as the same user.

@@ -111,11 +111,11 @@ impl Launcher {
         self.sealed.insert(sha256, program);
         let here: OwnedFd = File::open(".").map_err(plain)?.into();
         let bundle_path = std::env::current_dir().map_err(plain)?;
-        let entry = here.try_clone().map_err(plain)?;
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
         let plugin = request.plugin.parse().expect("a plugin's name");
         let title = c"trial".to_owned();
-        let checked = Checked { plugin, title, argv, envp: Vec::new(), entry, bundle: here, bundle_path };
+        let checked =
+            Checked { plugin, title, argv, envp: Vec::new(), entry: here.as_fd(), bundle: here.as_fd(), bundle_path };
         let started = self.start(&request, &checked, Instant::now());
         let result = match started {
             Err(refusal) => Err(TrialError { step: None, why: refusal.message }),

@@ -10,7 +10,7 @@ use plugvisor_sandbox::protocol::{Control, ControlState};
 
 use crate::{
     creds::Identity,
-    launch::{Launcher, Running},
+    launch::{CORE_BYTES, Launcher, Running},
     step,
 };
 
@@ -47,7 +47,7 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Control::PidNamespace => ("its own processes".into(), process.namespace("pid")),
         Control::IpcNamespace => ("its own IPC".into(), process.namespace("ipc")),
         Control::Rlimits => {
-            let mut wanted = vec![("Max core file size", 0)];
+            let mut wanted = vec![("Max core file size", CORE_BYTES)];
             wanted.extend(limits.open_files.map(|files| ("Max open files", files.into())));
             wanted.extend(limits.file_size_bytes.map(|bytes| ("Max file size", bytes)));
             let text: Vec<String> = wanted.iter().map(|(name, value)| format!("{name} {value}")).collect();

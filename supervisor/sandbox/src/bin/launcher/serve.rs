@@ -23,6 +23,7 @@ use rustix::{
 
 use crate::{
     check::{self, refuse},
+    closer::Closer,
     launch::{Launcher, Running, SETUP_TIME, remove_sockets},
     readback,
 };
@@ -38,6 +39,7 @@ const RETRY: Duration = Duration::from_millis(2);
 enum Source {
     Supervisor,
     Signals,
+    Closer,
     Init(u64),
     Report(u64),
     Exec(u64),
@@ -49,6 +51,7 @@ impl Source {
         match self {
             Self::Supervisor => 0,
             Self::Signals => 1,
+            Self::Closer => 6,
             Self::Init(id) => id << 3 | 2,
             Self::Report(id) => id << 3 | 3,
             Self::Exec(id) => id << 3 | 4,
@@ -60,6 +63,7 @@ impl Source {
         match (token & 7, token >> 3) {
             (0, _) => Some(Self::Supervisor),
             (1, _) => Some(Self::Signals),
+            (6, _) => Some(Self::Closer),
             (2, id) => Some(Self::Init(id)),
             (3, id) => Some(Self::Report(id)),
             (4, id) => Some(Self::Exec(id)),
@@ -91,6 +95,7 @@ pub(crate) struct Server {
     launcher: Launcher,
     connection: Seqpacket,
     signals: OwnedFd,
+    closer: Closer,
     epoll: OwnedFd,
     slots: BTreeMap<u64, Slot>,
     queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
@@ -98,10 +103,12 @@ pub(crate) struct Server {
     interest: epoll::EventFlags,
     /// The supervisor is gone or the launcher was told to end, since then.
     ending: Option<Instant>,
+    /// Why the launcher ended the connection itself.
+    failed: Option<io::Error>,
 }
 
 impl Server {
-    pub(crate) fn new(launcher: Launcher, connection: Seqpacket, signals: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(launcher: Launcher, connection: Seqpacket, signals: OwnedFd, closer: Closer) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let interest = epoll::EventFlags::IN;
         epoll::add(&epoll, &connection, epoll::EventData::new_u64(Source::Supervisor.token()), interest)?;
@@ -111,24 +118,27 @@ impl Server {
             launcher,
             connection,
             signals,
+            closer,
             epoll,
             slots: BTreeMap::new(),
             queue: VecDeque::new(),
             greeted: false,
             interest,
             ending: None,
+            failed: None,
         })
     }
 
-    /// Runs until the supervisor is gone, or a signal ends the launcher, and no plugin is left.
-    pub(crate) fn run(mut self) -> io::Result<()> {
+    /// Runs until the supervisor is gone, or a signal ends the launcher, and no plugin is left. An error when the launcher
+    /// had to end by itself.
+    pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut events = Vec::with_capacity(64);
         loop {
             if let Some(since) = self.ending
                 && (self.slots.is_empty() || since.elapsed() > END_TIME)
             {
                 self.launcher.cgroups.tear_down();
-                return Ok(());
+                return self.failed.take().map_or(Ok(()), Err);
             }
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), self.timeout().as_ref()) {
@@ -136,21 +146,41 @@ impl Server {
                 Err(error) => return Err(error.into()),
             }
             for event in events.drain(..) {
+                let flags = event.flags;
                 if let Some(source) = Source::of(event.data.u64()) {
+                    if source == Source::Supervisor && flags.contains(epoll::EventFlags::HUP) && !self.closer.has_room()
+                    {
+                        // Nothing is read now that would tell of it.
+                        self.end();
+                    }
                     self.handle(source)?;
                 }
             }
             self.overdue();
             self.finish_gone();
             self.flush();
+            self.close_received()?;
             self.watch_connection()?;
         }
+    }
+
+    /// Ends the connection without closing it: a closer that hangs holds the descriptor table for as long as it does.
+    pub(crate) fn hang_up(&self) {
+        let _ = rustix::net::shutdown(&self.connection, rustix::net::Shutdown::Both);
     }
 
     fn handle(&mut self, source: Source) -> io::Result<()> {
         match source {
             Source::Supervisor => self.read_requests(),
             Source::Signals => self.read_signals(),
+            Source::Closer => {
+                if let Some((pidfd, result)) = self.closer.ended() {
+                    let _ = epoll::delete(&self.epoll, &pidfd);
+                    if let Err(error) = result {
+                        self.fail(error);
+                    }
+                }
+            }
             Source::Init(id) => self.init_ended(id),
             Source::Report(id) => self.reported(id),
             Source::Exec(id) => {
@@ -173,8 +203,9 @@ impl Server {
             Phase::Up | Phase::Refusing { .. } => None,
         });
         let retry = self.slots.values().any(|slot| slot.gone).then_some(RETRY);
+        let closing = self.closer.due().filter(|_| self.ending.is_none());
         let ending = self.ending.map(|since| END_TIME.saturating_sub(since.elapsed()));
-        let next = starting.chain(retry).chain(ending).min()?;
+        let next = starting.chain(retry).chain(ending).chain(closing).min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
         let next = next + Duration::from_millis(1);
         Some(Timespec { tv_sec: next.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: next.subsec_nanos().into() })
@@ -183,10 +214,11 @@ impl Server {
     // Requests.
 
     fn read_requests(&mut self) {
-        while self.ending.is_none() && self.queue.len() < MAX_QUEUED {
-            match self.connection.try_recv() {
+        while self.ending.is_none() && self.queue.len() < MAX_QUEUED && self.closer.has_room() {
+            match self.closer.receive(&self.connection) {
                 Ok(Received::Packet(packet)) => self.packet(packet),
-                Ok(Received::Truncated) => {
+                Ok(Received::Truncated(descriptors)) => {
+                    self.closer.take(descriptors);
                     self.reply(
                         0,
                         &refused(RefusalCode::Malformed, "a packet was too long or carried too many descriptors"),
@@ -204,7 +236,9 @@ impl Server {
         let arrived = Instant::now();
         match codec::decode_request(&packet.bytes) {
             Ok((id, request)) => {
-                if let Some(reply) = self.request(id, request, packet.descriptors, arrived) {
+                let reply = self.request(id, request, &packet.descriptors, arrived);
+                self.closer.take(packet.descriptors);
+                if let Some(reply) = reply {
                     self.reply(id, &reply, vec![]);
                 }
             }
@@ -216,13 +250,14 @@ impl Server {
                     | DecodeError::Kind { .. }
                     | DecodeError::Body { .. } => RefusalCode::Malformed,
                 };
+                self.closer.take(packet.descriptors);
                 self.reply(error.id(), &refused(code, &error.to_string()), vec![]);
             }
         }
     }
 
     /// Answers a request; `None` when the answer comes later.
-    fn request(&mut self, id: u64, request: Request, descriptors: Vec<OwnedFd>, arrived: Instant) -> Option<Reply> {
+    fn request(&mut self, id: u64, request: Request, descriptors: &[OwnedFd], arrived: Instant) -> Option<Reply> {
         if !matches!(request, Request::Launch(_)) && !descriptors.is_empty() {
             return Some(refused(RefusalCode::Policy, "only a launch carries descriptors"));
         }
@@ -260,13 +295,7 @@ impl Server {
         })
     }
 
-    fn launch(
-        &mut self,
-        id: u64,
-        request: &Launch,
-        descriptors: Vec<OwnedFd>,
-        arrived: Instant,
-    ) -> Result<(), Refusal> {
+    fn launch(&mut self, id: u64, request: &Launch, descriptors: &[OwnedFd], arrived: Instant) -> Result<(), Refusal> {
         let checked = check::launch(request, descriptors, &self.launcher.roots)?;
         if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
             return refuse(
@@ -465,7 +494,7 @@ impl Server {
         let own = std::process::id();
         let children = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap_or_default();
         for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
-            let known = self.slots.values().any(|slot| slot.running.init_pid == pid);
+            let known = self.closer.is_child(pid) || self.slots.values().any(|slot| slot.running.init_pid == pid);
             if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             }
@@ -478,9 +507,35 @@ impl Server {
             return;
         }
         self.ending = Some(Instant::now());
+        self.closer.kill();
         for slot in self.slots.values() {
             slot.running.kill();
         }
+    }
+
+    /// Ends because of this.
+    fn fail(&mut self, error: io::Error) {
+        // A closer that the end itself killed is no failure.
+        if self.ending.is_none() {
+            self.failed = Some(error);
+            self.end();
+        }
+    }
+
+    /// Has what came from the supervisor closed.
+    fn close_received(&mut self) -> io::Result<()> {
+        if let Err(error) = self.closer.check() {
+            self.fail(error);
+        }
+        if self.ending.is_some() {
+            return Ok(());
+        }
+        let launching = self.slots.values().any(|slot| matches!(slot.phase, Phase::Starting { .. }));
+        if let Some(child) = self.closer.start(launching) {
+            let data = epoll::EventData::new_u64(Source::Closer.token());
+            epoll::add(&self.epoll, child, data, epoll::EventFlags::IN)?;
+        }
+        Ok(())
     }
 
     // Answers.
@@ -501,16 +556,19 @@ impl Server {
     }
 
     fn flush(&mut self) {
-        while let Some((packet, descriptors)) = self.queue.front() {
+        while self.ending.is_none()
+            && let Some((packet, descriptors)) = self.queue.front()
+        {
             let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
             match self.connection.try_send(packet, &borrowed) {
-                Ok(()) => drop(self.queue.pop_front()),
+                Ok(()) => {
+                    if let Some((_, descriptors)) = self.queue.pop_front() {
+                        self.closer.take(descriptors);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => {
-                    self.queue.clear();
-                    self.end();
-                }
+                Err(_) => self.end(),
             }
         }
     }
@@ -521,7 +579,7 @@ impl Server {
         if !self.queue.is_empty() {
             interest |= epoll::EventFlags::OUT;
         }
-        if self.queue.len() < MAX_QUEUED {
+        if self.queue.len() < MAX_QUEUED && self.closer.has_room() {
             interest |= epoll::EventFlags::IN;
         }
         if self.ending.is_some() {
