@@ -118,7 +118,8 @@ impl Call {
         let no_body = body.is_end_stream();
         match sender.send_request(request, no_body) {
             Ok((response, to_provider)) => {
-                Ok(Pump::new(body, to_provider, response, no_body, self.admitted.provider.limits.max_message))
+                let limit = self.admitted.provider.limits.max_message;
+                Ok(Pump::new(body, to_provider, response, no_body, limit, self.time.deadline()))
             }
             Err(error) => Err(End::cut(self.lost(&error.to_string()))),
         }
@@ -126,17 +127,17 @@ impl Call {
 
     async fn pass(&mut self, pump: &mut Pump, mut timer: Pin<&mut Sleep>) -> End {
         let ended = poll_fn(|cx| {
-            if let Poll::Ready(end) = pump.poll(cx, &mut self.respond) {
-                return Poll::Ready(Some(end));
+            if let Poll::Ready(ended) = pump.poll(cx, &mut self.respond) {
+                return Poll::Ready(ended);
             }
-            timer.as_mut().poll(cx).map(|()| None)
+            timer.as_mut().poll(cx).map(|()| Ok(None))
         })
         .await;
         match ended {
             // Once it has answered, how fast its response goes depends on its reader too.
-            None => self.out_of_time(pump.asked.filter(|_| pump.answered.is_none())),
-            Some(Ok(end)) => end,
-            Some(Err(fault)) => fault.end(&self.caller, &self.admitted),
+            Ok(None) => self.out_of_time(pump.asked.filter(|_| pump.answered.is_none())),
+            Ok(Some(end)) => end,
+            Err(fault) => fault.end(&self.caller, &self.admitted),
         }
     }
 

@@ -307,6 +307,22 @@ async fn the_deadline_ends_a_call_at_both_ends() {
     assert_eq!(within(resets.recv()).await.unwrap(), h2::Reason::CANCEL);
 }
 
+/// tonic's server answers CANCELLED at the deadline that travelled to it, and may be a little faster than the broker.
+#[tokio::test]
+async fn a_provider_that_keeps_the_deadline_itself_is_told_as_the_deadline() {
+    let mut world = World::new();
+    serve(world.provider("p", "t.S").await, |asked, respond| async move {
+        let left = asked.headers()["grpc-timeout"].to_str().unwrap().strip_suffix('u').unwrap().parse().unwrap();
+        // As early as a timer's coarseness can make it.
+        tokio::time::sleep(Duration::from_micros(left) - Duration::from_millis(3)).await;
+        answer_status(respond, 1);
+    });
+    let sender = client(&world.caller("asker").await).await;
+    let asked = request("/t.S/M").header("grpc-timeout", "150m").body(()).unwrap();
+    let answer = call(&sender, asked, message(b"")).await;
+    assert_eq!((answer.status(), answer.reason()), (4, Some("deadline")));
+}
+
 #[tokio::test]
 async fn a_deadline_in_the_middle_of_a_response_comes_as_trailers() {
     let mut world = World::new();
