@@ -18,7 +18,7 @@ use clap::{Parser, Subcommand};
 
 /// The commands of the Plugvisor project.
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", max_term_width = 110)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -85,7 +85,7 @@ pub(crate) fn kill_under_load(
     checks.check(
         "calls in flight failed",
         lost.is_some(),
-        format!("{:?}", reasons(&failed.failed)),
+        reasons(&failed.failed).join(", "),
         "UNAVAILABLE",
         "see `plugvisor describe thumbnailer`",
     );

@@ -173,9 +173,12 @@ fn show(
     memory("supervisor", supervisor_pid, SUPERVISOR_MEMORY, checks)?;
     memory("launcher", launcher_pid, LAUNCHER_MEMORY, checks)?;
 
-    println!("\npage     {}", place.page().display());
-    println!("metrics  http://{}/metrics", status["supervisor"]["metrics_address"].as_str().unwrap_or_default());
-    println!("socket   {}", place.runtime().join("admin.sock").display());
+    // With --once all three are gone before anyone could look.
+    if !demo.once {
+        println!("\npage     {}", place.page().display());
+        println!("metrics  http://{}/metrics", status["supervisor"]["metrics_address"].as_str().unwrap_or_default());
+        println!("socket   {}", place.runtime().join("admin.sock").display());
+    }
     if !lacking.is_empty() {
         println!("degraded {} (allowed in the configuration above)", lacking.join(", "));
     }
@@ -209,7 +212,8 @@ fn watch_from_outside(supervisor: &Supervisor, status: &Value, checks: &mut Chec
     let numbers: Vec<u64> =
         events.as_array().into_iter().flatten().filter_map(|event| event["sequence"].as_u64()).collect();
     let gapless = numbers.windows(2).all(|pair| pair[1] == pair[0] + 1) && numbers.len() > PLUGINS.len();
-    let range = format!("{} of them, {:?} to {:?}", numbers.len(), numbers.first(), numbers.last());
+    let ends = [numbers.first(), numbers.last()].map(|number| number.map_or("none".to_owned(), ToString::to_string));
+    let range = format!("{} of them, {}", numbers.len(), ends.join(" to "));
     checks.check("the events have no gap", gapless, range, "consecutive numbers", "see `plugvisor events`");
     checks.check("/readyz", ready.is_ok(), seen, "200", "see `plugvisor status`");
     Ok(())

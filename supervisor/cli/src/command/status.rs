@@ -41,7 +41,7 @@ fn print(output: &Output, answer: &GetStatusResponse) -> Result<(), Failure> {
     output.line(&Line::default())?;
     if answer.plugins.is_empty() {
         return output.line(&Line::new(
-            "No plugins. Name the directory that has their bundles as a [[directory]] in plugvisor.toml, and restart plugvisord.",
+            "No plugins. Name the directory of bundles as a [[directory]] in plugvisor.toml, and restart plugvisord.",
         ));
     }
     let mut titles =

@@ -326,7 +326,7 @@ impl Exit {
             }
             ExitKind::Code(_) | ExitKind::Unknown => "`plugvisor logs` shows what it printed last",
             ExitKind::Signal(_) => {
-                "Plugvisor did not send it: it crashed, or somebody killed it; `plugvisor logs` shows what it printed last"
+                "not sent by Plugvisor: it crashed or was killed; `plugvisor logs` shows what it printed last"
             }
         }
     }

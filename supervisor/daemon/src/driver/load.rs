@@ -573,7 +573,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         RefusalCode::ControlUnavailable => (
             Code::ControlUnavailable,
             Permanence::Permanent,
-            "make the host able to enforce it, or name the control in [supervisor] allow_degraded",
+            "make the host able to enforce it, or name it in [supervisor] allow_degraded; then restart plugvisord",
         ),
         RefusalCode::Entry => (Code::EntryWrongFormat, Permanence::Permanent, "build the program for this host"),
         RefusalCode::DigestMismatch => (
@@ -585,7 +585,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
             (Code::ResourceExhausted, Permanence::Transient, "unload another plugin, or raise the limits of the host")
         }
         RefusalCode::Kernel => {
-            (Code::LaunchRefused, Permanence::Transient, "`plugvisor status` shows what works on this host")
+            (Code::LaunchRefused, Permanence::Transient, "`plugvisor status -o wide` shows what works on this host")
         }
     };
     Failure { error: Error::new(code, message, hint), permanence, stderr_tail: Vec::new() }
