@@ -118,14 +118,14 @@ fn facts(answer: &DescribePluginResponse, plugin: &PluginStatus, now: SystemTime
     let mut fact = |name: &str, value: Line| {
         table.row(vec![Line::default().add(Style::Title, name), value]);
     };
-    fact("Name", Line::new(format!("{} {}", plugin.name, plugin.version)));
+    fact("Name", Line::new(format!("{} {}", plugin.name, plugin.version).trim_end()));
     let since = age(plugin.since, now);
     fact(
         "State",
         status::state(plugin).add(Style::Plain, if since == "-" { String::new() } else { format!(" for {since}") }),
     );
     fact("Bundle", Line::new(&answer.bundle_directory));
-    fact("Digest", Line::new(&answer.content_digest));
+    fact("Digest", Line::new(if answer.content_digest.is_empty() { "-" } else { &answer.content_digest }));
     fact("Tier", Line::new(&plugin.tier));
     fact("Isolation", Line::new(&plugin.isolation_level));
     fact(

@@ -53,7 +53,8 @@ fn print(output: &Output, answer: &GetStatusResponse) -> Result<(), Failure> {
     for plugin in &answer.plugins {
         let mut cells = vec![
             Line::new(&plugin.name),
-            Line::new(&plugin.version),
+            // No manifest that can be read, no version.
+            Line::new(if plugin.version.is_empty() { "-" } else { &plugin.version }),
             state(plugin),
             Line::new(age(plugin.since, now)),
             Line::new(if plugin.pid == 0 { "-".to_owned() } else { plugin.pid.to_string() }),
