@@ -179,9 +179,11 @@ fn trailer(status: &Status, name: &str) -> Option<String> {
     status.metadata().get(name)?.to_str().ok().map(str::to_owned).filter(|value| !value.is_empty())
 }
 
-/// Whether tonic gave up waiting: it says so as a cause, with the code CANCELLED.
+/// Whether the time limit ended it, here or there: both sides hold it, and either may be first.
 fn is_late(status: &Status) -> bool {
+    // tonic on this side says so as a cause; a tonic server sends the code CANCELLED with this text and nothing else.
     causes(status).any(<dyn Error>::is::<TimeoutExpired>)
+        || (status.code() == Code::Cancelled && status.message() == "Timeout expired")
 }
 
 /// The error of the socket beneath a status that tonic made itself.
@@ -231,6 +233,15 @@ mod tests {
         assert_eq!(Failure::from_admin("reload", Path::new("/s"), &status).outcome.code(), 8);
         let other = refused(Code::InvalidArgument, "no name", &[("plugvisor-code", "request.invalid")]);
         assert_eq!(Failure::from_admin("load", Path::new("/s"), &other).outcome.code(), 1);
+    }
+
+    #[test]
+    fn a_limit_that_the_other_side_held_first_is_a_timeout_too() {
+        let late = refused(Code::Cancelled, "Timeout expired", &[]);
+        assert_eq!(Failure::from_admin("load x", Path::new("/s"), &late), Failure::timeout("load x"));
+        assert_eq!(Failure::from_call("a.B/C", Path::new("/s"), &late), Failure::timeout("a.B/C"));
+        let ended = refused(Code::Cancelled, "the plugin ended", &[]);
+        assert_eq!(Failure::from_call("a.B/C", Path::new("/s"), &ended).outcome, Outcome::Failed);
     }
 
     #[test]
