@@ -10,6 +10,7 @@
 //! What happens next is decided by `plugvisor_core::lifecycle::step` alone; the driver feeds it events in the order in
 //! which they happened and carries out its effects in theirs. Everything that a generation started ends with its token.
 
+mod dependencies;
 mod exit;
 mod load;
 mod probe;
