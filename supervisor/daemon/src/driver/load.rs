@@ -1,63 +1,28 @@
-//! The phases of a load. Each runs as a task of its generation and reports its end; the lifecycle decides what follows.
+//! The phases of a load from handshake to register, and what all phases share. Each runs as a task of its generation and
+//! reports its end; the lifecycle decides what follows.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd as _, OwnedFd},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use plugvisor_core::{
     Code, Error, Generation,
-    event::{BrokerEvent, PluginEvent, SecurityEvent},
+    event::BrokerEvent,
     lifecycle::{Event, Failure, Permanence, Phase},
-    policy::{Policy, Verdict, WhyNot},
     route::PluginCaller,
 };
-use plugvisor_package::{Bundle, Capability, PluginName, SocketMode};
+use plugvisor_package::SocketMode;
 use plugvisor_proto::worker::v1::LifecycleHook;
-use plugvisor_sandbox::protocol::{self, Launch, Level, RefusalCode};
-use tokio::time::Instant;
 
 use super::{
-    BundleInfo, Driver, HOOK_PATIENCE, Inward, PluginView, ProcessView, Running,
-    exit::Watcher,
-    settings,
+    Driver, HOOK_PATIENCE, Inward, settings,
     worker::{Init, Trouble, Worker, bound_socket},
 };
-use crate::{
-    broker::{CallLimits, CallerSpec, ProviderSpec},
-    discovery::{Rejection, Source},
-    launcher::{LauncherError, Process},
-    logs::LogStream,
-};
-
-/// A bundle that may be launched.
-#[derive(Debug)]
-pub(super) struct Verified {
-    info: Arc<BundleInfo>,
-    entry: File,
-    entry_path: String,
-    entry_sha256: [u8; 32],
-    directory: OwnedFd,
-    pub(super) verdict: Arc<Verdict>,
-}
-
-/// What of a bundle outlives its descriptors.
-pub(super) fn info(bundle: &Bundle) -> BundleInfo {
-    BundleInfo {
-        manifest: bundle.manifest.clone(),
-        digest: bundle.digest,
-        services: bundle.services.clone(),
-        descriptor_set: bundle.descriptor_set.clone(),
-    }
-}
+use crate::broker::{CallLimits, CallerSpec, ProviderSpec};
 
 pub(super) fn permanent(error: Error) -> Failure {
     Failure { error, permanence: Permanence::Permanent, stderr_tail: Vec::new() }
 }
 
-fn transient(error: Error) -> Failure {
+pub(super) fn transient(error: Error) -> Failure {
     Failure { error, permanence: Permanence::Transient, stderr_tail: Vec::new() }
 }
 
@@ -66,152 +31,6 @@ pub(super) fn failed(generation: Generation, phase: Phase, failure: Failure) -> 
 }
 
 impl Driver {
-    pub(super) fn begin_verify(&mut self, generation: Generation) {
-        let (found, source, name) = (self.found.take(), self.source.clone(), self.name.clone());
-        let config = self.config.clone();
-        self.spawn(generation, async move {
-            // Reading and hashing block.
-            let verified = tokio::task::spawn_blocking(move || verify(found, &source, &name, &config)).await;
-            Some(match verified {
-                Ok(Ok(verified)) => Inward::Verified(generation, Box::new(verified)),
-                Ok(Err(failure)) => failed(generation, Phase::Verify, failure),
-                Err(panic) => {
-                    let error = Error::new(Code::Bug, format!("reading the bundle: {panic}"), "report this as a bug");
-                    failed(generation, Phase::Verify, permanent(error))
-                }
-            })
-        });
-    }
-
-    /// Shows what verification found.
-    pub(super) async fn verified(&mut self) {
-        let Some(verified) = self.run.as_ref().and_then(|run| run.verified.as_ref()) else { return };
-        let (info, verdict) = (Arc::clone(&verified.info), Arc::clone(&verified.verdict));
-        self.emit(PluginEvent::Validated { version: info.manifest.version.to_string(), digest: info.digest });
-        self.emit(SecurityEvent::TrustAssessed { tier: verdict.tier.as_str(), level: verdict.level.as_str() });
-        for capability in &verdict.capabilities {
-            let name = capability.capability.as_str();
-            match capability.why_not {
-                None => self.emit(SecurityEvent::CapabilityGranted { capability: name }),
-                // The operator gave more than was asked for: shown in the description, denied to nobody.
-                Some(WhyNot::NotAsked) => {}
-                Some(why) => {
-                    self.emit(SecurityEvent::CapabilityDenied { capability: name, why: why.describe() });
-                }
-            }
-        }
-        self.view.send_modify(|view| {
-            let view: &mut PluginView = Arc::make_mut(view);
-            view.bundle = Some(info);
-            view.verdict = Some(verdict);
-        });
-    }
-
-    pub(super) fn begin_launch(&mut self, generation: Generation) {
-        let asked = self.of(generation).and_then(|run| run.verified.as_ref()).map(|verified| {
-            let Verified { info, entry, entry_path, entry_sha256, directory, verdict } = verified;
-            let manifest = &info.manifest;
-            let launch = Launch {
-                plugin: manifest.name.to_string(),
-                generation: generation.0,
-                level: Level::Process,
-                entry_sha256: *entry_sha256,
-                entry: entry_path.clone(),
-                args: manifest.runtime.args.clone(),
-                env: manifest.runtime.env.clone().into_iter().collect(),
-                socket: match manifest.runtime.socket {
-                    SocketMode::Inherit => protocol::SocketMode::Inherit,
-                    SocketMode::Bind => protocol::SocketMode::Bind,
-                },
-                limits: settings::kernel_limits(&verdict.limits),
-                grants: verdict.granted.iter().filter_map(kernel_grant).collect(),
-                allow_degraded: Vec::new(),
-            };
-            let descriptors = entry.try_clone().and_then(|entry| Ok((entry, directory.try_clone()?)));
-            (launch, descriptors)
-        });
-        let Some((mut launch, descriptors)) = asked else { return };
-        launch.allow_degraded.clone_from(&self.shared.allow_degraded);
-        let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
-        self.spawn(generation, async move {
-            let launched = match descriptors {
-                Ok((entry, directory)) => launcher.launch(launch, entry.into(), directory).await,
-                Err(error) => Err(LauncherError::Request(error.to_string())),
-            };
-            Some(match launched {
-                Ok(process) => Inward::Launched(generation, Box::new(process)),
-                Err(error) => failed(generation, Phase::Launch, launch_failure(&name, &error)),
-            })
-        });
-    }
-
-    /// A process runs: show it, read its pipes, wait for its end.
-    pub(super) async fn launched(&mut self, generation: Generation, process: Process) {
-        let Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices } = process;
-        let reason = self.start_reason;
-        let now = Instant::now();
-        let health = self.config.health.clone();
-        let Some(run) = self.of(generation) else {
-            // Cannot be: a generation with a launch under way is not forgotten. Nothing may run unowned all the same.
-            let _ = self.shared.launcher.kill(launched.launch).await;
-            return;
-        };
-        let Some(verified) = &run.verified else { return };
-        let startup = settings::startup_time(&verified.info.manifest, &health);
-        let memory_limit = verified.verdict.limits.memory_bytes;
-        let level = verified.verdict.level.as_str();
-        let cgroups: Vec<PathBuf> = launched.cgroups.iter().map(PathBuf::from).collect();
-        let missing: Vec<String> = launched
-            .controls
-            .iter()
-            .filter(|control| control.enforced.is_none())
-            .map(|control| control.control.to_string())
-            .collect();
-        let (pid, launch) = (launched.pid, launched.launch);
-        let view = ProcessView { launch, pid, uid: launched.uid, controls: launched.controls, cgroups };
-        let view = Arc::new(view);
-        run.process = Some(Running {
-            view: Arc::clone(&view),
-            launched_at: now,
-            deadline: now + startup,
-            given: Arc::new(worker),
-            broker_listener: Some(broker_listener),
-            socket: None,
-            worker: None,
-        });
-        self.view.send_modify(|seen| {
-            let seen: &mut PluginView = Arc::make_mut(seen);
-            seen.process = Some(Arc::clone(&view));
-            *seen.figures.starts.entry(reason).or_insert(0) += 1;
-        });
-        let readers = [(LogStream::Stdout, stdout), (LogStream::Stderr, stderr)]
-            .map(|(stream, pipe)| {
-                let logs = Arc::clone(&self.shared.logs);
-                self.tasks.spawn(logs.read(self.name.clone(), generation.0, stream, pipe))
-            })
-            .into();
-        let launch_exec_us = launched.launch_exec_nanos / 1_000;
-        self.emit(PluginEvent::Starting { pid, cgroups: launched.cgroups, level, launch_exec_us });
-        if !missing.is_empty() {
-            self.emit(SecurityEvent::SandboxDegraded { missing });
-        }
-        let watcher = Watcher {
-            plugin: self.name.clone(),
-            generation,
-            launch,
-            pidfd,
-            notices,
-            launched_at: now,
-            memory_limit,
-            readers,
-            launcher: self.shared.launcher.clone(),
-            logs: Arc::clone(&self.shared.logs),
-            events: Arc::clone(&self.shared.events),
-        };
-        self.spawn(generation, watcher.run());
-        self.done(generation, Phase::Launch).await;
-    }
-
     pub(super) async fn begin_handshake(&mut self, generation: Generation) -> Option<Event> {
         if let Err(failure) = self.add_caller(generation).await {
             return Some(Event::PhaseFailed { generation, phase: Phase::Handshake, failure });
@@ -326,119 +145,4 @@ impl Driver {
             }))
         });
     }
-}
-
-/// The capabilities that open something in the kernel; the broker holds the others.
-fn kernel_grant(capability: Capability) -> Option<protocol::Grant> {
-    match capability {
-        Capability::WriteTemp => Some(protocol::Grant::WriteTemp),
-        Capability::SpawnChild => Some(protocol::Grant::SpawnChild),
-        _ => None,
-    }
-}
-
-fn verify(
-    found: Option<Bundle>,
-    source: &Source,
-    name: &PluginName,
-    config: &crate::config::PluginConfig,
-) -> Result<Verified, Failure> {
-    let bundle = match found {
-        Some(bundle) => bundle,
-        None => source.open().map_err(|Rejection { error, problems: _ }| permanent(error))?,
-    };
-    if bundle.manifest.name != *name {
-        let message = format!("the bundle {} now bears the name {}", source.path().display(), bundle.manifest.name);
-        let hint = format!("give it back the name {name}, or restart plugvisord");
-        return Err(permanent(Error::new(Code::ManifestInvalid, message, hint)));
-    }
-    if let Some(error) =
-        joined(bundle.manifest.unsupported().into_iter().map(|field| {
-            Error::new(Code::ManifestUnsupported, format!("{}: {}", field.path, field.message), field.hint)
-        }))
-    {
-        return Err(permanent(error));
-    }
-    let (asked, operator) =
-        (settings::asked(&bundle.manifest), settings::operator(source.tier(), source.grants(), config));
-    let verdict = match Policy::default().decide(name, &asked, &operator) {
-        Ok(verdict) => verdict,
-        Err(errors) => {
-            let bug = || Error::new(Code::Bug, "the policy refused without a reason", "report this as a bug");
-            return Err(permanent(joined(errors).unwrap_or_else(bug)));
-        }
-    };
-    let read = |error: std::io::Error| {
-        let hint = "raise the limit on open files of plugvisord";
-        transient(Error::new(Code::InputOutput, format!("the bundle of {name}: {error}"), hint))
-    };
-    let directory = bundle.directory().as_fd().try_clone_to_owned().map_err(read)?;
-    let info = Arc::new(info(&bundle));
-    let entry = bundle.entry;
-    Ok(Verified {
-        info,
-        entry_path: entry.path,
-        entry_sha256: *entry.sha256.as_bytes(),
-        entry: entry.file,
-        directory,
-        verdict: Arc::new(verdict),
-    })
-}
-
-/// Several errors as one: the first one's code, everyone's text.
-fn joined(errors: impl IntoIterator<Item = Error>) -> Option<Error> {
-    errors.into_iter().reduce(|mut all, next| {
-        for (all, next) in [(&mut all.message, next.message), (&mut all.hint, next.hint)] {
-            all.push_str("; ");
-            all.push_str(&next);
-        }
-        all
-    })
-}
-
-fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
-    let message = format!("plugin {name} was not launched: {error}");
-    let LauncherError::Refused(refusal) = error else {
-        let (code, hint) = match error {
-            LauncherError::Gone(_) => (Code::LauncherLost, "restart plugvisord"),
-            LauncherError::Late(_) => (Code::OperationTimeout, "look at the load of the host"),
-            _ => (Code::Bug, "report this as a bug"),
-        };
-        return transient(Error::new(code, message, hint));
-    };
-    let (code, permanence, hint) = match refusal.code {
-        RefusalCode::Malformed | RefusalCode::Version | RefusalCode::UnknownLaunch => (
-            Code::Bug,
-            Permanence::Permanent,
-            "plugvisord and plugvisor-launcher are not of one version: install them together",
-        ),
-        RefusalCode::Policy => (
-            Code::LaunchRefused,
-            Permanence::Permanent,
-            "the launcher's policy is set when plugvisord starts: correct the plugin, or plugvisor.toml",
-        ),
-        RefusalCode::LevelUnsupported => (
-            Code::LevelNotImplemented,
-            Permanence::Permanent,
-            "set the tier of its directory in plugvisor.toml to \"verified\", if you trust it",
-        ),
-        RefusalCode::ControlUnavailable => (
-            Code::ControlUnavailable,
-            Permanence::Permanent,
-            "make the host able to enforce it, or name it in [supervisor] allow_degraded; then restart plugvisord",
-        ),
-        RefusalCode::Entry => (Code::EntryWrongFormat, Permanence::Permanent, "build the program for this host"),
-        RefusalCode::DigestMismatch => (
-            Code::DigestMismatch,
-            Permanence::Permanent,
-            "the program changed while it was loaded: find out who changed it, then `plugvisor load`",
-        ),
-        RefusalCode::Exhausted => {
-            (Code::ResourceExhausted, Permanence::Transient, "unload another plugin, or raise the limits of the host")
-        }
-        RefusalCode::Kernel => {
-            (Code::LaunchRefused, Permanence::Transient, "`plugvisor status -o wide` shows what works on this host")
-        }
-    };
-    Failure { error: Error::new(code, message, hint), permanence, stderr_tail: Vec::new() }
 }

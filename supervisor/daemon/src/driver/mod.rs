@@ -11,10 +11,14 @@
 //! which they happened and carries out its effects in theirs. Everything that a generation started ends with its token.
 
 mod dependencies;
+mod effects;
 mod exit;
+mod launch;
 mod load;
 mod probe;
 mod settings;
+mod shown;
+mod verify;
 mod view;
 mod worker;
 
@@ -29,29 +33,27 @@ use std::{
 use arc_swap::ArcSwap;
 use plugvisor_core::{
     Error, Generation, Jitter, Time,
-    event::{BrokerEvent as DomainBrokerEvent, Event as DomainEvent, PluginEvent},
-    lifecycle::{Condition, Context, Effect, Event, Haste, Life, LifePolicy, Loaded, Phase, State},
-    route::{Availability, Plugin as RoutePlugin},
+    event::PluginEvent,
+    lifecycle::{Context, Effect, Event, Haste, Life, LifePolicy, Phase, State},
+    route::Plugin as RoutePlugin,
 };
 use plugvisor_package::{Bundle, PluginName};
-use plugvisor_proto::worker::v1::LifecycleHook;
 use plugvisor_sandbox::protocol::Control;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Instant, sleep},
+    time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView, TransitionView};
 
-use self::{load::Verified, probe::Prober, worker::Worker};
+use self::{shown::describe, verify::Verified, worker::Worker};
 use crate::{
-    broker::PluginIdentity,
-    calls::{self, Calls},
+    calls::Calls,
     config::{LoadMode, PluginConfig},
     discovery::Source,
-    events::{Events, Subject},
+    events::Events,
     launcher::{Launcher, Process},
     logs::Logs,
 };
@@ -178,7 +180,7 @@ impl Driver {
         let name = bundle.manifest.name.clone();
         let (commands, inbox) = mpsc::channel(16);
         let (inward, received) = mpsc::channel(64);
-        let info = load::info(&bundle);
+        let info = verify::info(&bundle);
         let life = Life::new(name.clone());
         let view = PluginView {
             name: name.to_string(),
@@ -361,251 +363,6 @@ impl Driver {
         Ok(())
     }
 
-    async fn carry_out(&mut self, effect: Effect) -> Option<Event> {
-        match effect {
-            Effect::Begin { generation, phase } => return self.begin(generation, phase).await,
-            Effect::Withdraw { generation } => {
-                self.set_ready(generation, false).await;
-                self.emit_services(|service| DomainBrokerEvent::ServiceWithdrawn { service });
-            }
-            Effect::Restore { generation } => {
-                self.set_ready(generation, true).await;
-                self.emit_services(|service| DomainBrokerEvent::ServiceRegistered { service });
-            }
-            Effect::Drain { generation, time } => self.drain(generation, time),
-            Effect::Terminate { generation, grace, why } => self.terminate(generation, grace, why),
-            Effect::Kill { generation } => self.kill(generation),
-            Effect::ScheduleRestart { generation, delay } => {
-                let cancel = CancellationToken::new();
-                self.restart = Some(cancel.clone());
-                self.spawn_until(cancel, generation, async move {
-                    sleep(delay).await;
-                    Some(Inward::Life(Event::RestartDue { generation }))
-                });
-            }
-            Effect::CancelRestart => self.cancel_restart(),
-            Effect::Emit(event) => self.tell(self.life.generation(), event),
-            Effect::Forget { generation } => self.forget(generation).await,
-        }
-        None
-    }
-
-    fn cancel_restart(&mut self) {
-        if let Some(restart) = self.restart.take() {
-            restart.cancel();
-        }
-    }
-
-    async fn begin(&mut self, generation: Generation, phase: Phase) -> Option<Event> {
-        match phase {
-            Phase::Resolve => {
-                self.cancel_restart();
-                self.run = Some(Run {
-                    generation,
-                    cancel: CancellationToken::new(),
-                    began: Instant::now(),
-                    verified: None,
-                    process: None,
-                    registered: false,
-                });
-                self.begin_resolve(generation);
-            }
-            Phase::Verify => self.begin_verify(generation),
-            Phase::Launch => self.begin_launch(generation),
-            Phase::Handshake => return self.begin_handshake(generation).await,
-            Phase::Init => self.begin_init(generation),
-            Phase::Register => return Some(self.register(generation).await),
-        }
-        None
-    }
-
-    fn drain(&mut self, generation: Generation, time: Duration) {
-        let (broker, identity) = (self.shared.calls.broker().clone(), self.identity(generation));
-        let worker = self.worker(generation);
-        let before_unload = self.hook_wanted(|hooks| hooks.before_unload);
-        self.spawn(generation, async move {
-            if let (Some(worker), true) = (&worker, before_unload) {
-                report_hook(worker, LifecycleHook::BeforeUnload).await;
-            }
-            let asked = async {
-                match &worker {
-                    Some(worker) => worker.drain(time).await.unwrap_or(0),
-                    None => 0,
-                }
-            };
-            let (left, said) = tokio::join!(broker.drain(&identity, time), asked);
-            let left = left.map_or(0, |drained| u32::try_from(drained.in_flight).unwrap_or(u32::MAX));
-            Some(Inward::Life(Event::Drained { generation, inflight_left: left.max(said) }))
-        });
-    }
-
-    fn terminate(&mut self, generation: Generation, grace: Duration, why: &'static str) {
-        let Some(launch) = self.of(generation).and_then(|run| Some(run.process.as_ref()?.view.launch)) else { return };
-        let (worker, launcher) = (self.worker(generation), self.shared.launcher.clone());
-        self.spawn(generation, async move {
-            let until = Instant::now() + grace;
-            if let Some(worker) = worker {
-                worker.stop(why, grace, grace.min(Duration::from_secs(2))).await;
-            }
-            if let Err(error) = launcher.signal(launch, nix::sys::signal::Signal::SIGTERM as i32).await {
-                tracing::debug!(%error, "SIGTERM was not sent; the process may have ended");
-            }
-            tokio::time::sleep_until(until).await;
-            Some(Inward::Life(Event::GracePassed { generation }))
-        });
-    }
-
-    fn kill(&mut self, generation: Generation) {
-        let Some(launch) = self.of(generation).and_then(|run| Some(run.process.as_ref()?.view.launch)) else { return };
-        let launcher = self.shared.launcher.clone();
-        self.spawn(generation, async move {
-            if let Err(error) = launcher.kill(launch).await {
-                tracing::debug!(%error, "the kill was not carried out; the process may have ended");
-            }
-            None
-        });
-    }
-
-    async fn register(&mut self, generation: Generation) -> Event {
-        let phase = Phase::Register;
-        match self.try_register(generation).await {
-            Ok(()) => Event::PhaseDone { generation, phase },
-            Err(failure) => Event::PhaseFailed { generation, phase, failure },
-        }
-    }
-
-    /// What follows from being loaded: probes and the hook.
-    fn loaded(&mut self, generation: Generation) {
-        let Some(worker) = self.worker(generation) else { return };
-        let Some(run) = self.of(generation) else { return };
-        let (took, cgroups) = (run.began.elapsed(), run.process.as_ref().map(|p| p.view.cgroups.clone()));
-        self.view.send_modify(|view| {
-            let view = Arc::make_mut(view);
-            view.figures.start_duration = Some(took);
-            view.last_error = None;
-            view.problems.clear();
-        });
-        let prober = Prober {
-            policy: settings::probes(&self.config.health),
-            worker: worker.clone(),
-            identity: self.identity(generation),
-            broker: self.shared.calls.broker().clone(),
-            cgroups: cgroups.unwrap_or_default(),
-            inward: self.inward.clone(),
-        };
-        let after_load = self.hook_wanted(|hooks| hooks.after_load);
-        self.spawn(generation, async move {
-            if after_load {
-                report_hook(&worker, LifecycleHook::AfterLoad).await;
-            }
-            prober.run().await;
-            None
-        });
-    }
-
-    async fn forget(&mut self, generation: Generation) {
-        let Some(run) = self.run.take_if(|run| run.generation == generation) else { return };
-        run.cancel.cancel();
-        if run.process.is_some() {
-            let identity = self.identity(generation);
-            let broker = self.shared.calls.broker();
-            if run.registered {
-                let _ = broker.remove_provider(&identity).await;
-            }
-            let _ = broker.remove_caller(&identity).await;
-        }
-        self.view.send_modify(|view| Arc::make_mut(view).process = None);
-    }
-
-    async fn set_ready(&mut self, generation: Generation, ready: bool) {
-        if self.of(generation).is_some_and(|run| run.registered) {
-            let _ = self.shared.calls.broker().set_ready(&self.identity(generation), ready).await;
-        }
-    }
-
-    /// Tells the route table when what callers may expect has changed.
-    async fn route(&mut self) {
-        let serving = matches!(self.life.state(), State::Loaded(Loaded { condition: Condition::Serving { .. }, .. }));
-        let availability = if serving && self.run.as_ref().is_some_and(|run| run.registered) {
-            Availability::Serving
-        } else {
-            Availability::Unavailable { why: unavailable(self.life.state()) }
-        };
-        let bundle = self.view.borrow().bundle.clone();
-        let services = bundle.map(|bundle| calls::offers(&bundle.services)).unwrap_or_default();
-        let (name, generation) = (self.name.clone(), self.life.generation());
-        let plugin = RoutePlugin { name, generation, availability, services };
-        if self.route.as_ref() != Some(&plugin) {
-            self.route = Some(plugin.clone());
-            let _ = self.shared.calls.set(plugin).await;
-        }
-    }
-
-    /// Shows the state to everyone, and begins what being loaded begins.
-    fn publish(&mut self, before: &State, cause: String) {
-        let state = self.life.state().clone();
-        let now_loaded = matches!(state, State::Loaded(_)) && !matches!(before, State::Loaded(_));
-        let (life, began) = (&self.life, self.shared.began);
-        self.view.send_modify(|view| {
-            let view = Arc::make_mut(view);
-            let (from, to) = (state_text(before), state_text(&state));
-            if from != to {
-                let at = SystemTime::now();
-                view.since = at;
-                view.transitions.push_back(TransitionView { at, from, to, cause });
-                if view.transitions.len() > view::TRANSITIONS_KEPT {
-                    view.transitions.pop_front();
-                }
-            }
-            if let State::Failed(failed) = &state {
-                view.last_error = Some(failed.error.clone());
-                view.restart_at = failed.restart.map(|restart| began + restart.at.since(Time::ZERO));
-            } else {
-                view.restart_at = None;
-            }
-            view.generation = life.generation();
-            view.restarts = life.restarts();
-            view.state = state.clone();
-        });
-        if now_loaded {
-            self.loaded(self.life.generation());
-        }
-    }
-
-    fn emit(&self, event: impl Into<DomainEvent>) {
-        self.tell(self.life.generation(), event);
-    }
-
-    fn tell(&self, generation: Generation, event: impl Into<DomainEvent>) {
-        let subject = if generation == Generation::NONE {
-            Subject::Plugin(self.name.to_string())
-        } else {
-            Subject::Generation(self.name.clone(), generation)
-        };
-        self.shared.events.publish(subject, event);
-    }
-
-    fn emit_services(&self, event: impl Fn(String) -> DomainBrokerEvent) {
-        let services = self.route.iter().flat_map(|plugin| &plugin.services);
-        let mut names: Vec<&String> = services.map(|service| &service.name).collect();
-        names.dedup();
-        for name in names {
-            self.emit(event(name.clone()));
-        }
-    }
-
-    fn identity(&self, generation: Generation) -> PluginIdentity {
-        PluginIdentity { name: self.name.clone(), generation }
-    }
-
-    fn worker(&mut self, generation: Generation) -> Option<Worker> {
-        self.of(generation)?.process.as_ref()?.worker.clone()
-    }
-
-    fn hook_wanted(&self, which: impl Fn(&plugvisor_package::LifecycleHooks) -> bool) -> bool {
-        self.view.borrow().bundle.as_ref().is_some_and(|bundle| which(&bundle.manifest.events.lifecycle))
-    }
-
     /// Runs a task of this generation; what it returns comes back, unless the generation is forgotten first.
     fn spawn(&mut self, generation: Generation, work: impl Future<Output = Option<Inward>> + Send + 'static) {
         if let Some(run) = self.of(generation) {
@@ -637,47 +394,6 @@ impl Driver {
 #[derive(Debug)]
 pub struct DriverInbox(mpsc::Receiver<Command>);
 
-async fn report_hook(worker: &Worker, hook: LifecycleHook) {
-    if let Err(why) = worker.hook(hook, HOOK_PATIENCE).await {
-        tracing::warn!(hook = hook.as_str_name(), %why, "a lifecycle hook failed");
-    }
-}
-
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn describe(event: &Event) -> String {
-    match event {
-        Event::PhaseDone { phase, .. } => format!("{phase} done"),
-        Event::PhaseFailed { phase, failure, .. } => format!("{phase} failed: {}", failure.error.message),
-        Event::Exited { exit, .. } => format!("its process {}", exit.describe()),
-        other => other.name().to_owned(),
-    }
-}
-
-/// The state with what is worth a line in the list of transitions.
-const fn state_text(state: &State) -> &'static str {
-    match state {
-        State::Loaded(Loaded { condition: Condition::Degraded { .. }, .. }) => "LOADED (degraded)",
-        State::Loaded(Loaded { condition: Condition::Draining(_), .. }) => "LOADED (draining)",
-        other => other.name(),
-    }
-}
-
-fn unavailable(state: &State) -> String {
-    match state {
-        State::Unknown | State::Discovered | State::Unloaded => {
-            "it is not loaded; `plugvisor load` loads it".to_owned()
-        }
-        State::Loading(_) => "it is being loaded".to_owned(),
-        State::Loaded(Loaded { condition, .. }) => match condition {
-            Condition::Serving { .. } => "it is about to serve".to_owned(),
-            Condition::Degraded { .. } => "its health service does not say SERVING".to_owned(),
-            Condition::Draining(_) => "it is on its way out".to_owned(),
-        },
-        State::Failed(failed) if failed.restart.is_some() => format!("it will be restarted: {}", failed.error.message),
-        State::Failed(failed) => format!("it failed: {}", failed.error.message),
-        State::Quarantined => "it is quarantined".to_owned(),
-    }
 }

@@ -1,0 +1,187 @@
+//! The launch phase: what is asked of the launcher, what is made of its answer, and what of its refusal.
+
+use std::{path::PathBuf, sync::Arc};
+
+use plugvisor_core::{
+    Code, Error, Generation,
+    event::{PluginEvent, SecurityEvent},
+    lifecycle::{Failure, Permanence, Phase},
+};
+use plugvisor_package::{Capability, PluginName, SocketMode};
+use plugvisor_sandbox::protocol::{self, Launch, Level, RefusalCode};
+use tokio::time::Instant;
+
+use super::{
+    Driver, Inward, PluginView, ProcessView, Running,
+    exit::Watcher,
+    load::{failed, transient},
+    settings,
+    verify::Verified,
+};
+use crate::{
+    launcher::{LauncherError, Process},
+    logs::LogStream,
+};
+
+impl Driver {
+    pub(super) fn begin_launch(&mut self, generation: Generation) {
+        let asked = self.of(generation).and_then(|run| run.verified.as_ref()).map(|verified| {
+            let Verified { info, entry, entry_path, entry_sha256, directory, verdict } = verified;
+            let manifest = &info.manifest;
+            let launch = Launch {
+                plugin: manifest.name.to_string(),
+                generation: generation.0,
+                level: Level::Process,
+                entry_sha256: *entry_sha256,
+                entry: entry_path.clone(),
+                args: manifest.runtime.args.clone(),
+                env: manifest.runtime.env.clone().into_iter().collect(),
+                socket: match manifest.runtime.socket {
+                    SocketMode::Inherit => protocol::SocketMode::Inherit,
+                    SocketMode::Bind => protocol::SocketMode::Bind,
+                },
+                limits: settings::kernel_limits(&verdict.limits),
+                grants: verdict.granted.iter().filter_map(kernel_grant).collect(),
+                allow_degraded: Vec::new(),
+            };
+            let descriptors = entry.try_clone().and_then(|entry| Ok((entry, directory.try_clone()?)));
+            (launch, descriptors)
+        });
+        let Some((mut launch, descriptors)) = asked else { return };
+        launch.allow_degraded.clone_from(&self.shared.allow_degraded);
+        let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
+        self.spawn(generation, async move {
+            let launched = match descriptors {
+                Ok((entry, directory)) => launcher.launch(launch, entry.into(), directory).await,
+                Err(error) => Err(LauncherError::Request(error.to_string())),
+            };
+            Some(match launched {
+                Ok(process) => Inward::Launched(generation, Box::new(process)),
+                Err(error) => failed(generation, Phase::Launch, launch_failure(&name, &error)),
+            })
+        });
+    }
+
+    /// A process runs: show it, read its pipes, wait for its end.
+    pub(super) async fn launched(&mut self, generation: Generation, process: Process) {
+        let Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices } = process;
+        let reason = self.start_reason;
+        let now = Instant::now();
+        let health = self.config.health.clone();
+        let Some(run) = self.of(generation) else {
+            // Cannot be: a generation with a launch under way is not forgotten. Nothing may run unowned all the same.
+            let _ = self.shared.launcher.kill(launched.launch).await;
+            return;
+        };
+        let Some(verified) = &run.verified else { return };
+        let startup = settings::startup_time(&verified.info.manifest, &health);
+        let memory_limit = verified.verdict.limits.memory_bytes;
+        let level = verified.verdict.level.as_str();
+        let cgroups: Vec<PathBuf> = launched.cgroups.iter().map(PathBuf::from).collect();
+        let missing: Vec<String> = launched
+            .controls
+            .iter()
+            .filter(|control| control.enforced.is_none())
+            .map(|control| control.control.to_string())
+            .collect();
+        let (pid, launch) = (launched.pid, launched.launch);
+        let view = ProcessView { launch, pid, uid: launched.uid, controls: launched.controls, cgroups };
+        let view = Arc::new(view);
+        run.process = Some(Running {
+            view: Arc::clone(&view),
+            launched_at: now,
+            deadline: now + startup,
+            given: Arc::new(worker),
+            broker_listener: Some(broker_listener),
+            socket: None,
+            worker: None,
+        });
+        self.view.send_modify(|seen| {
+            let seen: &mut PluginView = Arc::make_mut(seen);
+            seen.process = Some(Arc::clone(&view));
+            *seen.figures.starts.entry(reason).or_insert(0) += 1;
+        });
+        let readers = [(LogStream::Stdout, stdout), (LogStream::Stderr, stderr)]
+            .map(|(stream, pipe)| {
+                let logs = Arc::clone(&self.shared.logs);
+                self.tasks.spawn(logs.read(self.name.clone(), generation.0, stream, pipe))
+            })
+            .into();
+        let launch_exec_us = launched.launch_exec_nanos / 1_000;
+        self.emit(PluginEvent::Starting { pid, cgroups: launched.cgroups, level, launch_exec_us });
+        if !missing.is_empty() {
+            self.emit(SecurityEvent::SandboxDegraded { missing });
+        }
+        let watcher = Watcher {
+            plugin: self.name.clone(),
+            generation,
+            launch,
+            pidfd,
+            notices,
+            launched_at: now,
+            memory_limit,
+            readers,
+            launcher: self.shared.launcher.clone(),
+            logs: Arc::clone(&self.shared.logs),
+            events: Arc::clone(&self.shared.events),
+        };
+        self.spawn(generation, watcher.run());
+        self.done(generation, Phase::Launch).await;
+    }
+}
+
+/// The capabilities that open something in the kernel; the broker holds the others.
+fn kernel_grant(capability: Capability) -> Option<protocol::Grant> {
+    match capability {
+        Capability::WriteTemp => Some(protocol::Grant::WriteTemp),
+        Capability::SpawnChild => Some(protocol::Grant::SpawnChild),
+        _ => None,
+    }
+}
+
+fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
+    let message = format!("plugin {name} was not launched: {error}");
+    let LauncherError::Refused(refusal) = error else {
+        let (code, hint) = match error {
+            LauncherError::Gone(_) => (Code::LauncherLost, "restart plugvisord"),
+            LauncherError::Late(_) => (Code::OperationTimeout, "look at the load of the host"),
+            _ => (Code::Bug, "report this as a bug"),
+        };
+        return transient(Error::new(code, message, hint));
+    };
+    let (code, permanence, hint) = match refusal.code {
+        RefusalCode::Malformed | RefusalCode::Version | RefusalCode::UnknownLaunch => (
+            Code::Bug,
+            Permanence::Permanent,
+            "plugvisord and plugvisor-launcher are not of one version: install them together",
+        ),
+        RefusalCode::Policy => (
+            Code::LaunchRefused,
+            Permanence::Permanent,
+            "the launcher's policy is set when plugvisord starts: correct the plugin, or plugvisor.toml",
+        ),
+        RefusalCode::LevelUnsupported => (
+            Code::LevelNotImplemented,
+            Permanence::Permanent,
+            "set the tier of its directory in plugvisor.toml to \"verified\", if you trust it",
+        ),
+        RefusalCode::ControlUnavailable => (
+            Code::ControlUnavailable,
+            Permanence::Permanent,
+            "make the host able to enforce it, or name it in [supervisor] allow_degraded; then restart plugvisord",
+        ),
+        RefusalCode::Entry => (Code::EntryWrongFormat, Permanence::Permanent, "build the program for this host"),
+        RefusalCode::DigestMismatch => (
+            Code::DigestMismatch,
+            Permanence::Permanent,
+            "the program changed while it was loaded: find out who changed it, then `plugvisor load`",
+        ),
+        RefusalCode::Exhausted => {
+            (Code::ResourceExhausted, Permanence::Transient, "unload another plugin, or raise the limits of the host")
+        }
+        RefusalCode::Kernel => {
+            (Code::LaunchRefused, Permanence::Transient, "`plugvisor status -o wide` shows what works on this host")
+        }
+    };
+    Failure { error: Error::new(code, message, hint), permanence, stderr_tail: Vec::new() }
+}

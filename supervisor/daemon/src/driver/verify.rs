@@ -1,0 +1,145 @@
+//! The verify phase: a bundle is read, judged, and shown.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+};
+
+use plugvisor_core::{
+    Code, Error, Generation,
+    event::{PluginEvent, SecurityEvent},
+    lifecycle::{Failure, Phase},
+    policy::{Policy, Verdict, WhyNot},
+};
+use plugvisor_package::{Bundle, PluginName};
+
+use super::{
+    BundleInfo, Driver, Inward, PluginView,
+    load::{failed, permanent, transient},
+    settings,
+};
+use crate::discovery::{Rejection, Source};
+
+/// A bundle that may be launched.
+#[derive(Debug)]
+pub(super) struct Verified {
+    pub(super) info: Arc<BundleInfo>,
+    pub(super) entry: File,
+    pub(super) entry_path: String,
+    pub(super) entry_sha256: [u8; 32],
+    pub(super) directory: OwnedFd,
+    pub(super) verdict: Arc<Verdict>,
+}
+
+/// What of a bundle outlives its descriptors.
+pub(super) fn info(bundle: &Bundle) -> BundleInfo {
+    BundleInfo {
+        manifest: bundle.manifest.clone(),
+        digest: bundle.digest,
+        services: bundle.services.clone(),
+        descriptor_set: bundle.descriptor_set.clone(),
+    }
+}
+
+impl Driver {
+    pub(super) fn begin_verify(&mut self, generation: Generation) {
+        let (found, source, name) = (self.found.take(), self.source.clone(), self.name.clone());
+        let config = self.config.clone();
+        self.spawn(generation, async move {
+            // Reading and hashing block.
+            let verified = tokio::task::spawn_blocking(move || verify(found, &source, &name, &config)).await;
+            Some(match verified {
+                Ok(Ok(verified)) => Inward::Verified(generation, Box::new(verified)),
+                Ok(Err(failure)) => failed(generation, Phase::Verify, failure),
+                Err(panic) => {
+                    let error = Error::new(Code::Bug, format!("reading the bundle: {panic}"), "report this as a bug");
+                    failed(generation, Phase::Verify, permanent(error))
+                }
+            })
+        });
+    }
+
+    /// Shows what verification found.
+    pub(super) async fn verified(&mut self) {
+        let Some(verified) = self.run.as_ref().and_then(|run| run.verified.as_ref()) else { return };
+        let (info, verdict) = (Arc::clone(&verified.info), Arc::clone(&verified.verdict));
+        self.emit(PluginEvent::Validated { version: info.manifest.version.to_string(), digest: info.digest });
+        self.emit(SecurityEvent::TrustAssessed { tier: verdict.tier.as_str(), level: verdict.level.as_str() });
+        for capability in &verdict.capabilities {
+            let name = capability.capability.as_str();
+            match capability.why_not {
+                None => self.emit(SecurityEvent::CapabilityGranted { capability: name }),
+                // The operator gave more than was asked for: shown in the description, denied to nobody.
+                Some(WhyNot::NotAsked) => {}
+                Some(why) => {
+                    self.emit(SecurityEvent::CapabilityDenied { capability: name, why: why.describe() });
+                }
+            }
+        }
+        self.view.send_modify(|view| {
+            let view: &mut PluginView = Arc::make_mut(view);
+            view.bundle = Some(info);
+            view.verdict = Some(verdict);
+        });
+    }
+}
+
+fn verify(
+    found: Option<Bundle>,
+    source: &Source,
+    name: &PluginName,
+    config: &crate::config::PluginConfig,
+) -> Result<Verified, Failure> {
+    let bundle = match found {
+        Some(bundle) => bundle,
+        None => source.open().map_err(|Rejection { error, problems: _ }| permanent(error))?,
+    };
+    if bundle.manifest.name != *name {
+        let message = format!("the bundle {} now bears the name {}", source.path().display(), bundle.manifest.name);
+        let hint = format!("give it back the name {name}, or restart plugvisord");
+        return Err(permanent(Error::new(Code::ManifestInvalid, message, hint)));
+    }
+    if let Some(error) =
+        joined(bundle.manifest.unsupported().into_iter().map(|field| {
+            Error::new(Code::ManifestUnsupported, format!("{}: {}", field.path, field.message), field.hint)
+        }))
+    {
+        return Err(permanent(error));
+    }
+    let (asked, operator) =
+        (settings::asked(&bundle.manifest), settings::operator(source.tier(), source.grants(), config));
+    let verdict = match Policy::default().decide(name, &asked, &operator) {
+        Ok(verdict) => verdict,
+        Err(errors) => {
+            let bug = || Error::new(Code::Bug, "the policy refused without a reason", "report this as a bug");
+            return Err(permanent(joined(errors).unwrap_or_else(bug)));
+        }
+    };
+    let read = |error: std::io::Error| {
+        let hint = "raise the limit on open files of plugvisord";
+        transient(Error::new(Code::InputOutput, format!("the bundle of {name}: {error}"), hint))
+    };
+    let directory = bundle.directory().as_fd().try_clone_to_owned().map_err(read)?;
+    let info = Arc::new(info(&bundle));
+    let entry = bundle.entry;
+    Ok(Verified {
+        info,
+        entry_path: entry.path,
+        entry_sha256: *entry.sha256.as_bytes(),
+        entry: entry.file,
+        directory,
+        verdict: Arc::new(verdict),
+    })
+}
+
+/// Several errors as one: the first one's code, everyone's text.
+fn joined(errors: impl IntoIterator<Item = Error>) -> Option<Error> {
+    errors.into_iter().reduce(|mut all, next| {
+        for (all, next) in [(&mut all.message, next.message), (&mut all.hint, next.hint)] {
+            all.push_str("; ");
+            all.push_str(&next);
+        }
+        all
+    })
+}
