@@ -7,15 +7,15 @@
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::protocol::{
-    ControlState, Exit, Hello, Launch, LaunchId, Launched, MAX_PACKET, Notice, Probed, Refusal, Reply, Request, VERSION,
+    ControlState, Exit, Hello, Launch, LaunchId, Launched, Limited, Limits, Listed, MAX_PACKET, Notice, Probed,
+    Reattached, Refusal, Reply, Request, Stats, VERSION,
 };
 
 /// The header's length in bytes.
 pub const HEADER_LEN: usize = 12;
 
 /// The numbers of the kinds. Requests are 1 to 99; a reply is its request's number plus 0x100; notices are from 0x200.
-/// Numbers are never reused. Reserved: 3 and 4 (Import, Forget), 7 and 8 (Freeze, Thaw), 10 to 14 (Limits, Stats, List,
-/// HoldFd, TakeFd).
+/// Numbers are never reused. Reserved: 3 and 4 (Import, Forget).
 pub mod kind {
     /// [`Request::Hello`](crate::protocol::Request::Hello).
     pub const HELLO: u16 = 1;
@@ -29,6 +29,24 @@ pub mod kind {
     pub const KILL: u16 = 9;
     /// [`Request::Inspect`](crate::protocol::Request::Inspect).
     pub const INSPECT: u16 = 15;
+    /// [`Request::Freeze`](crate::protocol::Request::Freeze).
+    pub const FREEZE: u16 = 7;
+    /// [`Request::Thaw`](crate::protocol::Request::Thaw).
+    pub const THAW: u16 = 8;
+    /// [`Request::Limits`](crate::protocol::Request::Limits).
+    pub const LIMITS: u16 = 10;
+    /// [`Request::Stats`](crate::protocol::Request::Stats).
+    pub const STATS: u16 = 11;
+    /// [`Request::List`](crate::protocol::Request::List).
+    pub const LIST: u16 = 12;
+    /// [`Request::HoldFd`](crate::protocol::Request::HoldFd).
+    pub const HOLD_FD: u16 = 13;
+    /// [`Request::TakeFd`](crate::protocol::Request::TakeFd).
+    pub const TAKE_FD: u16 = 14;
+    /// [`Request::Reattach`](crate::protocol::Request::Reattach).
+    pub const REATTACH: u16 = 16;
+    /// [`Request::Acknowledge`](crate::protocol::Request::Acknowledge).
+    pub const ACKNOWLEDGE: u16 = 17;
     /// [`Reply::Hello`](crate::protocol::Reply::Hello).
     pub const HELLO_REPLY: u16 = 0x101;
     /// [`Reply::Probe`](crate::protocol::Reply::Probe).
@@ -37,6 +55,16 @@ pub mod kind {
     pub const LAUNCHED: u16 = 0x105;
     /// [`Reply::Inspected`](crate::protocol::Reply::Inspected).
     pub const INSPECTED: u16 = 0x10f;
+    /// [`Reply::Limited`](crate::protocol::Reply::Limited).
+    pub const LIMITED: u16 = 0x10a;
+    /// [`Reply::Stats`](crate::protocol::Reply::Stats).
+    pub const STATS_REPLY: u16 = 0x10b;
+    /// [`Reply::Listed`](crate::protocol::Reply::Listed).
+    pub const LISTED: u16 = 0x10c;
+    /// [`Reply::Taken`](crate::protocol::Reply::Taken).
+    pub const TAKEN: u16 = 0x10e;
+    /// [`Reply::Reattached`](crate::protocol::Reply::Reattached).
+    pub const REATTACHED: u16 = 0x110;
     /// [`Reply::Done`](crate::protocol::Reply::Done).
     pub const DONE: u16 = 0x1fe;
     /// [`Reply::Refused`](crate::protocol::Reply::Refused).
@@ -138,6 +166,15 @@ pub fn encode_request(id: u64, request: &Request) -> Result<Vec<u8>, EncodeError
         Request::Signal { launch, signal } => packet(kind::SIGNAL, id, &(launch, signal)),
         Request::Kill { launch } => packet(kind::KILL, id, launch),
         Request::Inspect { launch } => packet(kind::INSPECT, id, launch),
+        Request::Freeze { launch } => packet(kind::FREEZE, id, launch),
+        Request::Thaw { launch } => packet(kind::THAW, id, launch),
+        Request::Limits { launch, limits } => packet(kind::LIMITS, id, &(launch, limits)),
+        Request::Stats { launch } => packet(kind::STATS, id, launch),
+        Request::List { after } => packet(kind::LIST, id, after),
+        Request::HoldFd { name } => packet(kind::HOLD_FD, id, name),
+        Request::TakeFd { name, keep } => packet(kind::TAKE_FD, id, &(name, keep)),
+        Request::Reattach { launch } => packet(kind::REATTACH, id, launch),
+        Request::Acknowledge { launch } => packet(kind::ACKNOWLEDGE, id, launch),
     }
 }
 
@@ -157,6 +194,21 @@ pub fn decode_request(bytes: &[u8]) -> Result<(u64, Request), DecodeError> {
         }
         kind::KILL => Request::Kill { launch: parse(kind, id, body)? },
         kind::INSPECT => Request::Inspect { launch: parse(kind, id, body)? },
+        kind::FREEZE => Request::Freeze { launch: parse(kind, id, body)? },
+        kind::THAW => Request::Thaw { launch: parse(kind, id, body)? },
+        kind::LIMITS => {
+            let (launch, limits) = parse::<(LaunchId, Limits)>(kind, id, body)?;
+            Request::Limits { launch, limits }
+        }
+        kind::STATS => Request::Stats { launch: parse(kind, id, body)? },
+        kind::LIST => Request::List { after: parse(kind, id, body)? },
+        kind::HOLD_FD => Request::HoldFd { name: parse(kind, id, body)? },
+        kind::TAKE_FD => {
+            let (name, keep) = parse::<(String, bool)>(kind, id, body)?;
+            Request::TakeFd { name, keep }
+        }
+        kind::REATTACH => Request::Reattach { launch: parse(kind, id, body)? },
+        kind::ACKNOWLEDGE => Request::Acknowledge { launch: parse(kind, id, body)? },
         _ => return Err(DecodeError::Kind { id, kind }),
     };
     Ok((id, request))
@@ -171,6 +223,11 @@ pub fn encode_reply(id: u64, reply: &Reply) -> Result<Vec<u8>, EncodeError> {
         Reply::Done => packet(kind::DONE, id, &()),
         Reply::Inspected(controls) => packet(kind::INSPECTED, id, controls),
         Reply::Refused(refusal) => packet(kind::REFUSED, id, refusal),
+        Reply::Limited(limits) => packet(kind::LIMITED, id, limits),
+        Reply::Stats(stats) => packet(kind::STATS_REPLY, id, stats),
+        Reply::Listed(listed) => packet(kind::LISTED, id, listed),
+        Reply::Taken => packet(kind::TAKEN, id, &()),
+        Reply::Reattached(reattached) => packet(kind::REATTACHED, id, reattached),
     }
 }
 
@@ -198,6 +255,14 @@ pub fn decode_from_launcher(bytes: &[u8]) -> Result<FromLauncher, DecodeError> {
         }
         kind::INSPECTED => Reply::Inspected(parse::<Vec<ControlState>>(kind, id, body)?),
         kind::REFUSED => Reply::Refused(parse::<Refusal>(kind, id, body)?),
+        kind::LIMITED => Reply::Limited(parse::<Limited>(kind, id, body)?),
+        kind::STATS_REPLY => Reply::Stats(parse::<Stats>(kind, id, body)?),
+        kind::LISTED => Reply::Listed(parse::<Listed>(kind, id, body)?),
+        kind::TAKEN => {
+            parse::<()>(kind, id, body)?;
+            Reply::Taken
+        }
+        kind::REATTACHED => Reply::Reattached(parse::<Reattached>(kind, id, body)?),
         kind::EXITED => {
             let (launch, exit, oom_killed) = parse::<(LaunchId, Exit, bool)>(kind, id, body)?;
             return Ok(FromLauncher::Notice(Notice::Exited { launch, exit, oom_killed }));

@@ -4,11 +4,17 @@
 //! header (version, kind, request id) and a postcard body; the kinds are numbered here and never reused. The launcher
 //! does not believe what it reads: these types are only shapes, and the launcher checks every field against its policy.
 //!
-//! Kinds 3 and 4 (Import, Forget), 7 and 8 (Freeze, Thaw), 10 to 14 (Limits, Stats, List, HoldFd, TakeFd) are reserved.
+//! Kinds 3 and 4 (Import, Forget) are reserved.
+
+mod keep;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::keep::{
+    Condition, Kept, Known, LIST_PAGE, Limited, Listed, MAX_HELD, MAX_HELD_NAME, Over, ReattachState, Reattached, Stats,
+};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
 pub const VERSION: u16 = 1;
@@ -47,6 +53,59 @@ pub enum Request {
     /// Reads every control of a running launch again from the kernel.
     Inspect {
         /// The launch to read.
+        launch: LaunchId,
+    },
+    /// Stops every process of the launch, until [`Request::Thaw`] or [`Request::Kill`]. The kernel needs a moment:
+    /// [`Stats`] says when all are stopped.
+    Freeze {
+        /// The launch to stop.
+        launch: LaunchId,
+    },
+    /// Lets a frozen launch run on.
+    Thaw {
+        /// The launch to let run.
+        launch: LaunchId,
+    },
+    /// Changes limits of a running launch: memory, CPU, processes. `None` leaves a limit as it is. The limits on files
+    /// are fixed at the launch and must be `None`. A memory limit below what is used now is refused.
+    Limits {
+        /// The launch to limit.
+        launch: LaunchId,
+        /// The new limits.
+        limits: Limits,
+    },
+    /// What a running launch uses.
+    Stats {
+        /// The launch to measure.
+        launch: LaunchId,
+    },
+    /// The launches that the launcher knows, a page at a time.
+    List {
+        /// Only those with a higher id; 0 for all.
+        after: LaunchId,
+    },
+    /// Holds a listening socket under a name, so that it outlives the supervisor; one that was held under this name is
+    /// let go. Descriptor 0: the socket, Unix or TCP.
+    HoldFd {
+        /// The name.
+        name: String,
+    },
+    /// Gives a held socket back.
+    TakeFd {
+        /// The name.
+        name: String,
+        /// Go on holding it.
+        keep: bool,
+    },
+    /// Hands over a launch that another supervisor started, or that this one has dropped. May be repeated.
+    Reattach {
+        /// The launch.
+        launch: LaunchId,
+    },
+    /// What was kept for this launch has arrived and may be forgotten: its end, and the output of [`Reattached`]. Until
+    /// then it is told to every supervisor anew.
+    Acknowledge {
+        /// The launch.
         launch: LaunchId,
     },
 }
@@ -225,12 +284,23 @@ pub enum Reply {
     /// which the worker socket is reached (the socket itself when inherited, its directory when the plugin binds it),
     /// 3 stdout and 4 stderr, the reading ends.
     Launched(Launched),
-    /// To [`Request::Signal`] and [`Request::Kill`].
+    /// To [`Request::Signal`], [`Request::Kill`], [`Request::Freeze`], [`Request::Thaw`], [`Request::HoldFd`] and
+    /// [`Request::Acknowledge`].
     Done,
     /// To [`Request::Inspect`]: every control as the kernel shows it at this moment.
     Inspected(Vec<ControlState>),
     /// The request was refused and changed nothing.
     Refused(Refusal),
+    /// To [`Request::Limits`].
+    Limited(Limited),
+    /// To [`Request::Stats`].
+    Stats(Stats),
+    /// To [`Request::List`].
+    Listed(Listed),
+    /// To [`Request::TakeFd`]. Descriptor 0: the socket.
+    Taken,
+    /// To [`Request::Reattach`]. Its descriptors are described there.
+    Reattached(Reattached),
 }
 
 /// One feature of the host.
@@ -320,6 +390,10 @@ pub enum RefusalCode {
     Exhausted,
     /// A system call failed that should not have.
     Kernel,
+    /// Another supervisor is connected; the connection is closed after this.
+    Busy,
+    /// No descriptor is held under this name.
+    NotHeld,
 }
 
 /// What the launcher tells unasked.

@@ -4,8 +4,9 @@
 use plugvisor_sandbox::{
     codec::{self, DecodeError, FromLauncher, HEADER_LEN},
     protocol::{
-        Control, ControlState, Exit, Grant, Hello, Launch, LaunchId, Launched, Level, Limits, MAX_PACKET, Notice,
-        ProbeState, Probed, Refusal, RefusalCode, Reply, Request, SocketMode, VERSION,
+        Condition, Control, ControlState, Exit, Grant, Hello, Kept, Known, Launch, LaunchId, Launched, Level, Limits,
+        Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState, Reattached, Refusal, RefusalCode, Reply,
+        Request, SocketMode, Stats, VERSION,
     },
 };
 use proptest::prelude::*;
@@ -52,6 +53,17 @@ fn request() -> impl Strategy<Value = Request> {
         (any::<u64>(), any::<i32>()).prop_map(|(id, signal)| Request::Signal { launch: LaunchId(id), signal }),
         any::<u64>().prop_map(|id| Request::Kill { launch: LaunchId(id) }),
         any::<u64>().prop_map(|id| Request::Inspect { launch: LaunchId(id) }),
+        any::<u64>().prop_map(|id| Request::Freeze { launch: LaunchId(id) }),
+        any::<u64>().prop_map(|id| Request::Thaw { launch: LaunchId(id) }),
+        (any::<u64>(), any::<Option<u64>>(), any::<Option<u32>>()).prop_map(|(id, memory_bytes, pids)| {
+            Request::Limits { launch: LaunchId(id), limits: Limits { memory_bytes, pids, ..Limits::default() } }
+        }),
+        any::<u64>().prop_map(|id| Request::Stats { launch: LaunchId(id) }),
+        any::<u64>().prop_map(|id| Request::List { after: LaunchId(id) }),
+        ".{0,40}".prop_map(|name| Request::HoldFd { name }),
+        (".{0,40}", any::<bool>()).prop_map(|(name, keep)| Request::TakeFd { name, keep }),
+        any::<u64>().prop_map(|id| Request::Reattach { launch: LaunchId(id) }),
+        any::<u64>().prop_map(|id| Request::Acknowledge { launch: LaunchId(id) }),
     ]
 }
 
@@ -118,7 +130,38 @@ fn answers_survive() {
         cgroups: vec!["/x".into()],
         launch_exec_nanos: 6,
     };
+    let over = Over { exit: Exit::Signal(9), oom_killed: true, ago_nanos: 8 };
+    let known = |condition| Known {
+        launch: LaunchId(3),
+        plugin: "p".into(),
+        generation: 4,
+        level: Level::Process,
+        entry_sha256: [7; 32],
+        digest: Some([8; 32]),
+        socket: SocketMode::Bind,
+        limits: Limits { pids: Some(4), ..Limits::default() },
+        grants: vec![Grant::WriteTemp],
+        allow_degraded: vec![Control::OwnUid],
+        age_nanos: 5,
+        condition,
+    };
+    let listed = Listed {
+        launches: vec![known(Condition::Up { pid: 1, uid: 2, frozen: true }), known(Condition::Over(over))],
+        more: true,
+        held: vec!["calls".into()],
+        ends_forgotten: 6,
+        unattended_nanos: Some(7),
+    };
+    let kept = Kept { bytes: 1, lost: 2 };
+    let reattached = |state| Reply::Reattached(Reattached { state, stdout: kept, stderr: Kept::default() });
+    let stats = Stats { memory_bytes: Some(1), frozen: Some(false), ..Stats::default() };
     for reply in [
+        Reply::Limited(vec![state.clone()]),
+        Reply::Stats(stats),
+        Reply::Listed(listed),
+        Reply::Taken,
+        reattached(ReattachState::Up(launched.clone())),
+        reattached(ReattachState::Over(over)),
         Reply::Hello { version: 1, pid: 2 },
         Reply::Probe(vec![Probed { control: Control::OwnUid, state: lacking }]),
         Reply::Launched(launched),
@@ -145,7 +188,7 @@ fn each_error_is_typed() {
     assert_eq!(codec::decode_request(&[1, 0, 1]), Err(DecodeError::Short { len: 3 }));
     assert_eq!(codec::decode_request(&vec![0; MAX_PACKET + 1]), Err(DecodeError::Long { len: MAX_PACKET + 1 }));
     assert_eq!(codec::decode_request(&header(2, kind::PROBE, 7)), Err(DecodeError::Version { id: 7, version: 2 }));
-    for reserved in [0, 3, 4, 7, 8, 10, 11, 12, 13, 14, 16, kind::DONE] {
+    for reserved in [0, 3, 4, 18, kind::DONE] {
         assert_eq!(
             codec::decode_request(&header(VERSION, reserved, 7)),
             Err(DecodeError::Kind { id: 7, kind: reserved })

@@ -150,7 +150,11 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         return transient(Error::new(code, message, hint));
     };
     let (code, permanence, hint) = match refusal.code {
-        RefusalCode::Malformed | RefusalCode::Version | RefusalCode::UnknownLaunch => (
+        RefusalCode::Malformed
+        | RefusalCode::Version
+        | RefusalCode::UnknownLaunch
+        | RefusalCode::Busy
+        | RefusalCode::NotHeld => (
             Code::Bug,
             Permanence::Permanent,
             "plugvisord and plugvisor-launcher are not of one version: install them together",

@@ -292,6 +292,15 @@ impl Server {
                 }
                 _ => unknown(launch),
             },
+            Request::Freeze { .. }
+            | Request::Thaw { .. }
+            | Request::Limits { .. }
+            | Request::Stats { .. }
+            | Request::List { .. }
+            | Request::HoldFd { .. }
+            | Request::TakeFd { .. }
+            | Request::Reattach { .. }
+            | Request::Acknowledge { .. } => refused(RefusalCode::Malformed, "this launcher does not do that yet"),
         })
     }
 
