@@ -1,0 +1,149 @@
+//! What happens to launches by themselves: they come up, fail, run out of memory, end.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Instant,
+};
+
+use plugvisor_sandbox::protocol::{Exit, Launched, Notice, Refusal, RefusalCode, Reply};
+use rustix::{
+    event::epoll,
+    process::{WaitId, WaitIdOptions, waitid},
+};
+
+use super::{Phase, Server, Source};
+use crate::{
+    launch::{Running, SETUP_TIME, remove_sockets},
+    readback,
+};
+
+impl Server {
+    pub(super) fn watch(&self, id: u64, running: &Running) -> io::Result<()> {
+        let add = |fd: BorrowedFd<'_>, source: Source, flags| {
+            epoll::add(&self.epoll, fd, epoll::EventData::new_u64(source.token()), flags)
+        };
+        add(running.init.as_fd(), Source::Init(id), epoll::EventFlags::IN)?;
+        add(running.report.as_fd(), Source::Report(id), epoll::EventFlags::IN)?;
+        if let Some(exec) = &running.exec {
+            add(exec.as_fd(), Source::Exec(id), epoll::EventFlags::IN)?;
+        }
+        if let Some(memory) = &running.memory {
+            add(memory.as_fd(), Source::Memory(id), memory.interest())?;
+        }
+        Ok(())
+    }
+
+    /// Takes what the child said, and finishes the launch if that decided it.
+    pub(super) fn reported(&mut self, id: u64) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        let was_open = !slot.running.report_closed;
+        slot.running.drain(&mut self.launcher.sealed);
+        if was_open && slot.running.report_closed {
+            let _ = epoll::delete(&self.epoll, &slot.running.report);
+        }
+        let Phase::Starting { request, .. } = slot.phase else { return };
+        let running = &mut slot.running;
+        if let Some(failure) = running.failure {
+            let refusal = failure.step.refusal(&running.plugin, failure.errno);
+            self.give_up(id, refusal);
+        } else if running.exec.is_none() && running.executing && running.program.is_some() {
+            let nanos = u64::try_from(running.arrived.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            let launched = Launched {
+                launch: running.id,
+                pid: running.program_pid().and_then(|pid| pid.try_into().ok()).unwrap_or(0),
+                uid: running.identity.uid(),
+                controls: readback::read(&self.launcher, running),
+                cgroups: running.groups.directories(),
+                launch_exec_nanos: nanos,
+            };
+            let pidfd = running.program.as_ref().and_then(|program| program.try_clone().ok());
+            let ends: Vec<OwnedFd> = pidfd.into_iter().chain(running.ends.drain(..)).collect();
+            slot.phase = Phase::Up;
+            self.reply(request, &Reply::Launched(launched), ends);
+        }
+    }
+
+    /// Kills a launch that has not succeeded; the refusal is sent when nothing is left of it.
+    pub(super) fn give_up(&mut self, id: u64, refusal: Refusal) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        if let Phase::Starting { request, .. } = slot.phase {
+            slot.running.kill();
+            slot.phase = Phase::Refusing { request, refusal };
+        }
+    }
+
+    pub(super) fn overdue(&mut self) {
+        let now = Instant::now();
+        let late: Vec<u64> = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| matches!(slot.phase, Phase::Starting { deadline, .. } if deadline <= now))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in late {
+            let message = format!("it was not set up within {} s; a filesystem may hang", SETUP_TIME.as_secs());
+            self.give_up(id, Refusal { code: RefusalCode::Kernel, message });
+        }
+    }
+
+    pub(super) fn memory_event(&mut self, id: u64) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        let ran_out = slot.running.memory.as_ref().is_some_and(crate::cgroup::MemoryWatch::ran_out);
+        if !ran_out || slot.running.oom {
+            return;
+        }
+        slot.running.oom = true;
+        slot.running.kill();
+        if matches!(slot.phase, Phase::Up) {
+            let launch = slot.running.id;
+            self.notice(&Notice::OutOfMemory { launch });
+        }
+    }
+
+    pub(super) fn init_ended(&mut self, id: u64) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        if let Ok(None) = waitid(WaitId::PidFd(slot.running.init.as_fd()), options) {
+            return;
+        }
+        let _ = epoll::delete(&self.epoll, &slot.running.init);
+        slot.gone = true;
+        // The last words: how the program ended, or why it never started. Nobody is left to hold the pipe open, though
+        // its own event may come later: a program can be executed and end before the launcher looks once.
+        slot.running.exec = None;
+        self.reported(id);
+        let gone = Refusal {
+            code: RefusalCode::Kernel,
+            message: "its process was killed while it was being set up; its memory limit may be too small".to_owned(),
+        };
+        self.give_up(id, gone);
+    }
+
+    /// Cleans up after launches whose processes are all gone, and says so.
+    pub(super) fn finish_gone(&mut self) {
+        let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.gone).map(|(id, _)| *id).collect();
+        for id in gone {
+            // The end may have been seen before its cause.
+            self.memory_event(id);
+            let Some(slot) = self.slots.get_mut(&id) else { continue };
+            if let Some(memory) = slot.running.memory.take() {
+                let _ = epoll::delete(&self.epoll, memory.as_fd());
+            }
+            // A process that has been reaped may hold its group for a moment longer.
+            if !slot.running.groups.remove() {
+                continue;
+            }
+            let Some(slot) = self.slots.remove(&id) else { continue };
+            remove_sockets(slot.running.id);
+            match slot.phase {
+                Phase::Up => {
+                    let exit = slot.running.ended.unwrap_or(Exit::Signal(libc::SIGKILL));
+                    self.notice(&Notice::Exited { launch: slot.running.id, exit, oom_killed: slot.running.oom });
+                }
+                Phase::Refusing { request, refusal } => self.reply(request, &Reply::Refused(refusal), vec![]),
+                Phase::Starting { .. } => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The requests: what each does, once it is one.
+
+use std::{os::fd::OwnedFd, time::Instant};
+
+use plugvisor_sandbox::protocol::{Launch, LaunchId, Refusal, RefusalCode, Reply, Request, VERSION};
+use rustix::process::{Signal, pidfd_send_signal};
+
+use super::{Phase, Server, Slot};
+use crate::{
+    check::{self, refuse},
+    launch::{Running, SETUP_TIME},
+    readback,
+};
+
+impl Server {
+    /// Answers a request; `None` when the answer comes later.
+    pub(super) fn request(
+        &mut self,
+        id: u64,
+        request: Request,
+        descriptors: &[OwnedFd],
+        arrived: Instant,
+    ) -> Option<Reply> {
+        if !matches!(request, Request::Launch(_)) && !descriptors.is_empty() {
+            return Some(refused(RefusalCode::Policy, "only a launch carries descriptors"));
+        }
+        if !self.greeted && !matches!(request, Request::Hello(_)) {
+            return Some(refused(RefusalCode::Policy, "Hello must come first"));
+        }
+        Some(match request {
+            Request::Hello(hello) if hello.version == VERSION => {
+                self.greeted = true;
+                Reply::Hello { version: VERSION, pid: std::process::id() }
+            }
+            Request::Hello(hello) => refused(
+                RefusalCode::Version,
+                &format!(
+                    "the launcher speaks protocol version {VERSION}, not {}; install one release of both",
+                    hello.version
+                ),
+            ),
+            Request::Probe => Reply::Probe(self.launcher.probed()),
+            Request::Launch(launch) => match self.launch(id, &launch, descriptors, arrived) {
+                Ok(()) => return None,
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::Signal { launch, signal } => self.signal(launch, signal),
+            Request::Kill { launch } => self.with_up(launch, |running| {
+                running.kill();
+                Reply::Done
+            }),
+            Request::Inspect { launch } => match self.slots.get(&launch.0) {
+                Some(Slot { running, phase: Phase::Up, gone: false }) => {
+                    Reply::Inspected(readback::read(&self.launcher, running))
+                }
+                _ => unknown(launch),
+            },
+            Request::Freeze { .. }
+            | Request::Thaw { .. }
+            | Request::Limits { .. }
+            | Request::Stats { .. }
+            | Request::List { .. }
+            | Request::HoldFd { .. }
+            | Request::TakeFd { .. }
+            | Request::Reattach { .. }
+            | Request::Acknowledge { .. } => refused(RefusalCode::Malformed, "this launcher does not do that yet"),
+        })
+    }
+
+    pub(super) fn launch(
+        &mut self,
+        id: u64,
+        request: &Launch,
+        descriptors: &[OwnedFd],
+        arrived: Instant,
+    ) -> Result<(), Refusal> {
+        let checked = check::launch(request, descriptors, &self.launcher.roots)?;
+        if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
+            return refuse(
+                RefusalCode::Exhausted,
+                format!(
+                    "{} was not started: {} plugins run already, the most that --max-plugins allows",
+                    checked.plugin, self.launcher.options.max_plugins
+                ),
+            );
+        }
+        self.launcher.require(request)?;
+        let running = self.launcher.start(request, &checked, arrived)?;
+        let number = running.id.0;
+        let slot =
+            Slot { running, phase: Phase::Starting { request: id, deadline: arrived + SETUP_TIME }, gone: false };
+        let watched = self.watch(number, &slot.running);
+        self.slots.insert(number, slot);
+        if let Err(error) = watched {
+            self.give_up(number, Refusal { code: RefusalCode::Exhausted, message: format!("epoll: {error}") });
+        }
+        Ok(())
+    }
+
+    pub(super) fn signal(&self, launch: LaunchId, signal: i32) -> Reply {
+        let allowed = [Signal::TERM, Signal::INT, Signal::HUP, Signal::USR1, Signal::USR2, Signal::KILL];
+        let Some(signal) = allowed.into_iter().find(|allowed| allowed.as_raw() == signal) else {
+            return refused(
+                RefusalCode::Policy,
+                &format!("signal {signal} may not be sent; TERM, INT, HUP, USR1, USR2 and KILL may"),
+            );
+        };
+        self.with_up(launch, |running| match &running.program {
+            Some(program) => match pidfd_send_signal(program, signal) {
+                Ok(()) => Reply::Done,
+                Err(_) => unknown(launch),
+            },
+            None => unknown(launch),
+        })
+    }
+
+    pub(super) fn with_up(&self, launch: LaunchId, act: impl FnOnce(&Running) -> Reply) -> Reply {
+        match self.slots.get(&launch.0) {
+            Some(Slot { running, phase: Phase::Up, gone: false }) => act(running),
+            _ => unknown(launch),
+        }
+    }
+}
+
+pub(super) fn refused(code: RefusalCode, message: &str) -> Reply {
+    Reply::Refused(Refusal { code, message: message.to_owned() })
+}
+
+fn unknown(launch: LaunchId) -> Reply {
+    refused(RefusalCode::UnknownLaunch, &format!("launch {} is unknown or over", launch.0))
+}
