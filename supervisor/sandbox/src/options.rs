@@ -8,6 +8,7 @@ use std::{
     ops::RangeInclusive,
     os::{fd::RawFd, unix::ffi::OsStrExt},
     path::{Component, Path, PathBuf},
+    time::Duration,
 };
 
 /// The uids that plugins get when the starter names none: the part of the uid space that systemd's `UIDS-GIDS` lists as
@@ -17,9 +18,8 @@ pub const DEFAULT_UIDS: RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
 /// What the launcher may do. Written as flags by [`Options::to_args`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// `--socket-fd N`: the inherited connection to the supervisor. 0 (standard input) is the easiest to hand
-    /// over; 1 and 2 are refused.
-    pub socket_fd: RawFd,
+    /// How the supervisor comes.
+    pub supervisor: Supervisor,
     /// `--uid-range A-B`: uids for plugins, used when the launcher is root; never holding 0.
     pub uids: RangeInclusive<u32>,
     /// `--cgroup-root NAME`: the group below the launcher's own in each hierarchy in which each launch gets a child.
@@ -33,12 +33,44 @@ pub struct Options {
     pub runtime_directory: PathBuf,
 }
 
+/// How the supervisor comes to the launcher.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Supervisor {
+    /// `--socket-fd N`: by the inherited connection, and when it closes, everything ends. 0 (standard input) is the
+    /// easiest to hand over; 1 and 2 are refused.
+    Inherited(RawFd),
+    /// By a socket that it opens, one supervisor at a time, and another may come when it is gone.
+    Listen(Listen),
+}
+
+/// Where the launcher listens, for whom, and how long it waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// `--listen PATH`: where the socket is made, absolute, in a directory that only root or the launcher's own user can
+    /// write to. A socket from systemd (`LISTEN_FDS`) is used instead of making one; then the path is for people.
+    pub path: PathBuf,
+    /// `--supervisor-uid UID`: who may connect, by `SO_PEERCRED`. Nobody else, not even root.
+    pub uid: u32,
+    /// `--linger SECONDS` or `--linger forever`: how long plugins are kept without a supervisor; then the launcher ends,
+    /// and they with it. 0, the default, ends at once.
+    pub linger: Linger,
+}
+
+/// How long the launcher goes on without a supervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linger {
+    /// So long. Whole seconds on the command line.
+    For(Duration),
+    /// Until it is told to end: for a service of its own.
+    Forever,
+}
+
 /// Why a command line was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
     /// A flag that does not exist.
     #[error(
-        "unknown flag {0:?}; the flags are --socket-fd, --uid-range, --cgroup-root, --bundle-root, --max-plugins and --runtime-directory"
+        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --max-plugins and --runtime-directory"
     )]
     Unknown(String),
     /// A flag without its value.
@@ -60,9 +92,17 @@ pub enum OptionsError {
     /// A required flag is missing.
     #[error("{0} is required")]
     Missing(&'static str),
+    /// Two flags that exclude each other.
+    #[error("{0} and {1} exclude each other; give one of them")]
+    Both(&'static str, &'static str),
 }
 
 const SOCKET: &str = "--socket-fd";
+const LISTEN: &str = "--listen";
+const SUPERVISOR: &str = "--supervisor-uid";
+const LINGER: &str = "--linger";
+/// The word for [`Linger::Forever`].
+const FOREVER: &str = "forever";
 const UIDS: &str = "--uid-range";
 const CGROUP: &str = "--cgroup-root";
 const BUNDLES: &str = "--bundle-root";
@@ -75,7 +115,7 @@ impl Options {
     #[must_use]
     pub fn new(socket_fd: RawFd, runtime_directory: PathBuf, bundle_roots: Vec<PathBuf>) -> Self {
         Self {
-            socket_fd,
+            supervisor: Supervisor::Inherited(socket_fd),
             uids: DEFAULT_UIDS,
             cgroup_root: format!("plugvisor-{}", std::process::id()),
             bundle_roots,
@@ -87,10 +127,20 @@ impl Options {
     /// The arguments after the program's name.
     #[must_use]
     pub fn to_args(&self) -> Vec<OsString> {
-        let Self { socket_fd, uids, cgroup_root, bundle_roots, max_plugins, runtime_directory } = self;
+        let Self { supervisor, uids, cgroup_root, bundle_roots, max_plugins, runtime_directory } = self;
         let mut args: Vec<OsString> = Vec::new();
         let mut push = |flag: &str, value: &OsStr| args.extend([OsString::from(flag), value.to_owned()]);
-        push(SOCKET, socket_fd.to_string().as_ref());
+        match supervisor {
+            Supervisor::Inherited(fd) => push(SOCKET, fd.to_string().as_ref()),
+            Supervisor::Listen(Listen { path, uid, linger }) => {
+                push(LISTEN, path.as_os_str());
+                push(SUPERVISOR, uid.to_string().as_ref());
+                match linger {
+                    Linger::For(time) => push(LINGER, time.as_secs().to_string().as_ref()),
+                    Linger::Forever => push(LINGER, FOREVER.as_ref()),
+                }
+            }
+        }
         push(UIDS, format!("{}-{}", uids.start(), uids.end()).as_ref());
         push(CGROUP, cgroup_root.as_ref());
         push(MAX, max_plugins.to_string().as_ref());
@@ -104,12 +154,16 @@ impl Options {
     /// Reads the arguments after the program's name.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, OptionsError> {
         let mut args = args.into_iter();
-        let (mut socket, mut uids, mut cgroup, mut max, mut runtime) = (None, None, None, None, None);
+        let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
+        let (mut uids, mut cgroup, mut max, mut runtime) = (None, None, None, None);
         let mut bundle_roots = Vec::new();
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
             match flag.to_str().unwrap_or_default() {
                 SOCKET => once(SOCKET, &mut socket, parse_fd(&value(SOCKET)?)?)?,
+                LISTEN => once(LISTEN, &mut listen, parse_dir(LISTEN, &value(LISTEN)?)?)?,
+                SUPERVISOR => once(SUPERVISOR, &mut supervisor, parse_uid(&value(SUPERVISOR)?)?)?,
+                LINGER => once(LINGER, &mut linger, parse_linger(&value(LINGER)?)?)?,
                 UIDS => once(UIDS, &mut uids, parse_uids(&value(UIDS)?)?)?,
                 CGROUP => once(CGROUP, &mut cgroup, parse_group(&value(CGROUP)?)?)?,
                 MAX => once(MAX, &mut max, parse_max(&value(MAX)?)?)?,
@@ -118,8 +172,20 @@ impl Options {
                 _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
             }
         }
+        let supervisor = match (socket, listen) {
+            (Some(_), Some(_)) => return Err(OptionsError::Both(SOCKET, LISTEN)),
+            (None, None) => return Err(OptionsError::Missing("--socket-fd or --listen")),
+            (Some(_), None) if supervisor.is_some() => return Err(OptionsError::Both(SOCKET, SUPERVISOR)),
+            (Some(_), None) if linger.is_some() => return Err(OptionsError::Both(SOCKET, LINGER)),
+            (Some(fd), None) => Supervisor::Inherited(fd),
+            (None, Some(path)) => Supervisor::Listen(Listen {
+                path,
+                uid: supervisor.ok_or(OptionsError::Missing(SUPERVISOR))?,
+                linger: linger.unwrap_or(Linger::For(Duration::ZERO)),
+            }),
+        };
         Ok(Self {
-            socket_fd: socket.ok_or(OptionsError::Missing(SOCKET))?,
+            supervisor,
             uids: uids.unwrap_or(DEFAULT_UIDS),
             cgroup_root: cgroup.ok_or(OptionsError::Missing(CGROUP))?,
             bundle_roots,
@@ -143,6 +209,22 @@ fn refuse(flag: &'static str, value: &OsStr, why: &'static str) -> OptionsError 
 fn parse_fd(value: &OsStr) -> Result<RawFd, OptionsError> {
     let fd = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd == 0 || *fd > 2);
     fd.ok_or_else(|| refuse(SOCKET, value, "it must be 0 or a descriptor's number above 2"))
+}
+
+fn parse_uid(value: &OsStr) -> Result<u32, OptionsError> {
+    // u32::MAX is nobody's, and 65534 is what unmapped ids look like.
+    let uid = value.to_str().and_then(|text| text.parse().ok()).filter(|uid| ![65534, u32::MAX].contains(uid));
+    uid.ok_or_else(|| refuse(SUPERVISOR, value, "it must be a uid other than 65534 and 4294967295"))
+}
+
+fn parse_linger(value: &OsStr) -> Result<Linger, OptionsError> {
+    if value == FOREVER {
+        return Ok(Linger::Forever);
+    }
+    let seconds = value.to_str().and_then(|text| text.parse::<u32>().ok());
+    let seconds =
+        seconds.ok_or_else(|| refuse(LINGER, value, "it must be a whole number of seconds, or \"forever\""))?;
+    Ok(Linger::For(Duration::from_secs(seconds.into())))
 }
 
 fn parse_uids(value: &OsStr) -> Result<RangeInclusive<u32>, OptionsError> {
@@ -195,7 +277,12 @@ mod tests {
             max_plugins: 3,
             ..Options::new(9, "/run/plugvisor".into(), vec!["/srv/a b".into(), "/opt/plugins".into()])
         };
-        assert_eq!(Options::parse(options.to_args()), Ok(options));
+        assert_eq!(Options::parse(options.to_args()), Ok(options.clone()));
+        for linger in [Linger::For(Duration::ZERO), Linger::For(Duration::from_secs(30)), Linger::Forever] {
+            let listen = Listen { path: "/run/plugvisor/launcher.sock".into(), uid: 990, linger };
+            let options = Options { supervisor: Supervisor::Listen(listen), ..options.clone() };
+            assert_eq!(Options::parse(options.to_args()), Ok(options));
+        }
     }
 
     #[test]
@@ -211,6 +298,9 @@ mod tests {
             (["--bundle-root", "/a/../b"], "--bundle-root"),
             (["--socket-fd", "4"], "--socket-fd"),
             (["--verbose", "1"], "--verbose"),
+            (["--listen", "/run/p/launcher.sock"], "--listen"),
+            (["--supervisor-uid", "5"], "--supervisor-uid"),
+            (["--linger", "5"], "--linger"),
         ] {
             let args: Vec<&str> = base.iter().copied().chain(extra).collect();
             let error = parse(&args).expect_err(extra[1]).to_string();
@@ -220,6 +310,19 @@ mod tests {
             assert!(parse(&["--socket-fd", "3", "--cgroup-root", group, "--runtime-directory", "/r"]).is_err());
         }
         assert_eq!(parse(&["--socket-fd"]), Err(OptionsError::NoValue("--socket-fd")));
-        assert_eq!(parse(&base[2..]), Err(OptionsError::Missing("--socket-fd")));
+        assert_eq!(parse(&base[2..]), Err(OptionsError::Missing("--socket-fd or --listen")));
+        let listen = ["--listen", "/run/l", "--cgroup-root", "p", "--runtime-directory", "/run/p"];
+        assert_eq!(parse(&listen), Err(OptionsError::Missing("--supervisor-uid")));
+        for (extra, named) in [
+            (["--supervisor-uid", "65534"], "--supervisor-uid"),
+            (["--supervisor-uid", "-1"], "--supervisor-uid"),
+            (["--linger", "-1"], "--linger"),
+            (["--linger", "always"], "--linger"),
+            (["--listen", "relative"], "--listen"),
+        ] {
+            let args: Vec<&str> = base[2..].iter().copied().chain(extra).collect();
+            let error = parse(&args).expect_err(extra[1]).to_string();
+            assert!(error.contains(named), "{error}");
+        }
     }
 }

@@ -31,7 +31,7 @@ use std::{
 };
 
 use plugvisor_sandbox::{
-    options::Options,
+    options::{Options, Supervisor},
     seqpacket::{Peer, Seqpacket},
 };
 use rustix::{
@@ -68,7 +68,10 @@ enum Wrong {
 
 fn run(options: Options) -> Result<(), Wrong> {
     let system = |doing| move |error: io::Error| Wrong::System(doing, error);
-    let socket = kernel::inherited(options.socket_fd).map_err(system("taking over --socket-fd"))?;
+    let Supervisor::Inherited(fd) = options.supervisor else {
+        return Err(Wrong::Policy("--listen is not served yet".to_owned()));
+    };
+    let socket = kernel::inherited(fd).map_err(system("taking over --socket-fd"))?;
     let connection = Seqpacket::from_fd(socket).map_err(system("taking over --socket-fd"))?;
     check_peer(&connection.peer().map_err(system("looking at the peer of --socket-fd"))?)?;
     // Nobody of the same uid, such as a plugin of a rootless launcher, may read its memory or its descriptors.
