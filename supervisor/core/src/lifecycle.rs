@@ -8,6 +8,8 @@
 //! not admit them, and nothing changes. *Reports* carry the generation that they speak of; one that speaks of another
 //! generation, or of a phase or stage that is over, is stale and is ignored.
 //!
+//! A process that outlived an earlier supervisor is taken over by [`Event::Reattached`], as the first thing in a life.
+//!
 //! Promises, held by property tests: a process is launched only in LOADING(launch), and no second one before the first
 //! is gone; a state without a process is entered only when the process is known to be gone; what was launched is
 //! terminated or killed; calls are routed only while LOADED and serving.
@@ -27,7 +29,9 @@ use plugvisor_package::PluginName;
 
 pub use self::{
     event::{Effect, Event, Haste},
-    state::{Condition, Failed, Failure, Loaded, Loading, Permanence, Phase, Scheduled, Stage, State, Stopping, Then},
+    state::{
+        Condition, Failed, Failure, Loaded, Loading, Origin, Permanence, Phase, Scheduled, Stage, State, Stopping, Then,
+    },
     step::step,
 };
 use crate::{
@@ -108,7 +112,7 @@ impl Life {
     #[must_use]
     pub fn has_process(&self) -> bool {
         match &self.state {
-            State::Loading(loading) => loading.phase >= Phase::Launch,
+            State::Loading(loading) => loading.has_process(),
             State::Loaded(_) => true,
             State::Unknown | State::Discovered | State::Unloaded | State::Failed(_) | State::Quarantined => false,
         }

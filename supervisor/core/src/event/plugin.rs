@@ -176,6 +176,16 @@ pub enum PluginEvent {
         /// Why.
         error: Error,
     },
+    /// A process that an earlier supervisor launched was found living, and takes calls again.
+    Reattached {
+        /// How long nobody supervised it.
+        gap_ms: u64,
+    },
+    /// A process that an earlier supervisor launched was found living and could not be taken over: it is killed.
+    OrphanReaped {
+        /// Why not.
+        why: String,
+    },
     /// Its bundle is gone.
     Removed {},
     /// A request did not fit its state and changed nothing.
@@ -216,6 +226,8 @@ impl Group for PluginEvent {
             Self::Quarantined { .. } => "plugin.quarantined",
             Self::Unloaded {} => "plugin.unloaded",
             Self::GaveUp { .. } => "plugin.gave_up",
+            Self::Reattached { .. } => "plugin.reattached",
+            Self::OrphanReaped { .. } => "plugin.orphan_reaped",
             Self::Removed {} => "plugin.removed",
             Self::Refused { .. } => "plugin.refused",
         }
@@ -233,12 +245,14 @@ impl Group for PluginEvent {
             | Self::Stopping { .. }
             | Self::RestartScheduled { .. }
             | Self::Unloaded {}
+            | Self::Reattached { .. }
             | Self::Removed {}
             | Self::Exited { expected: true, .. }
             | Self::Drained { inflight_left: 0 } => Severity::Info,
             Self::Degraded { .. }
             | Self::Killed { .. }
             | Self::Quarantined { .. }
+            | Self::OrphanReaped { .. }
             | Self::Refused { .. }
             | Self::Drained { .. } => Severity::Warning,
             Self::Rejected { error, .. } | Self::HandshakeFailed { error, .. } | Self::GaveUp { error } => {
@@ -257,7 +271,10 @@ impl Group for PluginEvent {
             }
             Self::LoadingProgress { phase, .. } => phase,
             Self::Starting { .. } => "launched",
-            Self::HandshakeOk { .. } | Self::Ready { .. } | Self::Recovered { .. } => "serving",
+            Self::HandshakeOk { .. } | Self::Ready { .. } | Self::Recovered { .. } | Self::Reattached { .. } => {
+                "serving"
+            }
+            Self::OrphanReaped { .. } => "not_adopted",
             Self::Degraded { .. } => "not_serving",
             Self::Hung { .. } => "liveness_missed",
             Self::Stopping { why, .. } => why,
@@ -289,6 +306,7 @@ impl Group for PluginEvent {
             }
             Self::Drained { inflight_left: 1.. } => "calls outlived the drain time and were cut off".into(),
             Self::Quarantined { .. } => "look into why before it is lifted".into(),
+            Self::OrphanReaped { .. } => "`plugvisor status` shows what runs in its place".into(),
             Self::Refused { .. } => "`plugvisor status` shows the states".into(),
             Self::Discovered { .. }
             | Self::Validated { .. }
@@ -303,6 +321,7 @@ impl Group for PluginEvent {
             | Self::Killed { .. }
             | Self::RestartScheduled { .. }
             | Self::Unloaded {}
+            | Self::Reattached { .. }
             | Self::Removed {} => "".into(),
         }
     }

@@ -44,6 +44,8 @@ fn samples() -> Vec<Event> {
         PluginEvent::Quarantined { by: text() },
         PluginEvent::Unloaded {},
         PluginEvent::GaveUp { error: error() },
+        PluginEvent::Reattached { gap_ms: 300 },
+        PluginEvent::OrphanReaped { why: text() },
         PluginEvent::Removed {},
         PluginEvent::Refused { request: "load", state: "LOADED" },
     ];

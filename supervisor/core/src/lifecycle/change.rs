@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Condition, Context, Effect, Event, Failed, Failure, Haste, Loaded, Loading, Permanence, Phase, RefusedTransition,
-    Scheduled, Stage, State, Stopping, Then,
+    Condition, Context, Effect, Event, Failed, Failure, Haste, Loaded, Loading, Origin, Permanence, Phase,
+    RefusedTransition, Scheduled, Stage, State, Stopping, Then,
     step::{Next, Step},
 };
 use crate::{
@@ -17,46 +17,64 @@ impl Step<'_> {
     /// Begins a load of a new generation.
     pub(super) fn load(&mut self) -> State {
         self.life.generation = self.life.generation.next();
-        self.begin(Phase::Resolve, self.context.now)
+        self.begin(Phase::Resolve, self.context.now, Origin::Launched)
     }
 
-    pub(super) fn begin(&mut self, phase: Phase, began: Time) -> State {
+    pub(super) fn begin(&mut self, phase: Phase, began: Time, origin: Origin) -> State {
         self.emit(PluginEvent::LoadingProgress { phase: phase.as_str(), percent: phase.percent() });
         self.effects.push(Effect::Begin { generation: self.life.generation, phase });
-        State::Loading(Loading { phase, began, stopping: None })
+        State::Loading(Loading { phase, began, origin, stopping: None })
     }
 
     pub(super) fn phase_done(&mut self, loading: Loading) -> State {
-        let Loading { phase, began, stopping } = loading;
+        let next = loading.next();
+        let Loading { phase, began, origin, stopping } = loading;
         if let Some(mut stopping) = stopping {
             // The process that nobody wants any more has come after all. Other phases that end while stopping say
             // nothing new.
             if stopping.stage == Stage::AwaitLaunch {
                 self.kill(&mut stopping);
-                return State::Loading(Loading { phase: Phase::Handshake, began, stopping: Some(stopping) });
+                let phase = Phase::Handshake;
+                return State::Loading(Loading { phase, began, origin, stopping: Some(stopping) });
             }
-            return State::Loading(Loading { phase, began, stopping: Some(stopping) });
+            return State::Loading(Loading { phase, began, origin, stopping: Some(stopping) });
         }
-        if let Some(next) = phase.next() {
-            return self.begin(next, began);
+        if let Some(next) = next {
+            return self.begin(next, began, origin);
         }
         let now = self.context.now;
         self.emit(PluginEvent::LoadingProgress { phase: "loaded", percent: 100 });
-        self.emit(PluginEvent::Ready { ms: millis(now - began) });
-        State::Loaded(Loaded { condition: Condition::Serving { since: now }, longest_ready: Duration::ZERO })
+        let longest_ready = match origin {
+            Origin::Launched => {
+                self.emit(PluginEvent::Ready { ms: millis(now - began) });
+                Duration::ZERO
+            }
+            Origin::Adopted { ready_for, gap } => {
+                self.emit(PluginEvent::Reattached { gap_ms: millis(gap + (now - began)) });
+                ready_for
+            }
+        };
+        State::Loaded(Loaded { condition: Condition::Serving { since: now }, longest_ready })
     }
 
     pub(super) fn phase_failed(&mut self, loading: Loading, failure: Failure) -> State {
-        let Loading { phase, began, stopping } = loading;
+        let Loading { phase, began, origin, stopping } = loading;
         if let Some(stopping) = stopping {
             return if stopping.stage == Stage::AwaitLaunch {
                 self.gone(stopping.then, None)
             } else {
-                State::Loading(Loading { phase, began, stopping: Some(stopping) })
+                State::Loading(Loading { phase, began, origin, stopping: Some(stopping) })
             };
         }
         let (stage, error) = (phase.as_str().to_owned(), failure.error.clone());
         match phase {
+            Phase::Verify if origin != Origin::Launched => {
+                // Whatever is wrong with it, what there is now is loaded instead, and says so itself.
+                self.emit(PluginEvent::OrphanReaped { why: error.message });
+                let mut stopping = Stopping { stage: Stage::Terminate, then: Then::Renew };
+                self.kill(&mut stopping);
+                State::Loading(Loading { phase, began, origin, stopping: Some(stopping) })
+            }
             Phase::Resolve | Phase::Verify => {
                 self.emit(PluginEvent::Rejected { stage, error, problems: Vec::new() });
                 self.gone(Then::Fail(failure), None)
@@ -73,21 +91,22 @@ impl Step<'_> {
                 let mut stopping = Stopping { stage: Stage::Terminate, then: Then::Fail(failure) };
                 self.emit(PluginEvent::Killed { stage: "failed" });
                 self.kill(&mut stopping);
-                State::Loading(Loading { phase, began, stopping: Some(stopping) })
+                State::Loading(Loading { phase, began, origin, stopping: Some(stopping) })
             }
         }
     }
 
     pub(super) fn stop_loading(&mut self, loading: Loading, then: Then, haste: Haste) -> State {
-        let Loading { phase, began, stopping } = loading;
+        let has_process = loading.has_process();
+        let Loading { phase, began, origin, stopping } = loading;
         let stopping = match (stopping, phase) {
             (Some(stopping), _) => self.redirect(stopping, then, haste),
-            (None, Phase::Resolve | Phase::Verify) => return self.gone(then, None),
+            (None, Phase::Resolve | Phase::Verify) if !has_process => return self.gone(then, None),
             (None, Phase::Launch) => {
                 self.emit_stopping(&then, Duration::ZERO);
                 Stopping { stage: Stage::AwaitLaunch, then }
             }
-            (None, Phase::Handshake | Phase::Init | Phase::Register) => {
+            (None, Phase::Resolve | Phase::Verify | Phase::Handshake | Phase::Init | Phase::Register) => {
                 self.emit_stopping(&then, Duration::ZERO);
                 if phase == Phase::Register {
                     self.withdraw();
@@ -98,7 +117,7 @@ impl Step<'_> {
                 }
             }
         };
-        State::Loading(Loading { phase, began, stopping: Some(stopping) })
+        State::Loading(Loading { phase, began, origin, stopping: Some(stopping) })
     }
 
     pub(super) fn stop_loaded(&mut self, loaded: Loaded, then: Then, haste: Haste) -> State {
@@ -128,8 +147,9 @@ impl Step<'_> {
         let Stopping { stage, then: before } = stopping;
         let then = match (before, then) {
             (kept @ Then::Quarantine { .. }, _) => kept,
-            (Then::Stop, Then::Fail(_) | Then::Restart | Then::Unload | Then::Stop) => Then::Stop,
-            (Then::Stop, new @ Then::Quarantine { .. }) | (Then::Fail(_) | Then::Restart | Then::Unload, new) => new,
+            (Then::Stop, Then::Fail(_) | Then::Restart | Then::Renew | Then::Unload | Then::Stop) => Then::Stop,
+            (Then::Stop, new @ Then::Quarantine { .. })
+            | (Then::Fail(_) | Then::Restart | Then::Renew | Then::Unload, new) => new,
         };
         match (haste, stage) {
             (Haste::Now, Stage::Drain | Stage::Terminate) => self.kill_now(then),
@@ -243,6 +263,7 @@ impl Step<'_> {
                 self.life.restarts.forgive();
                 self.load()
             }
+            Then::Renew => self.load(),
             Then::Fail(failure) => State::Failed(self.fail(failure, ready)),
         }
     }

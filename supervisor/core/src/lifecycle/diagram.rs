@@ -3,10 +3,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     fmt::Write as _,
+    time::Duration,
 };
 
 use super::{
-    Condition, Context, Event, Failure, Haste, Life, LifePolicy, Loading, Permanence, Phase, State, Then, step,
+    Condition, Context, Event, Failure, Haste, Life, LifePolicy, Loading, Origin, Permanence, Phase, State, Then, step,
 };
 use crate::{
     Code, Error, Jitter, Time,
@@ -24,7 +25,13 @@ const STATES: [&str; 7] = ["UNKNOWN", "DISCOVERED", "LOADING", "LOADED", "UNLOAD
 fn place(life: &Life) -> Place {
     let within = match life.state() {
         State::Loading(Loading { stopping: Some(_), .. }) => "stopping",
-        State::Loading(Loading { phase, stopping: None, .. }) => phase.as_str(),
+        State::Loading(Loading { phase, stopping: None, origin: Origin::Launched, .. }) => phase.as_str(),
+        State::Loading(Loading { phase, stopping: None, origin: Origin::Adopted { .. }, .. }) => match phase {
+            Phase::Verify => "adopt_verify",
+            Phase::Handshake => "adopt_handshake",
+            Phase::Register => "adopt_register",
+            Phase::Resolve | Phase::Launch | Phase::Init => panic!("{phase} of what runs already"),
+        },
         State::Loaded(loaded) => loaded.condition.as_str(),
         State::Unknown | State::Discovered | State::Unloaded | State::Failed(_) | State::Quarantined => "",
     };
@@ -36,12 +43,16 @@ fn key(life: &Life) -> String {
     let stopping = |stopping: &super::Stopping| {
         let then = match &stopping.then {
             Then::Fail(failure) => format!("fail {:?}", failure.permanence),
-            then @ (Then::Restart | Then::Unload | Then::Stop | Then::Quarantine { .. }) => then.as_str().to_owned(),
+            then @ (Then::Restart | Then::Renew | Then::Unload | Then::Stop | Then::Quarantine { .. }) => {
+                then.as_str().to_owned()
+            }
         };
         format!("{:?} {then}", stopping.stage)
     };
     let detail = match life.state() {
-        State::Loading(loading) => format!("{} {:?}", loading.phase, loading.stopping.as_ref().map(stopping)),
+        State::Loading(loading) => {
+            format!("{} {:?} {:?}", loading.phase, loading.origin, loading.stopping.as_ref().map(stopping))
+        }
         State::Loaded(loaded) => match &loaded.condition {
             Condition::Draining(out) => stopping(out),
             condition @ (Condition::Serving { .. } | Condition::Degraded { .. }) => condition.as_str().to_owned(),
@@ -61,6 +72,7 @@ fn events(life: &Life) -> Vec<Event> {
     let mut events = vec![
         Event::Discovered { directory: String::new() },
         Event::LoadRequested,
+        Event::Reattached { generation: generation.next(), ready_for: Duration::ZERO, gap: Duration::ZERO },
         Event::ReadyLost { generation },
         Event::ReadyRegained { generation },
         Event::Hung { generation, missed: 3 },
@@ -200,7 +212,7 @@ fn every_state_phase_and_condition_can_be_reached_and_left() {
     let table = table();
     let places: BTreeSet<_> = table.keys().map(|(place, _)| *place).collect();
     let within = |state| places.iter().filter(|(name, _)| *name == state).count();
-    assert_eq!(STATES.map(within), [1, 1, 7, 3, 1, 1, 1]);
+    assert_eq!(STATES.map(within), [1, 1, 10, 3, 1, 1, 1]);
     for from in places.iter().filter(|(state, _)| *state != "QUARANTINED") {
         let leaves = table
             .iter()

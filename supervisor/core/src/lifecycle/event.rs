@@ -31,6 +31,15 @@ pub enum Event {
         /// Who asks.
         by: String,
     },
+    /// Request: take over a process that an earlier supervisor launched and that its launcher kept.
+    Reattached {
+        /// The generation that it was launched as; not older than any that is known.
+        generation: Generation,
+        /// How long it had been ready, as far as is known.
+        ready_for: Duration,
+        /// How long nobody has supervised it.
+        gap: Duration,
+    },
     /// Report: the phase succeeded. For `Launch`: the process runs; for `Handshake`: its health says SERVING.
     PhaseDone {
         /// The generation that this speaks of.
@@ -112,6 +121,7 @@ impl Event {
             Self::StopRequested(Haste::Gentle) => "stop",
             Self::StopRequested(Haste::Now) => "stop now",
             Self::QuarantineRequested { .. } => "quarantine",
+            Self::Reattached { .. } => "reattached",
             Self::PhaseDone { .. } => "phase done",
             Self::PhaseFailed { .. } => "phase failed",
             Self::ReadyLost { .. } => "ready lost",
@@ -134,7 +144,9 @@ impl Event {
             | Self::RestartRequested
             | Self::UnloadRequested
             | Self::StopRequested(_)
-            | Self::QuarantineRequested { .. } => None,
+            | Self::QuarantineRequested { .. }
+            // It brings its generation with it.
+            | Self::Reattached { .. } => None,
             Self::PhaseDone { generation, .. }
             | Self::PhaseFailed { generation, .. }
             | Self::ReadyLost { generation }

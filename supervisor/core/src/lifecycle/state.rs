@@ -113,8 +113,46 @@ pub struct Loading {
     pub phase: Phase,
     /// When the load began.
     pub began: Time,
+    /// Where its process comes from.
+    pub origin: Origin,
     /// Set when the load is being undone, and what remains is to see the process end.
     pub stopping: Option<Stopping>,
+}
+
+/// Where the process of a load comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It is launched in the phase [`Launch`](Phase::Launch).
+    Launched,
+    /// An earlier supervisor launched it, and it runs from the beginning of this load. The phases are verify, handshake
+    /// and register: its dependencies were there when it was launched, and it was initialised then.
+    Adopted {
+        /// How long it had been ready, as far as is known.
+        ready_for: Duration,
+        /// How long nobody supervised it before this load.
+        gap: Duration,
+    },
+}
+
+impl Loading {
+    /// The phase after the present one; `None` after the last.
+    #[must_use]
+    pub const fn next(&self) -> Option<Phase> {
+        match (self.origin, self.phase) {
+            (Origin::Adopted { .. }, Phase::Verify) => Some(Phase::Handshake),
+            (Origin::Adopted { .. }, Phase::Handshake) => Some(Phase::Register),
+            (Origin::Adopted { .. } | Origin::Launched, phase) => phase.next(),
+        }
+    }
+
+    /// Whether a process of it runs or may be about to.
+    #[must_use]
+    pub fn has_process(&self) -> bool {
+        match self.origin {
+            Origin::Launched => self.phase >= Phase::Launch,
+            Origin::Adopted { .. } => true,
+        }
+    }
 }
 
 /// A plugin that was ready once.
@@ -182,8 +220,10 @@ pub enum Stage {
 pub enum Then {
     /// FAILED, and perhaps a restart.
     Fail(Failure),
-    /// A new load.
+    /// A new load, as somebody asked for.
     Restart,
+    /// A new load, because what runs is not what is to run.
+    Renew,
     /// UNLOADED.
     Unload,
     /// UNLOADED, because the supervisor stops.
@@ -202,6 +242,7 @@ impl Then {
         match self {
             Self::Fail(_) => "failure",
             Self::Restart => "restart",
+            Self::Renew => "renew",
             Self::Unload => "unload",
             Self::Stop => "shutdown",
             Self::Quarantine { .. } => "quarantine",

@@ -1,10 +1,10 @@
 //! The one function that changes a state.
 
 use super::{
-    Condition, Context, Effect, Event, Failed, Haste, Life, Loaded, Loading, Phase, RefusedTransition, Stage, State,
-    Stopping, Then,
+    Condition, Context, Effect, Event, Failed, Haste, Life, Loaded, Loading, Origin, Phase, RefusedTransition, Stage,
+    State, Stopping, Then,
 };
-use crate::{Code, event::PluginEvent};
+use crate::{Code, Generation, event::PluginEvent};
 
 /// What `event` makes of `life`, and what is to be done, in that order.
 ///
@@ -46,7 +46,7 @@ impl Step<'_> {
                 Ok(State::Discovered)
             }
             Event::QuarantineRequested { by } => Ok(self.quarantine(by)),
-            Event::LoadRequested | Event::RestartRequested | Event::UnloadRequested => {
+            Event::LoadRequested | Event::RestartRequested | Event::UnloadRequested | Event::Reattached { .. } => {
                 self.refuse(&State::Unknown, &event, Code::PluginNotFound)
             }
             Event::StopRequested(_)
@@ -66,6 +66,13 @@ impl Step<'_> {
     fn discovered(&mut self, event: Event) -> Next {
         match event {
             Event::LoadRequested | Event::RestartRequested => Ok(self.load()),
+            Event::Reattached { generation, ready_for, gap }
+                if generation >= self.life.generation && generation != Generation::NONE =>
+            {
+                self.life.generation = generation;
+                Ok(self.begin(Phase::Verify, self.context.now, Origin::Adopted { ready_for, gap }))
+            }
+            Event::Reattached { .. } => self.refuse(&State::Discovered, &event, Code::PluginWrongState),
             Event::Removed => {
                 self.emit(PluginEvent::Removed {});
                 Ok(State::Unknown)
@@ -92,11 +99,15 @@ impl Step<'_> {
             Event::PhaseFailed { phase, failure, .. } if phase == loading.phase => {
                 Ok(self.phase_failed(loading, failure))
             }
-            Event::Exited { exit, .. } if loading.phase >= Phase::Launch => {
+            Event::Exited { exit, .. } if loading.has_process() => {
                 if loading.phase == Phase::Register && loading.stopping.is_none() {
                     self.withdraw();
                 }
-                Ok(self.exited(loading.stopping, exit, None))
+                let ready = match loading.origin {
+                    Origin::Launched => None,
+                    Origin::Adopted { ready_for, gap: _ } => Some(ready_for),
+                };
+                Ok(self.exited(loading.stopping, exit, ready))
             }
             Event::GracePassed { .. } => {
                 if let Some(stopping) = &mut loading.stopping {
@@ -111,6 +122,7 @@ impl Step<'_> {
                 };
                 self.refuse(&State::Loading(loading), &event, code)
             }
+            Event::Reattached { .. } => self.refuse(&State::Loading(loading), &event, Code::PluginAlreadyLoaded),
             Event::RestartRequested | Event::UnloadRequested if is_final(loading.stopping.as_ref()) => {
                 self.refuse(&State::Loading(loading), &event, Code::PluginWrongState)
             }
@@ -181,6 +193,9 @@ impl Step<'_> {
                 };
                 self.refuse(&State::Loaded(Loaded { condition, longest_ready }), &event, code)
             }
+            Event::Reattached { .. } => {
+                self.refuse(&State::Loaded(Loaded { condition, longest_ready }), &event, Code::PluginAlreadyLoaded)
+            }
             Event::RestartRequested | Event::UnloadRequested if is_final(stopping) => {
                 self.refuse(&State::Loaded(Loaded { condition, longest_ready }), &event, Code::PluginWrongState)
             }
@@ -212,6 +227,7 @@ impl Step<'_> {
             }
             Event::QuarantineRequested { by } => Ok(self.quarantine(by)),
             Event::UnloadRequested => self.refuse(&State::Unloaded, &event, Code::PluginNotLoaded),
+            Event::Reattached { .. } => self.refuse(&State::Unloaded, &event, Code::PluginWrongState),
             Event::Discovered { .. }
             | Event::StopRequested(_)
             | Event::PhaseDone { .. }
@@ -248,6 +264,7 @@ impl Step<'_> {
                 self.cancel_restart(&failed);
                 Ok(self.quarantine(by))
             }
+            Event::Reattached { .. } => self.refuse(&State::Failed(failed), &event, Code::PluginWrongState),
             Event::RestartDue { .. }
             | Event::Discovered { .. }
             | Event::PhaseDone { .. }
@@ -263,7 +280,7 @@ impl Step<'_> {
 
     fn quarantined(&self, event: &Event) -> Next {
         match event {
-            Event::LoadRequested | Event::RestartRequested => {
+            Event::LoadRequested | Event::RestartRequested | Event::Reattached { .. } => {
                 self.refuse(&State::Quarantined, event, Code::PluginQuarantined)
             }
             Event::UnloadRequested => self.refuse(&State::Quarantined, event, Code::PluginNotLoaded),
@@ -291,7 +308,7 @@ const fn is_final(stopping: Option<&Stopping>) -> bool {
         None => false,
         Some(stopping) => match stopping.then {
             Then::Stop | Then::Quarantine { .. } => true,
-            Then::Fail(_) | Then::Restart | Then::Unload => false,
+            Then::Fail(_) | Then::Restart | Then::Renew | Then::Unload => false,
         },
     }
 }

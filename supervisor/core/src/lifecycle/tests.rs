@@ -5,8 +5,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::{
-    Condition, Context, Effect, Event, Failure, Haste, Life, LifePolicy, Permanence, Phase, RefusedTransition, State,
-    step,
+    Condition, Context, Effect, Event, Failure, Haste, Life, LifePolicy, Origin, Permanence, Phase, RefusedTransition,
+    State, step,
 };
 use crate::{
     Code, Error, Generation, Jitter, Time,
@@ -51,6 +51,8 @@ enum Act {
     Drained,
     GracePassed,
     RestartDue,
+    /// A process of an earlier supervisor's is found, of the last generation known or a later one.
+    Found(u8),
     /// A report of an earlier generation, or of something that is over.
     Stale(u8),
     Wait(u16),
@@ -69,9 +71,13 @@ fn act() -> impl Strategy<Value = Act> {
         3 => Just(Act::GracePassed),
         3 => Just(Act::RestartDue),
         2 => (0..8_u8).prop_map(Act::Stale),
+        1 => (0..2_u8).prop_map(Act::Found),
         1 => any::<u16>().prop_map(Act::Wait),
     ]
 }
+
+/// How long what is found living had been ready.
+const READY_FOR: Duration = Duration::from_secs(100);
 
 fn failure(permanence: Permanence) -> Failure {
     let error = Error::new(Code::NeverListened, "made up", "none");
@@ -126,6 +132,11 @@ impl World {
             Act::Drained => Event::Drained { generation: self.draining?, inflight_left: 0 },
             Act::GracePassed => Event::GracePassed { generation: self.grace? },
             Act::RestartDue => Event::RestartDue { generation: self.restart?.0 },
+            Act::Found(later) => Event::Reattached {
+                generation: Generation(generation.0 + u64::from(*later)),
+                ready_for: READY_FOR,
+                gap: Duration::from_millis(300),
+            },
             Act::Stale(kind) => {
                 let generation = Generation(generation.0.checked_sub(1)?);
                 match kind {
@@ -152,6 +163,13 @@ impl World {
         match &event {
             Event::PhaseDone { generation, phase: Phase::Launch }
                 if self.working == Some((*generation, Phase::Launch)) =>
+            {
+                self.running = Some(*generation);
+                self.asked_to_end = false;
+                self.launched += 1;
+            }
+            Event::Reattached { generation, .. }
+                if self.life.state() == &State::Discovered && *generation != Generation::NONE =>
             {
                 self.running = Some(*generation);
                 self.asked_to_end = false;
@@ -204,10 +222,17 @@ impl World {
                 assert_eq!((loading.phase, &loading.stopping), (phase, &None));
                 assert_eq!(self.working, None, "two phases at once");
                 match phase {
+                    Phase::Verify if loading.origin != Origin::Launched => {
+                        assert_eq!(self.running, Some(generation), "nothing to take over");
+                    }
                     Phase::Resolve | Phase::Verify | Phase::Launch => {
+                        assert_eq!(loading.origin, Origin::Launched, "{phase} of what runs already");
                         assert_eq!(self.running, None, "{phase} while a process runs");
                     }
-                    Phase::Handshake | Phase::Init => assert_eq!(self.running, Some(generation)),
+                    Phase::Init => {
+                        assert_eq!((self.running, loading.origin), (Some(generation), Origin::Launched));
+                    }
+                    Phase::Handshake => assert_eq!(self.running, Some(generation)),
                     Phase::Register => {
                         assert_eq!((self.running, self.routed), (Some(generation), None));
                         self.routed = Some(generation);
@@ -311,6 +336,14 @@ impl World {
         world
     }
 
+    /// Found again by a new supervisor, before anything was asked of it.
+    fn adopted() -> Self {
+        let mut world = Self::new();
+        world.act(&Act::Request(0));
+        world.act(&Act::Found(1));
+        world
+    }
+
     fn named(&self, name: &str) -> Vec<&PluginEvent> {
         let name = format!("io.plugvisor.plugin.{name}.v1");
         let told = self.told.iter();
@@ -367,7 +400,7 @@ proptest! {
     /// Events that no sound world would send: they may mislead, but not break it.
     #[test]
     fn nonsense_neither_panics_nor_turns_generations_back(
-        kinds in prop::collection::vec((0..17_usize, 0..4_u64, 0..6_usize), 1..200),
+        kinds in prop::collection::vec((0..18_usize, 0..4_u64, 0..6_usize), 1..200),
     ) {
         let policy = LifePolicy::default();
         let context = Context { now: Time::ZERO, jitter: Jitter::MIDDLE, policy: &policy };
@@ -391,6 +424,7 @@ proptest! {
                 12 => Event::Drained { generation, inflight_left: 2 },
                 13 => Event::GracePassed { generation },
                 14 => Event::RestartDue { generation },
+                15 => Event::Reattached { generation, ready_for: READY_FOR, gap: READY_FOR },
                 _ => Event::PhaseDone { generation, phase },
             };
             let before = life.generation();
@@ -425,6 +459,80 @@ fn a_load_goes_through_its_phases_and_tells_of_each() {
     ];
     assert_eq!(phases, expected);
     assert_eq!(world.named("ready").len(), 1);
+}
+
+#[test]
+fn what_lives_is_taken_over_without_a_launch_or_init() {
+    let mut world = World::adopted();
+    assert!(world.life.has_process());
+    world.now = world.now + Duration::from_millis(50);
+    world.settle();
+    assert!(matches!(world.life.state(), State::Loaded(_)));
+    let phases: Vec<_> = world
+        .named("loading_progress")
+        .into_iter()
+        .map(|event| match event {
+            PluginEvent::LoadingProgress { phase, .. } => *phase,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(phases, ["verify", "handshake", "register", "loaded"]);
+    assert_eq!((world.life.generation(), world.launched), (Generation(1), 1));
+    assert_eq!(world.named("reattached"), [&PluginEvent::Reattached { gap_ms: 350 }]);
+    // It had been ready for long enough before, so its failure is its first.
+    world.act(&Act::Exit(1));
+    assert_eq!(world.restart, Some((Generation(1), Duration::from_millis(375))));
+}
+
+#[test]
+fn what_lives_and_is_not_what_is_there_now_gives_way_to_it() {
+    let mut world = World::adopted();
+    world.act(&Act::Fail(Permanence::Permanent));
+    assert!(world.asked_to_end && world.life.has_process());
+    world.act(&Act::Exit(9));
+    world.settle();
+    assert!(matches!(world.life.state(), State::Loaded(_)));
+    assert_eq!((world.life.generation(), world.life.restarts()), (Generation(2), 0));
+    assert_eq!(world.named("orphan_reaped"), [&PluginEvent::OrphanReaped { why: "made up".to_owned() }]);
+    assert_eq!(world.named("rejected").len() + world.named("gave_up").len(), 0);
+}
+
+#[test]
+fn what_died_while_nobody_looked_is_restarted_like_any_other() {
+    let mut world = World::adopted();
+    world.act(&Act::Exit(3));
+    let State::Failed(failed) = world.life.state() else { panic!("{:?}", world.life) };
+    assert_eq!(failed.error.code, Code::PluginExited);
+    assert_eq!(world.named("exited").len(), 1);
+    world.act(&Act::RestartDue);
+    world.settle();
+    assert_eq!((world.life.generation(), world.life.restarts()), (Generation(2), 1));
+}
+
+#[test]
+fn what_is_being_taken_over_can_be_stopped_at_any_time() {
+    for done in 0..3 {
+        let mut world = World::adopted();
+        for _ in 0..done {
+            world.act(&Act::Done);
+        }
+        world.act(&Act::Request(4));
+        assert!(world.asked_to_end && world.life.has_process(), "after {done} phases");
+        world.act(&Act::Exit(0));
+        assert_eq!(world.life.state(), &State::Unloaded);
+    }
+}
+
+#[test]
+fn nothing_is_taken_over_twice_or_without_a_generation() {
+    let mut world = World::adopted();
+    let again = Event::Reattached { generation: Generation(2), ready_for: READY_FOR, gap: READY_FOR };
+    assert_eq!(world.feed(again.clone()).unwrap_err().error.code, Code::PluginAlreadyLoaded);
+    let mut world = World::new();
+    assert_eq!(world.feed(again).unwrap_err().error.code, Code::PluginNotFound);
+    world.act(&Act::Request(0));
+    let none = Event::Reattached { generation: Generation::NONE, ready_for: READY_FOR, gap: READY_FOR };
+    assert_eq!(world.feed(none).unwrap_err().error.code, Code::PluginWrongState);
 }
 
 #[test]
