@@ -7,20 +7,24 @@
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::protocol::{
-    ControlState, Exit, Hello, Launch, LaunchId, Launched, Limited, Limits, Listed, MAX_PACKET, Notice, Probed,
-    Reattached, Refusal, Reply, Request, Stats, VERSION,
+    ControlState, Exit, Hello, Import, Imported, Launch, LaunchId, Launched, Limited, Limits, Listed, MAX_PACKET,
+    Notice, Probed, Reattached, Refusal, Reply, Request, Stats, VERSION,
 };
 
 /// The header's length in bytes.
 pub const HEADER_LEN: usize = 12;
 
 /// The numbers of the kinds. Requests are 1 to 99; a reply is its request's number plus 0x100; notices are from 0x200.
-/// Numbers are never reused. Reserved: 3 and 4 (Import, Forget).
+/// Numbers are never reused.
 pub mod kind {
     /// [`Request::Hello`](crate::protocol::Request::Hello).
     pub const HELLO: u16 = 1;
     /// [`Request::Probe`](crate::protocol::Request::Probe).
     pub const PROBE: u16 = 2;
+    /// [`Request::Import`](crate::protocol::Request::Import).
+    pub const IMPORT: u16 = 3;
+    /// [`Request::Forget`](crate::protocol::Request::Forget).
+    pub const FORGET: u16 = 4;
     /// [`Request::Launch`](crate::protocol::Request::Launch).
     pub const LAUNCH: u16 = 5;
     /// [`Request::Signal`](crate::protocol::Request::Signal).
@@ -51,6 +55,8 @@ pub mod kind {
     pub const HELLO_REPLY: u16 = 0x101;
     /// [`Reply::Probe`](crate::protocol::Reply::Probe).
     pub const PROBE_REPLY: u16 = 0x102;
+    /// [`Reply::Imported`](crate::protocol::Reply::Imported).
+    pub const IMPORTED: u16 = 0x103;
     /// [`Reply::Launched`](crate::protocol::Reply::Launched).
     pub const LAUNCHED: u16 = 0x105;
     /// [`Reply::Inspected`](crate::protocol::Reply::Inspected).
@@ -175,6 +181,8 @@ pub fn encode_request(id: u64, request: &Request) -> Result<Vec<u8>, EncodeError
         Request::TakeFd { name, keep } => packet(kind::TAKE_FD, id, &(name, keep)),
         Request::Reattach { launch } => packet(kind::REATTACH, id, launch),
         Request::Acknowledge { launch } => packet(kind::ACKNOWLEDGE, id, launch),
+        Request::Import(step) => packet(kind::IMPORT, id, step),
+        Request::Forget { bundle } => packet(kind::FORGET, id, bundle),
     }
 }
 
@@ -209,6 +217,8 @@ pub fn decode_request(bytes: &[u8]) -> Result<(u64, Request), DecodeError> {
         }
         kind::REATTACH => Request::Reattach { launch: parse(kind, id, body)? },
         kind::ACKNOWLEDGE => Request::Acknowledge { launch: parse(kind, id, body)? },
+        kind::IMPORT => Request::Import(parse::<Import>(kind, id, body)?),
+        kind::FORGET => Request::Forget { bundle: parse(kind, id, body)? },
         _ => return Err(DecodeError::Kind { id, kind }),
     };
     Ok((id, request))
@@ -222,6 +232,7 @@ pub fn encode_reply(id: u64, reply: &Reply) -> Result<Vec<u8>, EncodeError> {
         Reply::Launched(launched) => packet(kind::LAUNCHED, id, launched),
         Reply::Done => packet(kind::DONE, id, &()),
         Reply::Inspected(controls) => packet(kind::INSPECTED, id, controls),
+        Reply::Imported(imported) => packet(kind::IMPORTED, id, imported),
         Reply::Refused(refusal) => packet(kind::REFUSED, id, refusal),
         Reply::Limited(limits) => packet(kind::LIMITED, id, limits),
         Reply::Stats(stats) => packet(kind::STATS_REPLY, id, stats),
@@ -254,6 +265,7 @@ pub fn decode_from_launcher(bytes: &[u8]) -> Result<FromLauncher, DecodeError> {
             Reply::Done
         }
         kind::INSPECTED => Reply::Inspected(parse::<Vec<ControlState>>(kind, id, body)?),
+        kind::IMPORTED => Reply::Imported(parse::<Imported>(kind, id, body)?),
         kind::REFUSED => Reply::Refused(parse::<Refusal>(kind, id, body)?),
         kind::LIMITED => Reply::Limited(parse::<Limited>(kind, id, body)?),
         kind::STATS_REPLY => Reply::Stats(parse::<Stats>(kind, id, body)?),

@@ -3,10 +3,9 @@
 //! The transport is `SOCK_SEQPACKET`: one packet is one message, with descriptors by `SCM_RIGHTS`. A packet is a fixed
 //! header (version, kind, request id) and a postcard body; the kinds are numbered here and never reused. The launcher
 //! does not believe what it reads: these types are only shapes, and the launcher checks every field against its policy.
-//!
-//! Kinds 3 and 4 (Import, Forget) are reserved.
 
 mod keep;
+mod store;
 
 use std::fmt;
 
@@ -15,6 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use self::keep::{
     Condition, Kept, Known, LIST_PAGE, Limited, Listed, MAX_HELD, MAX_HELD_NAME, Over, ReattachState, Reattached, Stats,
 };
+pub use self::store::{Import, ImportBegin, ImportFile, Imported, Stored, Tier};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
 pub const VERSION: u16 = 1;
@@ -107,6 +107,13 @@ pub enum Request {
     Acknowledge {
         /// The launch.
         launch: LaunchId,
+    },
+    /// One step of bringing a bundle into the launcher's store. One import may be under way at a time.
+    Import(Import),
+    /// Removes a bundle from the store. One that is running, or being imported, is refused.
+    Forget {
+        /// Its content digest.
+        bundle: [u8; 32],
     },
 }
 
@@ -289,6 +296,8 @@ pub enum Reply {
     Done,
     /// To [`Request::Inspect`]: every control as the kernel shows it at this moment.
     Inspected(Vec<ControlState>),
+    /// To [`Import::Find`] and [`Import::Commit`]; `None` when the store has no such bundle.
+    Imported(Imported),
     /// The request was refused and changed nothing.
     Refused(Refusal),
     /// To [`Request::Limits`].
@@ -394,6 +403,12 @@ pub enum RefusalCode {
     Busy,
     /// No descriptor is held under this name.
     NotHeld,
+    /// The store has no bundle with this digest.
+    UnknownBundle,
+    /// A file of an import is not what a bundle may hold, or not what was said of it.
+    File,
+    /// What is to be removed is in use, or an import is under way already.
+    InUse,
 }
 
 /// What the launcher tells unasked.

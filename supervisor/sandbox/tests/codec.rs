@@ -4,9 +4,9 @@
 use plugvisor_sandbox::{
     codec::{self, DecodeError, FromLauncher, HEADER_LEN},
     protocol::{
-        Condition, Control, ControlState, Exit, Grant, Hello, Kept, Known, Launch, LaunchId, Launched, Level, Limits,
-        Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState, Reattached, Refusal, RefusalCode, Reply,
-        Request, SocketMode, Stats, VERSION,
+        Condition, Control, ControlState, Exit, Grant, Hello, Import, ImportBegin, ImportFile, Kept, Known, Launch,
+        LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState,
+        Reattached, Refusal, RefusalCode, Reply, Request, SocketMode, Stats, Stored, Tier, VERSION,
     },
 };
 use proptest::prelude::*;
@@ -64,6 +64,16 @@ fn request() -> impl Strategy<Value = Request> {
         (".{0,40}", any::<bool>()).prop_map(|(name, keep)| Request::TakeFd { name, keep }),
         any::<u64>().prop_map(|id| Request::Reattach { launch: LaunchId(id) }),
         any::<u64>().prop_map(|id| Request::Acknowledge { launch: LaunchId(id) }),
+        any::<[u8; 32]>().prop_map(|bundle| Request::Import(Import::Find { bundle })),
+        (any::<[u8; 32]>(), any::<u32>(), any::<u64>())
+            .prop_map(|(bundle, files, bytes)| Request::Import(Import::Begin(ImportBegin { bundle, files, bytes }))),
+        prop::collection::vec((".{0,40}", any::<bool>(), any::<u64>(), any::<[u8; 32]>()), 0..9).prop_map(|files| {
+            let file = |(path, executable, size, sha256)| ImportFile { path, executable, size, sha256 };
+            Request::Import(Import::Files(files.into_iter().map(file).collect()))
+        }),
+        Just(Request::Import(Import::Commit)),
+        Just(Request::Import(Import::Abort)),
+        any::<[u8; 32]>().prop_map(|bundle| Request::Forget { bundle }),
     ]
 }
 
@@ -167,6 +177,8 @@ fn answers_survive() {
         Reply::Launched(launched),
         Reply::Done,
         Reply::Inspected(vec![state]),
+        Reply::Imported(Some(Stored { tier: Tier::Verified, bytes: 9 })),
+        Reply::Imported(None),
         Reply::Refused(refusal),
     ] {
         let packet = codec::encode_reply(9, &reply).expect("fits");

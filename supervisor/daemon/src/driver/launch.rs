@@ -183,6 +183,10 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         RefusalCode::Exhausted => {
             (Code::ResourceExhausted, Permanence::Transient, "unload another plugin, or raise the limits of the host")
         }
+        RefusalCode::UnknownBundle | RefusalCode::InUse => {
+            (Code::LaunchRefused, Permanence::Transient, "`plugvisor load` imports the bundle again")
+        }
+        RefusalCode::File => (Code::BundleInvalid, Permanence::Permanent, "correct the bundle, then `plugvisor load`"),
         RefusalCode::Kernel => {
             (Code::LaunchRefused, Permanence::Transient, "`plugvisor status -o wide` shows what works on this host")
         }

@@ -64,6 +64,9 @@ impl Server {
             | Request::TakeFd { .. }
             | Request::Reattach { .. }
             | Request::Acknowledge { .. } => refused(RefusalCode::Malformed, "this launcher does not do that yet"),
+            Request::Import(_) | Request::Forget { .. } => {
+                refused(RefusalCode::Exhausted, "this launcher has no store")
+            }
         })
     }
 
