@@ -12,6 +12,10 @@ const FILE_PACKAGE: u64 = 2;
 const FILE_SERVICE: u64 = 6;
 /// `ServiceDescriptorProto.name`.
 const SERVICE_NAME: u64 = 1;
+/// `ServiceDescriptorProto.method`.
+const SERVICE_METHOD: u64 = 2;
+/// `MethodDescriptorProto.name`.
+const METHOD_NAME: u64 = 1;
 
 /// The full names of all services, sorted, each once.
 ///
@@ -49,6 +53,53 @@ pub(crate) fn service_names(bytes: &[u8], most: usize) -> Result<Vec<String>, St
     names.sort();
     names.dedup();
     Ok(names)
+}
+
+/// The names of one service's methods, in the order of the file; `None` when the set does not have the service.
+///
+/// # Errors
+///
+/// A sentence that says why the bytes are not a descriptor set.
+pub fn method_names(bytes: &[u8], service: &str) -> Result<Option<Vec<String>>, String> {
+    for file in Fields(bytes) {
+        let Some(file) = file?.message(SET_FILE)? else { continue };
+        let mut package = "";
+        let mut services = Vec::new();
+        for field in Fields(file) {
+            let field = field?;
+            if let Some(text) = field.message(FILE_PACKAGE)? {
+                package = utf8(text)?;
+            } else {
+                services.extend(field.message(FILE_SERVICE)?);
+            }
+        }
+        // A service without a package has its bare name.
+        let wanted = if package.is_empty() {
+            Some(service)
+        } else {
+            service.strip_prefix(package).and_then(|rest| rest.strip_prefix('.'))
+        };
+        for found in services {
+            let mut methods = Vec::new();
+            let mut is_wanted = false;
+            for field in Fields(found) {
+                let field = field?;
+                if let Some(text) = field.message(SERVICE_NAME)? {
+                    is_wanted = Some(utf8(text)?) == wanted;
+                } else if let Some(method) = field.message(SERVICE_METHOD)? {
+                    for field in Fields(method) {
+                        if let Some(text) = field?.message(METHOD_NAME)? {
+                            methods.push(utf8(text)?.to_owned());
+                        }
+                    }
+                }
+            }
+            if is_wanted {
+                return Ok(Some(methods));
+            }
+        }
+    }
+    Ok(None)
 }
 
 fn utf8(bytes: &[u8]) -> Result<&str, String> {
@@ -134,9 +185,9 @@ impl<'a> Iterator for Fields<'a> {
 mod tests {
     use proptest::prelude::*;
     use prost::Message;
-    use prost_types::{FileDescriptorProto, FileDescriptorSet, ServiceDescriptorProto};
+    use prost_types::{FileDescriptorProto, FileDescriptorSet, MethodDescriptorProto, ServiceDescriptorProto};
 
-    use super::service_names;
+    use super::{method_names, service_names};
 
     fn file(package: Option<&str>, services: &[&str]) -> FileDescriptorProto {
         let service = |name: &&str| ServiceDescriptorProto { name: Some((*name).into()), ..Default::default() };
@@ -157,6 +208,19 @@ mod tests {
         assert_eq!(service_names(&set.encode_to_vec(), 3), Ok(vec!["Bare".into(), "b.v1.A".into(), "b.v1.Z".into()]));
         assert_eq!(service_names(&set.encode_to_vec(), 2), Err("it has more than 2 services".into()));
         assert_eq!(service_names(b"", 0), Ok(vec![]));
+    }
+
+    #[test]
+    fn methods_are_those_of_the_service_that_was_named() {
+        let method = |name: &str| MethodDescriptorProto { name: Some(name.into()), ..Default::default() };
+        let mut one = file(Some("b.v1"), &["A", "AB"]);
+        one.service[0].method = vec![method("Get"), method("Put")];
+        one.service[1].method = vec![method("Other")];
+        let set = FileDescriptorSet { file: vec![file(None, &["A"]), one] }.encode_to_vec();
+        assert_eq!(method_names(&set, "b.v1.A"), Ok(Some(vec!["Get".into(), "Put".into()])));
+        assert_eq!(method_names(&set, "A"), Ok(Some(vec![])));
+        assert_eq!(method_names(&set, "b.A"), Ok(None));
+        assert!(method_names(&set[..set.len() - 1], "no.Such").is_err());
     }
 
     #[test]

@@ -25,6 +25,8 @@ mod trust;
 pub use bundle::{Bundle, BundleError, Entry, EntryKind, Refusal, Services};
 pub use capability::{Capability, CapabilityError};
 pub use content::{BundleFile, content_digest};
+#[cfg(feature = "bundle")]
+pub use descriptor::method_names;
 pub use digest::{Digest, DigestError};
 pub use isolation::IsolationLevel;
 pub use limits::{BundleLimits, ManifestLimits};

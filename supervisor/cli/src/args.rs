@@ -1,7 +1,7 @@
 //! The command line: commands, flags, their help. It knows no behaviour; man pages and completions can be made from it.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -89,6 +89,8 @@ pub(crate) enum Command {
         /// Begin with this many kept lines; 0 is all of them.
         #[arg(short = 'n', long, default_value_t = 0, value_name = "LINES")]
         tail: u32,
+        #[command(flatten)]
+        filter: LogFilter,
         /// The plugin's name; without it, every plugin's lines.
         name: Option<String>,
     },
@@ -109,6 +111,16 @@ pub(crate) enum Command {
     },
     /// Call a plugin's method with JSON.
     Call(CallArgs),
+    /// Say what would happen, and why, without doing it.
+    Explain {
+        #[command(subcommand)]
+        command: ExplainCommand,
+    },
+    /// Show circuit breakers, or close them.
+    Breaker {
+        #[command(subcommand)]
+        command: BreakerCommand,
+    },
     /// Work on plugins as their author.
     Plugin {
         #[command(subcommand)]
@@ -131,6 +143,65 @@ pub(crate) struct CallArgs {
     /// The socket of calls [default: as the supervisor says].
     #[arg(long, value_name = "PATH", env = "PLUGVISOR_CALLS", hide_env_values = true)]
     pub(crate) calls_socket: Option<PathBuf>,
+}
+
+/// Which lines.
+#[derive(Args, Debug)]
+pub(crate) struct LogFilter {
+    /// Only lines since then: a time such as 2026-11-23T08:00:00Z, or how long ago, such as 10m.
+    #[arg(long, value_name = "TIME", value_parser = parse_moment)]
+    pub(crate) since: Option<prost_types::Timestamp>,
+    /// Only lines before then, written like --since.
+    #[arg(long, value_name = "TIME", value_parser = parse_moment)]
+    pub(crate) until: Option<prost_types::Timestamp>,
+    /// Only what was printed on this stream.
+    #[arg(long, value_enum, value_name = "STREAM")]
+    pub(crate) stream: Option<Stream>,
+    /// Only lines that this regular expression matches somewhere.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) grep: Option<String>,
+    /// Only lines of this generation, that is of one load of the plugin.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) generation: Option<u64>,
+}
+
+/// Where a plugin printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ExplainCommand {
+    /// Follow a call through route, grants, provider, limit and breaker; exit code 1 when it would be refused.
+    Call(ExplainCallArgs),
+}
+
+/// Which call.
+#[derive(Args, Debug)]
+pub(crate) struct ExplainCallArgs {
+    /// Who would call: a plugin's name, or local for an application of yours.
+    pub(crate) from: String,
+    /// The method, as package.Service/Method.
+    #[arg(value_name = "SERVICE/METHOD")]
+    pub(crate) method: String,
+    /// The token that would select the provider.
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) token: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BreakerCommand {
+    /// Show every breaker with its counts.
+    List,
+    /// Close a breaker, or every one; an event says who did it.
+    Reset {
+        /// The plugin's name; without it, every plugin's breaker.
+        plugin: Option<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -158,6 +229,16 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     milliseconds.filter(|ms| *ms > 0).map(Duration::from_millis).ok_or_else(|| "must be more than 0".to_owned())
 }
 
+/// Reads "2026-11-23T08:00:00Z", or "10m" for ten minutes ago.
+fn parse_moment(text: &str) -> Result<prost_types::Timestamp, String> {
+    if let Ok(ago) = parse_duration(text) {
+        let then = SystemTime::now().checked_sub(ago).ok_or_else(|| "is before all time".to_owned())?;
+        return Ok(then.into());
+    }
+    text.parse()
+        .map_err(|_| "write a time such as 2026-11-23T08:00:00Z, or how long ago, such as 30s, 10m or 2h".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -177,5 +258,13 @@ mod tests {
         assert!(parse_duration("s").is_err());
         assert!(parse_duration("0s").is_err());
         assert!(parse_duration("99999999999999999h").is_err());
+    }
+
+    #[test]
+    fn moments_are_times_or_ages() {
+        assert_eq!(parse_moment("1970-01-01T00:01:00Z").unwrap().seconds, 60);
+        let now = prost_types::Timestamp::from(SystemTime::now()).seconds;
+        assert!((3600..3660).contains(&(now - parse_moment("1h").unwrap().seconds)));
+        assert!(parse_moment("yesterday").unwrap_err().contains("10m"));
     }
 }

@@ -1,8 +1,10 @@
 //! The commands, one module each.
 
+pub(crate) mod breaker;
 pub(crate) mod call;
 pub(crate) mod describe;
 pub(crate) mod events;
+pub(crate) mod explain;
 pub(crate) mod follow;
 pub(crate) mod life;
 pub(crate) mod logs;

@@ -18,8 +18,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::admin::Admin;
-use crate::args::{Cli, Command, PluginCommand};
-use crate::command::{call, describe, events, life, logs, run, status, validate};
+use crate::args::{BreakerCommand, Cli, Command, ExplainCommand, PluginCommand};
+use crate::command::{breaker, call, describe, events, explain, life, logs, run, status, validate};
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
 
@@ -68,10 +68,17 @@ async fn ask(
         Command::Events { follow, plugin, type_prefix, after } => {
             events::events(admin, output, events::Filter { follow, plugin, type_prefix, after }).await
         }
-        Command::Logs { follow, tail, name } => logs::logs(admin, output, name.as_deref(), tail, follow).await,
+        Command::Logs { follow, tail, filter, name } => {
+            logs::logs(admin, output, name.as_deref(), tail, follow, filter).await
+        }
         Command::Load { plugin } => life::load(admin, output, &plugin).await,
         Command::Unload { name } => life::unload(admin, output, &name).await,
         Command::Restart { name } => life::restart(admin, output, &name).await,
         Command::Call(arguments) => call::call(admin, output, &arguments, timeout).await,
+        Command::Explain { command: ExplainCommand::Call(arguments) } => explain::call(admin, output, &arguments).await,
+        Command::Breaker { command: BreakerCommand::List } => breaker::list(admin, output).await,
+        Command::Breaker { command: BreakerCommand::Reset { plugin } } => {
+            breaker::reset(admin, output, plugin.as_deref()).await
+        }
     }
 }

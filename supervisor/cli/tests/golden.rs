@@ -97,6 +97,50 @@ fn logs() {
 }
 
 #[test]
+fn log_filters_reach_the_supervisor() {
+    let fake = Fake::start();
+    let arguments = [
+        &["logs", "markdown", "-n", "5", "--since", "2026-11-23T05:30:00Z", "--until", "2026-11-23T06:00:00Z"][..],
+        &["--stream", "stderr", "--grep", "a.b", "--generation", "7", "-o", "name"],
+    ];
+    let text = run(&fake, &arguments.concat(), "");
+    for part in ["tail: 5", "seconds: 1795411800", "seconds: 1795413600", "Stderr", "\"a.b\"", "generation: 7"] {
+        assert!(text.contains(part), "no {part}: {text}");
+    }
+    let wrong = run(&fake, &["logs", "--since", "yesterday"], "");
+    assert!(wrong.contains("how long ago") && wrong.ends_with("--- exit 2\n"), "{wrong}");
+}
+
+#[test]
+fn explain() {
+    let explain = ["explain", "call", "gallery", "acme.v1.A/Get"];
+    hold_commands(
+        "explain.txt",
+        &[
+            &explain,
+            &[&explain[..], &["--token", "blue"]].concat(),
+            &[&explain[..], &["-o", "jsonl"]].concat(),
+            &["explain", "call", "nobody", "acme.v1.A/Get"],
+        ],
+    );
+}
+
+#[test]
+fn breaker() {
+    hold_commands(
+        "breaker.txt",
+        &[
+            &["breaker", "list"],
+            &["breaker", "list", "-o", "jsonl"],
+            &["breaker", "reset", "markdown"],
+            &["breaker", "reset", "thumbnailer"],
+            &["breaker", "reset"],
+            &["breaker", "reset", "nobody"],
+        ],
+    );
+}
+
+#[test]
 fn life() {
     hold_commands(
         "life.txt",

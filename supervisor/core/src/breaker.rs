@@ -164,6 +164,18 @@ impl Breaker {
         }
     }
 
+    /// Closes it by an operator's word, with every count back at zero; `None` when it was closed, whose counts go too.
+    /// Calls under way are not judged any more.
+    pub fn reset(&mut self, now: Time) -> Option<Transition> {
+        match self.inner {
+            Inner::Closed => {
+                self.close();
+                None
+            }
+            Inner::Open { .. } | Inner::HalfOpen { .. } => Some(self.closed(now)),
+        }
+    }
+
     /// The breaker as reports show it.
     #[must_use]
     pub fn snapshot(&self, now: Time) -> Snapshot {

@@ -3,6 +3,7 @@
 //! Owns the rules of reach. It does not know sockets, breakers or how the caller was identified: the broker knows the
 //! caller by its connection and says so in [`Caller`]. A decision that lets the call pass allocates nothing.
 
+mod explain;
 mod hops;
 mod table;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use std::fmt;
 use plugvisor_package::{Capability, PluginName};
 
 pub use self::{
+    explain::{Explanation, Finding, Step, explain},
     hops::{MAX_HOPS, check_hops, extend_hops},
     table::{Availability, Export, Plugin, Provider, RouteTable, Service},
 };
@@ -177,7 +179,7 @@ pub fn route<'t>(
     token: Option<&str>,
     hops: Option<&str>,
 ) -> Result<Decision<'t>, Refusal> {
-    if RESERVED.iter().any(|package| service.starts_with(package)) {
+    if is_reserved(service) {
         return host(caller, service);
     }
     let provider = choose(table, caller, service, token)?;
@@ -194,6 +196,10 @@ pub fn route<'t>(
 /// below `plugvisor`, such as `plugvisor.examples`, are plugins' as any other.
 const RESERVED: [&str; 6] =
     ["grpc.", "plugvisor.admin.", "plugvisor.broker.", "plugvisor.event.", "plugvisor.host.", "plugvisor.worker."];
+
+fn is_reserved(service: &str) -> bool {
+    RESERVED.iter().any(|package| service.starts_with(package))
+}
 
 /// The names that the supervisor keeps for itself.
 fn host<'t>(caller: Caller<'_>, service: &str) -> Result<Decision<'t>, Refusal> {

@@ -5,7 +5,7 @@ use plugvisor_proto::admin::v1::{LogStream, ReadLogsRequest, ReadLogsResponse};
 use tonic::transport::Channel;
 
 use crate::admin::Admin;
-use crate::args::Format;
+use crate::args::{Format, LogFilter, Stream};
 use crate::command::follow::{Follower, report_missed};
 use crate::failure::Failure;
 use crate::output::Output;
@@ -19,8 +19,24 @@ pub(crate) async fn logs(
     plugin: Option<&str>,
     tail: u32,
     follow: bool,
+    filter: LogFilter,
 ) -> Result<(), Failure> {
-    let question = ReadLogsRequest { plugin: plugin.unwrap_or_default().to_owned(), follow, tail };
+    let LogFilter { since, until, stream, grep, generation } = filter;
+    let stream = match stream {
+        None => LogStream::Unspecified,
+        Some(Stream::Stdout) => LogStream::Stdout,
+        Some(Stream::Stderr) => LogStream::Stderr,
+    };
+    let question = ReadLogsRequest {
+        plugin: plugin.unwrap_or_default().to_owned(),
+        follow,
+        tail,
+        since,
+        until,
+        stream: stream.into(),
+        pattern: grep.unwrap_or_default(),
+        generation: generation.unwrap_or(0),
+    };
     let call = |mut client: AdminClient<Channel>, question| async move { client.read_logs(question).await };
     let mut follower = Follower::start(admin, output, "logs", follow, question, call).await?;
     while let Some(entry) = follower.next().await? {
@@ -49,5 +65,5 @@ fn line(entry: &ReadLogsResponse, with_plugin: bool) -> Line {
         line = line.add(Style::Title, format!("{}/{} ", entry.plugin, entry.generation));
     }
     line = line.add(style, stream).add(Style::Plain, format!(" {}", entry.line));
-    if entry.truncated { line.add(Style::Warning, " [cut: the line is longer than the limit]") } else { line }
+    if entry.continues { line.add(Style::Warning, " [the line goes on]") } else { line }
 }

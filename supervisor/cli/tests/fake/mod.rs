@@ -6,11 +6,13 @@ use std::time::{Duration, SystemTime};
 
 use plugvisor_proto::admin::v1::admin_server::{Admin, AdminServer};
 use plugvisor_proto::admin::v1::{
-    CapabilityState, Control, DescribePluginRequest, DescribePluginResponse, GetStatusRequest, GetStatusResponse,
-    HostFeature, LastExit, LoadPluginRequest, LoadPluginResponse, LogStream, PluginState, PluginStatus,
-    ReadLogsRequest, ReadLogsResponse, ResolveServiceRequest, ResolveServiceResponse, RestartPluginRequest,
-    RestartPluginResponse, ServiceState, SupervisorStatus, Transition, UnloadPluginRequest, UnloadPluginResponse,
-    WatchEventsRequest, WatchEventsResponse,
+    BreakerStatus, CallStep, CapabilityState, Control, DescribePluginRequest, DescribePluginResponse,
+    ExplainCallRequest, ExplainCallResponse, GetStatusRequest, GetStatusResponse, HostFeature, LastExit,
+    ListBreakersRequest, ListBreakersResponse, LoadPluginRequest, LoadPluginResponse, LogStream, PluginState,
+    PluginStatus, ReadLogsRequest, ReadLogsResponse, ResetBreakersRequest, ResetBreakersResponse,
+    ResolveServiceRequest, ResolveServiceResponse, RestartPluginRequest, RestartPluginResponse, ServiceState,
+    StepOutcome, SupervisorStatus, Transition, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest,
+    WatchEventsResponse,
 };
 use plugvisor_proto::event::v1::{Event, Severity};
 use plugvisor_proto::host::v1::events_server::{Events, EventsServer};
@@ -268,15 +270,22 @@ impl Admin for Answers {
 
     type ReadLogsStream = Stream<ReadLogsResponse>;
 
-    async fn read_logs(&self, _: Request<ReadLogsRequest>) -> Result<Response<Self::ReadLogsStream>, Status> {
-        let line = |second, stream: LogStream, line: &str, truncated| {
+    async fn read_logs(&self, request: Request<ReadLogsRequest>) -> Result<Response<Self::ReadLogsStream>, Status> {
+        let wanted = request.into_inner();
+        if !wanted.pattern.is_empty() {
+            // Every filter that was given shows in the answer.
+            let seen = format!("{wanted:?}");
+            let line = ReadLogsResponse { at: at(1), plugin: "markdown".into(), line: seen, ..Default::default() };
+            return Ok(Response::new(tokio_stream::iter(vec![Ok(line)])));
+        }
+        let line = |second, stream: LogStream, line: &str, continues| {
             Ok(ReadLogsResponse {
                 at: at(second),
                 plugin: "markdown".into(),
                 generation: 2,
                 stream: stream.into(),
                 line: line.into(),
-                truncated,
+                continues,
                 missed: 0,
             })
         };
@@ -300,6 +309,81 @@ impl Admin for Answers {
         };
         Ok(Response::new(ResolveServiceResponse { plugin: "announcer".into(), descriptor_set }))
     }
+
+    async fn explain_call(
+        &self,
+        request: Request<ExplainCallRequest>,
+    ) -> Result<Response<ExplainCallResponse>, Status> {
+        let ExplainCallRequest { from, service, method, token } = request.into_inner();
+        if from == "nobody" {
+            return Err(not_found(&from));
+        }
+        let allowed = token == "blue";
+        let step = |name: &str, outcome: StepOutcome, detail: &str| CallStep {
+            name: name.into(),
+            outcome: outcome.into(),
+            detail: detail.into(),
+        };
+        let (grant, after) = if allowed {
+            (StepOutcome::Passes, StepOutcome::Skipped)
+        } else {
+            (StepOutcome::Refuses, StepOutcome::NotReached)
+        };
+        let steps = vec![
+            step("service", StepOutcome::Passes, &format!("{service} by {HOSTILE}")),
+            step("grant", grant, &format!("asked by {from} for {method}")),
+            step("guard", StepOutcome::Inactive, "no guards"),
+            step("breaker", after, ""),
+        ];
+        let answer = ExplainCallResponse { steps, allowed, ..Default::default() };
+        Ok(Response::new(if allowed {
+            ExplainCallResponse { provider: "thumbnailer".into(), ..answer }
+        } else {
+            ExplainCallResponse {
+                reason: "caller_not_allowed".into(),
+                message: "plugin gallery called acme.v1.A without the capability api:internal-calls".into(),
+                hint: "add api:internal-calls to its grants".into(),
+                ..answer
+            }
+        }))
+    }
+
+    async fn list_breakers(&self, _: Request<ListBreakersRequest>) -> Result<Response<ListBreakersResponse>, Status> {
+        Ok(Response::new(ListBreakersResponse { breakers: breakers() }))
+    }
+
+    async fn reset_breakers(
+        &self,
+        request: Request<ResetBreakersRequest>,
+    ) -> Result<Response<ResetBreakersResponse>, Status> {
+        let ResetBreakersRequest { plugin } = request.into_inner();
+        let before: Vec<_> =
+            breakers().into_iter().filter(|breaker| plugin.is_empty() || breaker.plugin == plugin).collect();
+        if before.is_empty() { Err(not_found(&plugin)) } else { Ok(Response::new(ResetBreakersResponse { before })) }
+    }
+}
+
+fn breakers() -> Vec<BreakerStatus> {
+    let open = BreakerStatus {
+        plugin: "markdown".into(),
+        generation: 2,
+        state: "open".into(),
+        consecutive_failures: 5,
+        calls: 9,
+        failed: 6,
+        slow: 1,
+        retry_after: Some(prost_types::Duration { seconds: 42, nanos: 0 }),
+        in_flight: 0,
+    };
+    let closed = BreakerStatus {
+        plugin: "thumbnailer".into(),
+        generation: 1,
+        state: "closed".into(),
+        calls: 12,
+        in_flight: 3,
+        ..BreakerStatus::default()
+    };
+    vec![open, closed]
 }
 
 fn number(value: f64) -> Value {

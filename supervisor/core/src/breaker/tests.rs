@@ -466,3 +466,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_operator_closes_it_and_every_count_begins_anew() {
+    let mut breaker = Breaker::new(Settings { failure_threshold: 2, recovery_spread: 0.0, ..Settings::default() }, 1);
+    assert_eq!(breaker.reset(at(0)), None, "it was closed");
+    let permits = [breaker.admit(at(1)).unwrap(), breaker.admit(at(1)).unwrap(), breaker.admit(at(1)).unwrap()];
+    let [one, two, late] = permits;
+    assert_eq!(breaker.record(one, Outcome::Failure, ms(1), at(2)), None);
+    assert!(matches!(breaker.record(two, Outcome::Failure, ms(1), at(3)), Some(Transition::Opened { .. })));
+    assert!(breaker.admit(at(4)).is_err());
+    assert_eq!(breaker.reset(at(13)), Some(Transition::Closed { open: ms(10) }));
+    let snapshot = breaker.snapshot(at(13));
+    assert_eq!((snapshot.position, snapshot.consecutive_failures, snapshot.window.calls), (Position::Closed, 0, 0));
+    // A call from before the reset judges nothing; one failure alone does not open it again.
+    assert_eq!(breaker.record(late, Outcome::Failure, ms(1), at(14)), None);
+    let next = breaker.admit(at(15)).unwrap();
+    assert_eq!(breaker.record(next, Outcome::Failure, ms(1), at(16)), None);
+}

@@ -185,6 +185,13 @@ pub enum BreakerEvent {
         /// Since it first opened.
         open_ms: u64,
     },
+    /// An operator closed it.
+    Forced {
+        /// Who: "uid 1000".
+        actor: String,
+        /// Where it stood before.
+        from: &'static str,
+    },
 }
 
 impl From<Transition> for BreakerEvent {
@@ -326,6 +333,8 @@ group!(BreakerEvent {
         "see `plugvisor logs` for why its calls fail; the breaker tries again by itself";
     Self::HalfOpened {} => "breaker.half_opened", Severity::Info, "open_time_passed", "";
     Self::Closed { .. } => "breaker.closed", Severity::Info, "recovered", "";
+    Self::Forced { .. } => "breaker.forced", Severity::Warning, "reset",
+        "if its calls go on failing, it opens again";
 });
 group!(ResourceEvent {
     Self::OomKilled { .. } => "resource.oom_killed", Severity::Error, "limit",

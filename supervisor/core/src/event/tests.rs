@@ -81,6 +81,7 @@ fn samples() -> Vec<Event> {
         BrokerEvent::OverloadShed { calls: 1 }.into(),
         BreakerEvent::HalfOpened {}.into(),
         BreakerEvent::Closed { open_ms: 1 }.into(),
+        BreakerEvent::Forced { actor: "uid 1000".into(), from: "open" }.into(),
         BreakerEvent::Opened { cause: "failure_rate", rate: 0.5, slow_rate: 0.0, calls: 20, open_ms: 1 }.into(),
         ResourceEvent::OomKilled { limit_bytes: None }.into(),
         ResourceEvent::LogsDropped { lines: 1 }.into(),

@@ -4,8 +4,8 @@ use plugvisor_package::{Capability, PluginName};
 use proptest::prelude::*;
 
 use super::{
-    Availability, Caller, Decision, Export, HostModule, MAX_HOPS, Plugin, PluginCaller, Reason, RouteTable, Service,
-    check_hops, extend_hops, route,
+    Availability, Caller, Decision, Explanation, Export, Finding, HostModule, MAX_HOPS, Plugin, PluginCaller, Reason,
+    RouteTable, Service, Step, check_hops, explain, extend_hops, route,
 };
 use crate::{CapabilitySet, Generation};
 
@@ -265,5 +265,72 @@ proptest! {
             let on_path = hops.iter().flat_map(|path| path.split(',')).any(|hop| hop == provider.name().as_str());
             prop_assert!(!on_path);
         }
+    }
+}
+
+/// The step that refuses, or `None`; and that what comes before passes and what comes after is not reached.
+fn refusing_step(caller: Caller<'_>, service: &str, token: Option<&str>) -> Option<Step> {
+    let table = table();
+    let Explanation { verdict, steps } = explain(&table, caller, service, token);
+    assert_eq!(verdict, route(&table, caller, service, token, None), "the verdict is the router's own");
+    let refused: Vec<Step> =
+        steps.iter().filter(|(_, finding)| *finding == Finding::Refused).map(|(step, _)| *step).collect();
+    assert_eq!(refused.len(), usize::from(verdict.is_err()), "one step refuses, or none: {steps:?}");
+    assert_eq!(steps.iter().map(|(step, _)| *step).collect::<Vec<_>>(), Step::ALL);
+    for (step, finding) in &steps {
+        let reached = refused.first().is_none_or(|refused| step <= refused);
+        assert_eq!(*finding != Finding::NotReached, reached, "{step}: {finding:?}");
+    }
+    refused.first().copied()
+}
+
+#[test]
+fn an_explanation_names_the_step_that_decides() {
+    let usual = caller("gamma", &[Capability::InternalCalls], &[]);
+    let mute = caller("gamma", &[], &["alpha"]);
+    let alpha = caller("alpha", &[Capability::InternalCalls], &[]);
+    let table = [
+        (&usual, "acme.Open", None, None),
+        (&usual, "acme.Twice", Some("b"), None),
+        (&usual, "acme.Nothing", None, Some(Step::Service)),
+        (&usual, "plugvisor.admin.v1.Admin", None, Some(Step::Service)),
+        (&mute, "acme.Open", None, Some(Step::Grant)),
+        (&usual, "plugvisor.host.v1.Events", None, Some(Step::Grant)),
+        (&usual, "acme.Twice", None, Some(Step::Token)),
+        (&usual, "acme.Twice", Some("c"), Some(Step::Token)),
+        (&usual, "acme.Private", None, Some(Step::Export)),
+        (&usual, "acme.Friends", None, Some(Step::Export)),
+        (&usual, "acme.Guarded", None, Some(Step::Export)),
+        (&alpha, "acme.Open", None, Some(Step::Hops)),
+        (&usual, "acme.Down", None, Some(Step::Provider)),
+    ];
+    for (who, service, token, step) in table {
+        assert_eq!(refusing_step(Caller::Plugin(who), service, token), step, "{} {service} {token:?}", who.name);
+    }
+    let local = Caller::Local { uid: 1000 };
+    assert_eq!(refusing_step(local, "acme.Open", None), None);
+    assert_eq!(refusing_step(local, "acme.Private", None), Some(Step::Export));
+    assert_eq!(refusing_step(local, "plugvisor.host.v1.Events", None), Some(Step::Grant));
+}
+
+proptest! {
+    #[test]
+    fn an_explanation_never_disagrees_with_the_router(
+        who in prop::sample::select(vec!["alpha", "beta", "gamma", "down"]),
+        internal in any::<bool>(),
+        temp in any::<bool>(),
+        friend in any::<bool>(),
+        service in prop::sample::select(vec![
+            "acme.Open", "acme.Private", "acme.Friends", "acme.Guarded", "acme.Twice", "acme.Down", "acme.No",
+            "grpc.health.v1.Health", "plugvisor.host.v1.Events",
+        ]),
+        token in prop::option::of(prop::sample::select(vec!["a", "b", "z", ""])),
+        local in any::<bool>(),
+    ) {
+        let held = [(internal, Capability::InternalCalls), (temp, Capability::WriteTemp)];
+        let granted: Vec<Capability> = held.iter().filter(|(held, _)| *held).map(|(_, c)| *c).collect();
+        let plugin = caller(who, &granted, if friend { &["alpha"] } else { &[] });
+        let who = if local { Caller::Local { uid: 7 } } else { Caller::Plugin(&plugin) };
+        refusing_step(who, service, token);
     }
 }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use plugvisor_core::{
-    Severity,
+    Severity, breaker,
     event::ExitKind,
     lifecycle::{Loaded, State},
     policy::Verdict,
@@ -14,8 +14,8 @@ use plugvisor_core::{
 use plugvisor_package::IsolationLevel;
 use plugvisor_proto::{
     admin::v1::{
-        CapabilityState, Control, DescribePluginResponse, HostFeature, LastExit, LogStream, PluginState, PluginStatus,
-        ReadLogsResponse, ServiceState, SupervisorStatus, Transition,
+        BreakerStatus, CapabilityState, Control, DescribePluginResponse, HostFeature, LastExit, LogStream, PluginState,
+        PluginStatus, ReadLogsResponse, ServiceState, SupervisorStatus, Transition,
     },
     event::v1::{Event, Severity as WireSeverity},
 };
@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::wire;
 use crate::{
-    broker::Snapshot,
+    broker::{ProviderSnapshot, Snapshot},
     calls,
     driver::{ExitView, PluginView, TransitionView},
     events::Record,
@@ -243,9 +243,26 @@ pub(super) fn event(record: &Record, source: &str) -> Event {
     }
 }
 
+/// A provider's breaker.
+pub(super) fn breaker(provider: &ProviderSnapshot) -> BreakerStatus {
+    let ProviderSnapshot { identity, ready: _, breaker, in_flight, limits: _, connected: _ } = provider;
+    let breaker::Snapshot { position, consecutive_failures, window, retry_after } = *breaker;
+    BreakerStatus {
+        plugin: identity.name.to_string(),
+        generation: identity.generation.0,
+        state: position.as_str().to_owned(),
+        consecutive_failures,
+        calls: window.calls,
+        failed: window.failed,
+        slow: window.slow,
+        retry_after: if retry_after.is_zero() { None } else { wire::duration(retry_after) },
+        in_flight: u32::try_from(*in_flight).unwrap_or(u32::MAX),
+    }
+}
+
 /// A line of a plugin's log. `missed`: lines that this reader did not get before it.
 pub(super) fn log_line(line: &LogLine, missed: u64) -> ReadLogsResponse {
-    let LogLine { at, plugin, generation, stream, line, truncated, dropped_before } = line;
+    let LogLine { at, plugin, generation, stream, line, continues, dropped_before } = line;
     let stream = match stream {
         logs::LogStream::Stdout => LogStream::Stdout,
         logs::LogStream::Stderr => LogStream::Stderr,
@@ -256,7 +273,7 @@ pub(super) fn log_line(line: &LogLine, missed: u64) -> ReadLogsResponse {
         generation: *generation,
         stream: stream.into(),
         line: line.clone(),
-        truncated: *truncated,
+        continues: *continues,
         missed: missed + dropped_before,
     }
 }

@@ -5,6 +5,8 @@
 
 mod convert;
 pub mod error;
+mod explain;
+mod read_logs;
 mod service;
 pub mod wire;
 

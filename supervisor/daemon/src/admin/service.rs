@@ -1,18 +1,21 @@
 //! The RPCs of `plugvisor.admin.v1.Admin`.
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc};
 
 use futures_util::Stream;
 use plugvisor_core::{
-    Code, Error,
-    route::{self, Caller, Decision},
+    CapabilitySet, Code, Error,
+    breaker::Position,
+    event::BreakerEvent,
+    route::{self, Caller, Decision, PluginCaller},
 };
 use plugvisor_package::PluginName;
 use plugvisor_proto::admin::v1::{
-    DescribePluginRequest, DescribePluginResponse, GetStatusRequest, GetStatusResponse, LoadPluginRequest,
-    LoadPluginResponse, PluginStatus, ReadLogsRequest, ReadLogsResponse, ResolveServiceRequest, ResolveServiceResponse,
-    RestartPluginRequest, RestartPluginResponse, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest,
-    WatchEventsResponse, admin_server::Admin,
+    DescribePluginRequest, DescribePluginResponse, ExplainCallRequest, ExplainCallResponse, GetStatusRequest,
+    GetStatusResponse, ListBreakersRequest, ListBreakersResponse, LoadPluginRequest, LoadPluginResponse, PluginStatus,
+    ReadLogsRequest, ReadLogsResponse, ResetBreakersRequest, ResetBreakersResponse, ResolveServiceRequest,
+    ResolveServiceResponse, RestartPluginRequest, RestartPluginResponse, UnloadPluginRequest, UnloadPluginResponse,
+    WatchEventsRequest, WatchEventsResponse, admin_server::Admin,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,13 +24,14 @@ use tonic::{Request, Response, Status, transport::server::UdsConnectInfo};
 use super::{
     convert,
     error::{refused, status},
+    explain::{self, From, Question},
 };
 use crate::{
     broker::Snapshot,
-    driver::PluginView,
+    driver::{PluginView, would_be_granted},
+    events::Subject,
     fleet::Wish,
-    journal::{Batch, Journal},
-    logs::LogLine,
+    journal::Batch,
     supervisor::Supervisor,
 };
 
@@ -43,7 +47,7 @@ const MAX_TEXT: usize = 4096;
 /// The service. Clones share the state.
 #[derive(Clone, Debug)]
 pub struct AdminService {
-    state: Arc<Supervisor>,
+    pub(super) state: Arc<Supervisor>,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -59,6 +63,38 @@ impl AdminService {
         self.state.shared.calls.broker().snapshot().await.unwrap_or_default()
     }
 
+    /// The plugin as a caller. What it would hold is judged when it has not been loaded yet.
+    fn caller(&self, name: &str) -> Result<From, Status> {
+        let handle = self.state.fleet.find(name).map_err(|error| status(&error))?;
+        let view = Arc::clone(&handle.view.borrow());
+        let Some(bundle) = &view.bundle else {
+            let hint = format!("`plugvisor describe {name}` says what is wrong with it");
+            return Err(status(&Error::new(
+                Code::PluginNotLoaded,
+                format!("{name} was rejected and calls nobody"),
+                hint,
+            )));
+        };
+        let manifest = &bundle.manifest;
+        let config = self.state.config.plugin(&manifest.name);
+        let granted = match &view.verdict {
+            Some(verdict) => Some(verdict.granted),
+            None => would_be_granted(manifest, &handle.source, &config),
+        };
+        let about = if view.process.is_some() {
+            Ok(format!("plugin {name}, generation {}", view.generation))
+        } else {
+            Err(format!("plugin {name} is {} and calls nobody now; judged as if it ran", view.state.name()))
+        };
+        let caller = PluginCaller {
+            name: manifest.name.clone(),
+            generation: view.generation,
+            granted: granted.unwrap_or(CapabilitySet::EMPTY),
+            dependencies: manifest.dependencies.iter().map(|dependency| dependency.name.clone()).collect(),
+        };
+        Ok(From::Plugin { caller, about })
+    }
+
     async fn wish(&self, wish: Wish, name: &str) -> Result<PluginStatus, Status> {
         bounded(name)?;
         let view = self.state.fleet.wish(wish, name).await.map_err(|error| status(&error))?;
@@ -66,7 +102,12 @@ impl AdminService {
     }
 }
 
-fn bounded(text: &str) -> Result<(), Status> {
+/// The user who asks; the interceptor has let in nobody without one.
+fn asker<T>(request: &Request<T>) -> u32 {
+    request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred).map_or(0, |peer| peer.uid())
+}
+
+pub(super) fn bounded(text: &str) -> Result<(), Status> {
     if text.len() <= MAX_TEXT {
         return Ok(());
     }
@@ -192,66 +233,15 @@ impl Admin for AdminService {
     type ReadLogsStream = Answers<ReadLogsResponse>;
 
     async fn read_logs(&self, request: Request<ReadLogsRequest>) -> Result<Response<Self::ReadLogsStream>, Status> {
-        let ReadLogsRequest { plugin, follow, tail } = request.into_inner();
-        let only = if plugin.is_empty() {
-            None
-        } else {
-            let handle = self.state.fleet.find(&plugin).map_err(|error| status(&error))?;
-            let name = handle.view.borrow().name.parse::<PluginName>();
-            Some(name.map_err(|error| {
-                status(&Error::new(Code::RequestInvalid, error.to_string(), "a rejected bundle has no log"))
-            })?)
-        };
-        let logs = Arc::clone(&self.state.shared.logs);
-        let (sender, receiver) = mpsc::channel(1);
-        let stopped = self.state.stopped.clone();
-        tokio::spawn(stopped.run_until_cancelled_owned(async move {
-            let count = if tail == 0 { usize::MAX } else { usize::try_from(tail).unwrap_or(usize::MAX) };
-            let mut changed = logs.changed();
-            let mut places: BTreeMap<PluginName, (Arc<Journal<LogLine>>, u64)> = BTreeMap::new();
-            let mut first = true;
-            loop {
-                changed.mark_unchanged();
-                for name in only.clone().map_or_else(|| logs.plugins(), |name| vec![name]) {
-                    let journal = logs.journal(&name);
-                    let begin = if first { journal.before_last(count) } else { 0 };
-                    places.entry(name).or_insert((journal, begin));
-                }
-                let mut lines: Vec<(u64, Arc<LogLine>)> = Vec::new();
-                for (journal, after) in places.values_mut() {
-                    let Batch { mut missed, entries } = journal.read(*after, usize::MAX);
-                    for (number, line) in entries {
-                        *after = number;
-                        lines.push((std::mem::take(&mut missed), line));
-                    }
-                }
-                lines.sort_by_key(|(_, line)| line.at);
-                if std::mem::take(&mut first) && only.is_none() {
-                    // The tail is of all plugins together.
-                    lines.drain(..lines.len().saturating_sub(count));
-                }
-                for (missed, line) in lines {
-                    if sender.send(Ok(convert::log_line(&line, missed))).await.is_err() {
-                        return;
-                    }
-                }
-                if !follow {
-                    return;
-                }
-                tokio::select! {
-                    changed = changed.changed() => if changed.is_err() { return },
-                    () = sender.closed() => return,
-                }
-            }
-        }));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let answers = self.log_lines(request.into_inner())?;
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn resolve_service(
         &self,
         request: Request<ResolveServiceRequest>,
     ) -> Result<Response<ResolveServiceResponse>, Status> {
-        let uid = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred).map_or(0, |c| c.uid());
+        let uid = asker(&request);
         let ResolveServiceRequest { service, token } = request.into_inner();
         bounded(&service)?;
         bounded(&token)?;
@@ -274,5 +264,57 @@ impl Admin for AdminService {
             ))),
             Err(refusal) => Err(refused(&refusal)),
         }
+    }
+
+    async fn explain_call(
+        &self,
+        request: Request<ExplainCallRequest>,
+    ) -> Result<Response<ExplainCallResponse>, Status> {
+        let uid = asker(&request);
+        let ExplainCallRequest { from, service, method, token } = request.into_inner();
+        for text in [&from, &service, &method, &token] {
+            bounded(text)?;
+        }
+        let from = if from == "local" { From::Local { uid } } else { self.caller(&from)? };
+        let token = (!token.is_empty()).then_some(token.as_str());
+        let question = Question { from, service: &service, method: &method, token };
+        let plugins = self.state.fleet.plugins();
+        let calls = self.calls().await;
+        let table = self.state.shared.calls.table();
+        let view = |name: &str| plugins.get(name).map(|handle| Arc::clone(&handle.view.borrow()));
+        Ok(Response::new(explain::answer(&question, &table, &calls, view)))
+    }
+
+    async fn list_breakers(&self, _: Request<ListBreakersRequest>) -> Result<Response<ListBreakersResponse>, Status> {
+        let breakers = self.calls().await.providers.iter().map(convert::breaker).collect();
+        Ok(Response::new(ListBreakersResponse { breakers }))
+    }
+
+    async fn reset_breakers(
+        &self,
+        request: Request<ResetBreakersRequest>,
+    ) -> Result<Response<ResetBreakersResponse>, Status> {
+        let actor = format!("uid {}", asker(&request));
+        let ResetBreakersRequest { plugin } = request.into_inner();
+        bounded(&plugin)?;
+        let only = if plugin.is_empty() {
+            None
+        } else {
+            self.state.fleet.find(&plugin).map_err(|error| status(&error))?;
+            plugin.parse::<PluginName>().ok()
+        };
+        let stopped = |_| status(&Error::new(Code::Stopping, "the supervisor is stopping", "start it again"));
+        let before = self.state.shared.calls.broker().reset_breakers(only.clone()).await.map_err(stopped)?;
+        if before.is_empty() && only.is_some() {
+            let message = format!("{plugin} has no breaker, since it is not loaded");
+            let hint = format!("`plugvisor load {plugin}`; a new generation begins with a closed breaker");
+            return Err(status(&Error::new(Code::PluginNotLoaded, message, hint)));
+        }
+        for provider in before.iter().filter(|provider| provider.breaker.position != Position::Closed) {
+            let subject = Subject::Generation(provider.identity.name.clone(), provider.identity.generation);
+            let from = provider.breaker.position.as_str();
+            self.state.shared.events.publish(subject, BreakerEvent::Forced { actor: actor.clone(), from });
+        }
+        Ok(Response::new(ResetBreakersResponse { before: before.iter().map(convert::breaker).collect() }))
     }
 }

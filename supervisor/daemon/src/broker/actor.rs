@@ -3,6 +3,7 @@
 use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
 use plugvisor_core::route::RouteTable;
+use plugvisor_package::PluginName;
 use tokio::{
     sync::{mpsc, oneshot},
     task::{AbortHandle, JoinSet, spawn_local},
@@ -15,7 +16,7 @@ use super::{
     identity::PluginIdentity,
     provider::Provider,
     shared::Shared,
-    snapshot::Snapshot,
+    snapshot::{ProviderSnapshot, Snapshot},
 };
 
 /// Breakers that nobody calls change by time alone; this often is looked.
@@ -31,6 +32,7 @@ pub(super) enum Command {
     Drain(PluginIdentity, Duration, oneshot::Sender<Drained>),
     SetReady(PluginIdentity, bool, oneshot::Sender<()>),
     HealthProbeOk(PluginIdentity, oneshot::Sender<()>),
+    ResetBreakers(Option<PluginName>, oneshot::Sender<Vec<ProviderSnapshot>>),
     Snapshot(oneshot::Sender<Snapshot>),
     Stop(Duration, oneshot::Sender<usize>),
 }
@@ -126,6 +128,7 @@ impl Actor {
                 }
                 let _ = reply.send(());
             }
+            Command::ResetBreakers(only, reply) => drop(reply.send(self.reset_breakers(only.as_ref()))),
             Command::Snapshot(reply) => drop(reply.send(self.snapshot())),
             // Taken out by `run`.
             Command::Stop(_, reply) => drop(reply.send(0)),
@@ -160,10 +163,27 @@ impl Actor {
         }
     }
 
-    fn snapshot(&self) -> Snapshot {
-        let mut providers: Vec<_> =
-            self.shared.providers().iter().map(|provider| provider.snapshot(&self.shared)).collect();
+    /// Closes breakers; returns the providers as they were before.
+    fn reset_breakers(&self, only: Option<&PluginName>) -> Vec<ProviderSnapshot> {
+        let before = self.providers(only);
+        for provider in self.shared.providers() {
+            if only.is_none_or(|only| provider.identity.name == *only) {
+                provider.reset_breaker(&self.shared);
+            }
+        }
+        before
+    }
+
+    fn providers(&self, only: Option<&PluginName>) -> Vec<ProviderSnapshot> {
+        let providers = self.shared.providers();
+        let wanted = providers.iter().filter(|provider| only.is_none_or(|only| provider.identity.name == *only));
+        let mut providers: Vec<_> = wanted.map(|provider| provider.snapshot(&self.shared)).collect();
         providers.sort_by(|one, other| one.identity.cmp(&other.identity));
+        providers
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let providers = self.providers(None);
         Snapshot {
             calls: self.shared.metrics.calls(),
             rejected: self.shared.metrics.rejections(),

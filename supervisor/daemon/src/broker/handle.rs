@@ -6,6 +6,7 @@ use plugvisor_core::{
     breaker,
     route::{PluginCaller, RouteTable},
 };
+use plugvisor_package::PluginName;
 use tokio::{
     sync::{mpsc, oneshot},
     task::LocalSet,
@@ -18,7 +19,7 @@ use super::{
     host::HostService,
     identity::PluginIdentity,
     shared::Shared,
-    snapshot::Snapshot,
+    snapshot::{ProviderSnapshot, Snapshot},
 };
 
 /// Starts the broker.
@@ -196,6 +197,14 @@ impl BrokerHandle {
     /// [`Stopped`].
     pub async fn health_probe_ok(&self, provider: &PluginIdentity) -> Result<(), Stopped> {
         self.ask(|reply| Command::HealthProbeOk(provider.clone(), reply)).await
+    }
+
+    /// Closes the breakers of one plugin, or of every one, and returns the providers as they were before.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub async fn reset_breakers(&self, only: Option<PluginName>) -> Result<Vec<ProviderSnapshot>, Stopped> {
+        self.ask(|reply| Command::ResetBreakers(only, reply)).await
     }
 
     /// The figures now.

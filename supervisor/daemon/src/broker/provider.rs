@@ -170,6 +170,11 @@ impl Provider {
         self.tell_transition(shared, transition);
     }
 
+    pub(super) fn reset_breaker(&self, shared: &Shared) {
+        let transition = self.breaker.borrow_mut().reset(shared.time(Instant::now()));
+        self.tell_transition(shared, transition);
+    }
+
     pub(super) fn tick(&self, shared: &Shared, now: Instant) {
         let transition = self.breaker.borrow_mut().tick(shared.time(now));
         self.tell_transition(shared, transition);
@@ -181,6 +186,7 @@ impl Provider {
             ready: self.admission.get() == Admission::Ready,
             breaker: self.breaker.borrow().snapshot(shared.time(Instant::now())),
             in_flight: self.in_flight.get(),
+            limits: self.limits.clone(),
             connected: self.is_connected(),
         }
     }

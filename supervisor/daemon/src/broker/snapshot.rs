@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use plugvisor_core::breaker;
 
-use super::identity::PluginIdentity;
+use super::{config::CallLimits, identity::PluginIdentity};
 
 /// Upper bounds of the duration histogram's buckets; a last bucket without bound follows.
 pub const DURATION_BOUNDS: [Duration; 14] = [
@@ -81,6 +81,8 @@ pub struct ProviderSnapshot {
     pub breaker: breaker::Snapshot,
     /// Calls in flight.
     pub in_flight: usize,
+    /// The bounds of its calls.
+    pub limits: CallLimits,
     /// Whether a connection to it is open.
     pub connected: bool,
 }

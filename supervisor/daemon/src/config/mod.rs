@@ -25,6 +25,7 @@ use std::{
 use plugvisor_package::{Capability, PluginName, TrustTier};
 use plugvisor_sandbox::protocol::Control;
 
+pub(crate) use problem::nearest;
 pub use problem::{ConfigError, Problem};
 #[cfg(feature = "schema")]
 pub use schema::schema;

@@ -112,7 +112,7 @@ impl<'a> Problems<'a> {
 }
 
 /// The known name that is nearest to `given`, when one is near enough to be a slip.
-pub(super) fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
+pub(crate) fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
     // Names that strangers wrote are compared in full; keep that cheap.
     if given.len() > 128 {
         return None;

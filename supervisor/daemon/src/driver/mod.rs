@@ -46,6 +46,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
+pub(crate) use settings::would_be_granted;
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView, TransitionView};
 
 use self::{shown::describe, verify::Verified, worker::Worker};

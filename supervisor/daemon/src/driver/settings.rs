@@ -6,14 +6,17 @@ use std::time::Duration;
 use plugvisor_core::{
     CapabilitySet, breaker,
     lifecycle::LifePolicy,
-    policy::{Asked, Limits, Operator},
+    policy::{Asked, Limits, Operator, Policy},
     probe::ProbePolicy,
     restart::{RestartMode, RestartPolicy},
 };
 use plugvisor_package::{ByteSize, IsolationLevel, Manifest, TrustTier};
 use plugvisor_sandbox::protocol;
 
-use crate::config::{BreakerConfig, HealthConfig, LimitsConfig, PluginConfig, RestartConfig, defaults};
+use crate::{
+    config::{BreakerConfig, HealthConfig, LimitsConfig, PluginConfig, RestartConfig, defaults},
+    discovery::Source,
+};
 
 /// Restart, drain and grace.
 pub(super) fn life(config: &PluginConfig) -> LifePolicy {
@@ -96,6 +99,13 @@ pub(super) fn operator(tier: TrustTier, directory_grants: CapabilitySet, config:
             call_time: *call_timeout,
         },
     }
+}
+
+/// What a plugin of this manifest would be granted; `None` when the policy would not let it run.
+pub(crate) fn would_be_granted(manifest: &Manifest, source: &Source, config: &PluginConfig) -> Option<CapabilitySet> {
+    let verdict =
+        Policy::default().decide(&manifest.name, &asked(manifest), &operator(source.tier(), source.grants(), config));
+    verdict.ok().map(|verdict| verdict.granted)
 }
 
 /// The limits that the kernel holds.

@@ -200,7 +200,7 @@ async fn a_plugin_lives_dies_returns_and_leaves_nothing() {
     assert!(metrics.contains("plugvisor_plugin_exits_total{plugin=\"least\",cause=\"signal\"} 1\n"), "{metrics}");
     assert!(metrics.contains("plugvisor_plugin_state{plugin=\"least\",state=\"loaded\"} 1\n"), "{metrics}");
 
-    let request = ReadLogsRequest { plugin: "least".into(), follow: false, tail: 1 };
+    let request = ReadLogsRequest { plugin: "least".into(), tail: 1, ..ReadLogsRequest::default() };
     let mut lines = running.admin.read_logs(request).await.unwrap().into_inner();
     let line = lines.message().await.unwrap().expect("one line");
     assert_eq!((line.line.as_str(), line.generation), ("listening", 2));

@@ -3,6 +3,8 @@
 //! The pipes are always drained, so that no plugin blocks on its own log; what is over a plugin's rate is dropped and
 //! counted, and the next line that is kept says how many were. Lines are text for people: nothing here parses them.
 
+mod filter;
+
 use std::{
     collections::BTreeMap,
     os::fd::OwnedFd,
@@ -14,6 +16,7 @@ use plugvisor_core::{Generation, event::ResourceEvent};
 use plugvisor_package::PluginName;
 use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch, time::Instant};
 
+pub use self::filter::Filter;
 use crate::{
     bucket::{Bucket, Rate},
     events::{Events, Subject},
@@ -23,7 +26,7 @@ use crate::{
 /// Bounds of what is read and kept, for each plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogLimits {
-    /// The longest line; the rest of a longer one is dropped.
+    /// The longest line; a longer one is kept in pieces.
     pub line_bytes: usize,
     /// What is kept.
     pub kept: JournalLimits,
@@ -74,8 +77,8 @@ pub struct LogLine {
     pub stream: LogStream,
     /// The text, without its end of line; bytes that are not UTF-8 are replaced.
     pub line: String,
-    /// It was longer than the limit.
-    pub truncated: bool,
+    /// It was longer than the limit, and goes on in the next one of its stream.
+    pub continues: bool,
     /// Lines dropped before this one, because the plugin printed faster than its rate.
     pub dropped_before: u64,
 }
@@ -112,7 +115,7 @@ impl Logs {
         let mut buffer = vec![0; 16 * 1024];
         loop {
             let read = pipe.read(&mut buffer).await.unwrap_or(0);
-            let mut keep = |line: &[u8], truncated| {
+            let mut keep = |line: &[u8], continues| {
                 let Some(dropped_before) = rate.admit(line.len(), Instant::now()) else { return };
                 let line = String::from_utf8_lossy(line).into_owned();
                 tracing::info!(
@@ -124,7 +127,7 @@ impl Logs {
                     generation,
                     stream,
                     line,
-                    truncated,
+                    continues,
                     dropped_before,
                 };
                 journal.push(line.line.len() + 128, |_| line);
@@ -214,36 +217,36 @@ pub(crate) fn visible(line: &str) -> std::borrow::Cow<'_, str> {
 struct Lines {
     partial: Vec<u8>,
     most: usize,
-    /// The current line was over the limit and was handed on; its rest is skipped.
-    skipping: bool,
 }
 
 impl Lines {
     fn new(most: usize) -> Self {
-        Self { partial: Vec::new(), most, skipping: false }
+        Self { partial: Vec::new(), most }
     }
 
     fn feed(&mut self, mut bytes: &[u8], keep: &mut impl FnMut(&[u8], bool)) {
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
             self.take(&bytes[..end], keep);
-            if !std::mem::take(&mut self.skipping) {
-                let line = std::mem::take(&mut self.partial);
-                keep(line.strip_suffix(b"\r").unwrap_or(&line), false);
-            }
+            let line = std::mem::take(&mut self.partial);
+            keep(line.strip_suffix(b"\r").unwrap_or(&line), false);
             bytes = &bytes[end + 1..];
         }
         self.take(bytes, keep);
     }
 
-    fn take(&mut self, part: &[u8], keep: &mut impl FnMut(&[u8], bool)) {
-        if self.skipping {
-            return;
-        }
-        let room = self.most - self.partial.len();
-        self.partial.extend_from_slice(&part[..part.len().min(room)]);
-        if part.len() > room {
-            keep(&std::mem::take(&mut self.partial), true);
-            self.skipping = true;
+    fn take(&mut self, mut part: &[u8], keep: &mut impl FnMut(&[u8], bool)) {
+        loop {
+            let room = self.most - self.partial.len();
+            if part.len() <= room {
+                self.partial.extend_from_slice(part);
+                return;
+            }
+            self.partial.extend_from_slice(&part[..room]);
+            part = &part[room..];
+            // A piece ends between characters, so that none is shown as two broken halves.
+            let end = character_end(&self.partial);
+            let rest = self.partial.split_off(end);
+            keep(&std::mem::replace(&mut self.partial, rest), true);
         }
     }
 
@@ -252,6 +255,21 @@ impl Lines {
             keep(&std::mem::take(&mut self.partial), false);
         }
     }
+}
+
+/// Where the last whole UTF-8 character ends; the end of the bytes when they are no UTF-8 there.
+fn character_end(bytes: &[u8]) -> usize {
+    // A character has at most four bytes; the first of several is 11xxxxxx, the others are 10xxxxxx.
+    let from = bytes.len().saturating_sub(4);
+    let start = bytes[from..].iter().rposition(|byte| byte & 0b1100_0000 != 0b1000_0000).map(|at| from + at);
+    let Some(start) = start.filter(|start| *start > 0) else { return bytes.len() };
+    let length = match bytes[start] {
+        0b1100_0000..=0b1101_1111 => 2,
+        0b1110_0000..=0b1110_1111 => 3,
+        0b1111_0000..=0b1111_0111 => 4,
+        _ => 1,
+    };
+    if start + length > bytes.len() { start } else { bytes.len() }
 }
 
 /// What one pipe may still say, and what was dropped of it.
@@ -300,7 +318,7 @@ mod tests {
 
     fn lines(most: usize, parts: &[&[u8]]) -> Vec<(String, bool)> {
         let mut found = Vec::new();
-        let mut keep = |line: &[u8], truncated| found.push((String::from_utf8_lossy(line).into_owned(), truncated));
+        let mut keep = |line: &[u8], continues| found.push((String::from_utf8_lossy(line).into_owned(), continues));
         let mut lines = Lines::new(most);
         for part in parts {
             lines.feed(part, &mut keep);
@@ -310,13 +328,16 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_cut_at_their_ends_and_at_the_limit() {
+    fn lines_end_where_they_end_and_long_ones_are_split() {
         let line = |text: &str| (text.to_owned(), false);
         let cut = |text: &str| (text.to_owned(), true);
         assert_eq!(lines(8, &[b"a\nb", b"c\r\n\nlast"]), [line("a"), line("bc"), line(""), line("last")]);
-        assert_eq!(lines(4, &[b"12345", b"678\nnext\n"]), [cut("1234"), line("next")]);
+        assert_eq!(lines(4, &[b"12345", b"678\nnext\n"]), [cut("1234"), line("5678"), line("next")]);
+        assert_eq!(lines(4, &[b"1234567890"]), [cut("1234"), cut("5678"), line("90")]);
+        assert_eq!(lines(4, &["123ä5\n".as_bytes()]), [cut("123"), line("ä5")]);
+        assert_eq!(lines(4, &[b"\xff\xbf\xbf\xbf\xbf\xbf\n"]).len(), 2, "what is no UTF-8 is split all the same");
         assert_eq!(lines(4, &[b"1234\n1234", b"\n"]), [line("1234"), line("1234")]);
-        assert_eq!(lines(4, &[b"12", b"3456", b"78\n", b"\xff\n"]), [cut("1234"), line("\u{fffd}")]);
+        assert_eq!(lines(4, &[b"12", b"3456", b"78\n", b"\xff\n"]), [cut("1234"), line("5678"), line("\u{fffd}")]);
     }
 
     #[tokio::test(start_paused = true)]
