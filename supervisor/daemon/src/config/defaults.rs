@@ -16,6 +16,8 @@ pub const ROOT_RUNTIME_DIRECTORY: &str = "/run/plugvisor";
 pub const METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 4001);
 /// Whom root becomes.
 pub const USER: &str = "nobody";
+/// How long an embedded launcher outlives a supervisor that died.
+pub const LINGER: Duration = Duration::ZERO;
 
 /// From launch to ready, when neither the manifest nor the operator says.
 pub const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);

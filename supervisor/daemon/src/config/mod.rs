@@ -37,6 +37,8 @@ pub struct Config {
     pub file: Option<PathBuf>,
     /// The supervisor's own settings.
     pub supervisor: SupervisorConfig,
+    /// The plugins' parent.
+    pub launcher: LauncherConfig,
     /// Where bundles are looked for, in the order given.
     pub directories: Vec<DirectoryConfig>,
     /// Settings of single plugins; a plugin that is not here has [`PluginConfig::default`].
@@ -54,6 +56,21 @@ pub struct SupervisorConfig {
     pub user: String,
     /// Controls that may be missing on this host.
     pub allow_degraded: BTreeSet<Control>,
+}
+
+/// Which launcher is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LauncherConfig {
+    /// plugvisord starts it. It outlives plugvisord by this time, with its plugins; zero ends them with it.
+    Embedded {
+        /// Whole seconds.
+        linger: Duration,
+    },
+    /// It was started elsewhere and listens here. plugvisord never ends it.
+    External {
+        /// Absolute.
+        socket: PathBuf,
+    },
 }
 
 /// One directory of bundles.
@@ -186,6 +203,7 @@ impl Config {
                 user: defaults::USER.to_owned(),
                 allow_degraded: BTreeSet::new(),
             },
+            launcher: LauncherConfig::Embedded { linger: defaults::LINGER },
             directories: Vec::new(),
             plugins: BTreeMap::new(),
         }

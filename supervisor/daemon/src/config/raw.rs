@@ -20,6 +20,19 @@ pub(super) struct Supervisor {
     pub(super) allow_degraded: Option<Vec<String>>,
 }
 
+/// `[launcher]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Launcher {
+    /// Socket of a launcher that was started elsewhere, such as by systemd; its plugins outlive this supervisor.
+    /// Default: plugvisord starts a launcher of its own.
+    pub(super) socket: Option<PathBuf>,
+    /// How long the launcher that plugvisord starts keeps plugins running when plugvisord dies, so that a new plugvisord
+    /// finds them again: whole seconds, such as "30s", "5m" or "1h". Default: "0s", plugins end with plugvisord.
+    pub(super) linger: Option<String>,
+}
+
 /// `[[directory]]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

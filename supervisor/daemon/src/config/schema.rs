@@ -14,6 +14,8 @@ use super::raw;
 struct File {
     /// The supervisor's own settings.
     supervisor: Option<raw::Supervisor>,
+    /// The plugins' parent.
+    launcher: Option<raw::Launcher>,
     /// Where bundles are looked for.
     directory: Option<Vec<raw::Directory>>,
     /// Settings of single plugins, by name.

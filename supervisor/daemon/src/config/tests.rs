@@ -112,7 +112,7 @@ liveness_timeout_ms = 0
   line 21: plugin.gallery.limits.memory_bytes: invalid type: string "64M", expected u64
   line 22: plugin.gallery.limits.cpu_percent: 0 is too small; the least is 1
   line 24: plugin.gallery.health.liveness_timeout_ms: must be between 1 ms and one day (86400000)
-  line 26: plugins: unknown key; the tables are [supervisor], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
+  line 26: plugins: unknown key; the tables are [supervisor], [launcher], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
     assert_eq!(problems(text), expected);
 }
 
@@ -120,6 +120,24 @@ liveness_timeout_ms = 0
 fn addresses_off_the_loopback_are_refused() {
     let text = problems("[supervisor]\nmetrics_address = \"0.0.0.0:4001\"\n");
     assert!(text.contains("is not a loopback address"), "{text}");
+}
+
+#[test]
+fn a_launcher_is_ones_own_or_another_and_times_are_whole_seconds() {
+    let launcher = |text: &str| parse(&format!("[launcher]\n{text}")).unwrap().launcher;
+    let embedded = |seconds| LauncherConfig::Embedded { linger: Duration::from_secs(seconds) };
+    assert_eq!(launcher(""), embedded(0));
+    for (text, seconds) in [("0s", 0), ("30s", 30), ("5m", 300), ("24h", 86_400)] {
+        assert_eq!(launcher(&format!("linger = {text:?}")), embedded(seconds));
+    }
+    let external = LauncherConfig::External { socket: "/etc/plugvisor/launcher.sock".into() };
+    assert_eq!(launcher("socket = \"launcher.sock\""), external);
+    for text in ["", "s", "30", "+3s", "1.5s", "-1s", "500ms", "25h", "99999999999999999999s", "5é"] {
+        let text = problems(&format!("[launcher]\nlinger = {text:?}"));
+        assert!(text.contains("line 2: launcher.linger: ") && text.contains("write whole seconds"), "{text}");
+    }
+    let both = problems("[launcher]\nsocket = \"/run/l.sock\"\nlinger = \"30s\"");
+    assert!(both.contains("line 3: launcher.linger: is set where that launcher is started"), "{both}");
 }
 
 #[test]

@@ -16,8 +16,8 @@ use toml::{
 };
 
 use super::{
-    BreakerConfig, Config, DirectoryConfig, HealthConfig, LimitsConfig, LoadMode, PluginConfig, Problem, RestartConfig,
-    Surroundings, defaults,
+    BreakerConfig, Config, DirectoryConfig, HealthConfig, LauncherConfig, LimitsConfig, LoadMode, PluginConfig,
+    Problem, RestartConfig, Surroundings, defaults,
     problem::{Problems, nearest},
     raw,
     reader::{Section, into_table, section},
@@ -43,11 +43,12 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
     for (key, value) in document.into_inner() {
         match key.get_ref().as_ref() {
             "supervisor" => supervisor(&section("supervisor", value, &mut problems), base, &mut config, &mut problems),
+            "launcher" => launcher(&section("launcher", value, &mut problems), base, &mut config, &mut problems),
             "directory" => config.directories = directories(value, base, &mut problems),
             "plugin" => config.plugins = plugins(value, &mut problems),
             other => {
-                let suggestion = nearest(other, ["supervisor", "directory", "plugin"]);
-                let message = "unknown key; the tables are [supervisor], [[directory]] and [plugin.NAME]";
+                let suggestion = nearest(other, ["supervisor", "launcher", "directory", "plugin"]);
+                let message = "unknown key; the tables are [supervisor], [launcher], [[directory]] and [plugin.NAME]";
                 problems.suggest(&key.span(), other, message, suggestion);
             }
         }
@@ -90,6 +91,41 @@ fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config
         let (key, at) = (table.key("allow_degraded"), table.at("allow_degraded"));
         settings.allow_degraded = named(names, &known, "control", &key, at, problems);
     }
+}
+
+fn launcher(table: &Section<raw::Launcher>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
+    let raw::Launcher { socket, linger } = &table.value;
+    let time = linger.as_ref().and_then(|text| {
+        let time = whole_seconds(text).filter(|time| *time <= LONGEST);
+        if time.is_none() {
+            let message = format!("{text:?} is no time; write whole seconds up to a day, such as \"30s\" or \"5m\"");
+            problems.add(table.at("linger"), table.key("linger"), message);
+        }
+        time
+    });
+    match (socket, time) {
+        (Some(_), Some(time)) if !time.is_zero() => {
+            let message = "is set where that launcher is started (--linger), when socket names one";
+            problems.add(table.at("linger"), table.key("linger"), message);
+        }
+        (Some(path), _) => config.launcher = LauncherConfig::External { socket: absolute(base, path) },
+        (None, Some(linger)) => config.launcher = LauncherConfig::Embedded { linger },
+        (None, None) => {}
+    }
+}
+
+/// Reads "30s", "5m" and "1h".
+fn whole_seconds(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        _ => return None,
+    };
+    // No sign: `u64` would take a "+".
+    let number = number.bytes().all(|byte| byte.is_ascii_digit()).then_some(number)?;
+    Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(seconds)?))
 }
 
 fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems<'_>) -> Vec<DirectoryConfig> {
