@@ -49,6 +49,16 @@ impl BundleBuilder {
         )
     }
 
+    /// The plugin in Python, which knows no SDK: `plugvisor.test.v1.PolyglotService`.
+    #[must_use]
+    pub fn polyglot(name: &str) -> Self {
+        let mut bundle = Self::serving(name, &[], "plugvisor.test.v1.PolyglotService")
+            .set("/runtime/socket", "bind")
+            .capabilities(&["api:internal-calls"]);
+        bundle.entry = EntryFile::Bytes { bytes: include_bytes!("../plugins/polyglot").to_vec(), mode: 0o755 };
+        bundle
+    }
+
     fn serving(name: &str, args: &[&str], service: &str) -> Self {
         let manifest = json!({
             "name": name,

@@ -9,21 +9,36 @@ use anyhow::{Context, bail};
 
 use crate::steps;
 
-/// A program that a command needs, and the Debian package that has it.
+/// What a command needs, and the Debian package that has it.
 #[derive(Clone, Copy, Debug)]
 struct Tool {
-    program: &'static str,
+    /// A program's name, or the whole path of a file.
+    needs: &'static str,
     package: &'static str,
     needed_for: &'static str,
 }
 
-/// `demo` and `test` need only what building with Rust needs anyway.
-const BUILD: &[Tool] = &[Tool { program: "cc", package: "gcc", needed_for: "linking" }];
+/// `demo` needs only what building with Rust needs anyway.
+const BUILD: &[Tool] = &[Tool { needs: "cc", package: "gcc", needed_for: "linking" }];
+
+/// The plugin without an SDK is in Python; Debian's packages are where plugins see them.
+const TESTS: &[Tool] = &[
+    Tool {
+        needs: "/usr/lib/python3/dist-packages/grpc/__init__.py",
+        package: "python3-grpcio",
+        needed_for: "the test of a plugin without an SDK",
+    },
+    Tool {
+        needs: "/usr/lib/python3/dist-packages/google/protobuf/__init__.py",
+        package: "python3-protobuf",
+        needed_for: "the test of a plugin without an SDK",
+    },
+];
 
 /// The peers of `bench broker`.
 const PEERS: &[Tool] = &[
-    Tool { program: "haproxy", package: "haproxy", needed_for: "bench broker" },
-    Tool { program: "nginx", package: "nginx", needed_for: "bench broker" },
+    Tool { needs: "haproxy", package: "haproxy", needed_for: "bench broker" },
+    Tool { needs: "nginx", package: "nginx", needed_for: "bench broker" },
 ];
 
 /// Installs everything for every command.
@@ -32,6 +47,7 @@ const PEERS: &[Tool] = &[
 /// When something is missing and cannot be installed here; the message is the command to run.
 pub(crate) fn run() -> anyhow::Result<()> {
     install(BUILD)?;
+    install(TESTS)?;
     install(PEERS)
 }
 
@@ -43,6 +59,14 @@ pub(crate) fn for_build() -> anyhow::Result<()> {
     install(BUILD)
 }
 
+/// Installs what the tests need beside it.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_tests() -> anyhow::Result<()> {
+    install(TESTS)
+}
+
 /// Installs the peers of `bench broker`. A caller that can do without prints the error and goes on.
 ///
 /// # Errors
@@ -52,12 +76,12 @@ pub(crate) fn for_bench() -> anyhow::Result<()> {
 }
 
 fn install(tools: &[Tool]) -> anyhow::Result<()> {
-    let missing: Vec<Tool> = tools.iter().copied().filter(|tool| !is_installed(tool.program)).collect();
+    let missing: Vec<Tool> = tools.iter().copied().filter(|tool| !is_installed(tool.needs)).collect();
     if missing.is_empty() {
         return Ok(());
     }
     let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
-    let names: Vec<String> = missing.iter().map(|tool| format!("{} ({})", tool.program, tool.needed_for)).collect();
+    let names: Vec<String> = missing.iter().map(|tool| format!("{} ({})", tool.needs, tool.needed_for)).collect();
     let names = names.join(", ");
     let command = format!("apt-get install --no-install-recommends {}", packages.join(" "));
     if !Path::new("/etc/debian_version").exists() {
@@ -77,17 +101,20 @@ fn install(tools: &[Tool]) -> anyhow::Result<()> {
             .env("DEBIAN_FRONTEND", "noninteractive"),
     )?;
     drop(quiet_services);
-    match missing.iter().find(|tool| !is_installed(tool.program)) {
+    match missing.iter().find(|tool| !is_installed(tool.needs)) {
         None => Ok(()),
-        Some(tool) => bail!("{} was installed and {} is still not in PATH or sbin", tool.package, tool.program),
+        Some(tool) => bail!("{} was installed and {} is still not there", tool.package, tool.needs),
     }
 }
 
-/// Looks through `PATH` and the directories of administrators' programs.
-fn is_installed(program: &str) -> bool {
+/// Looks for a whole path where it says, for a program through `PATH` and the directories of administrators' programs.
+fn is_installed(needs: &str) -> bool {
+    if needs.starts_with('/') {
+        return Path::new(needs).is_file();
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(Into::into)).any(|directory| {
-        fs::metadata(directory.join(program)).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        fs::metadata(directory.join(needs)).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
     })
 }
 

@@ -62,6 +62,7 @@ pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
     if wanted(Check::Tests) || wanted(Check::Demo) {
         let binaries = step("binaries", "fix what the compiler shows", || binaries(Profile::Dev))?;
         if wanted(Check::Tests) {
+            step("what the tests use", "run the command it names, then `cargo xtask test` again", setup::for_tests)?;
             step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
         }
         if wanted(Check::Demo) {

@@ -10,6 +10,7 @@ mod floods;
 mod life;
 mod operator;
 mod places;
+mod polyglot;
 mod starts;
 
 use anyhow::{Context, ensure};

@@ -1,0 +1,62 @@
+//! A plugin in Python with grpcio and protobuf alone: what docs/protocol.md says is all that a plugin needs.
+
+use std::path::Path;
+
+use anyhow::ensure;
+use plugvisor_tests::{
+    BundleBuilder, Daemon, Lane,
+    contract::{CountRequest, RelayRequest, act_request::Deed, polyglot_service_client::PolyglotServiceClient},
+    scenarios,
+};
+use tonic::Request;
+
+use crate::world;
+
+/// Where Debian's python3-grpcio is: below /usr, which plugins see.
+const GRPCIO: &str = "/usr/lib/python3/dist-packages/grpc/__init__.py";
+
+/// It loads, serves an application, calls a plugin and is called by one, streams, logs, and stops when it is told.
+async fn a_plugin_without_an_sdk_is_a_plugin(lane: Lane) -> anyhow::Result<()> {
+    if !Path::new(GRPCIO).exists() {
+        println!("SKIP polyglot: there is no {GRPCIO}; install the package python3-grpcio");
+        return Ok(());
+    }
+    let daemon = world(lane)?
+        .plugin(&BundleBuilder::polyglot("polyglot"))?
+        .plugin(&BundleBuilder::hostile("caller", &["echo"]).capabilities(&["api:internal-calls"]))?
+        .grants(&["api:internal-calls"])
+        .start()
+        .await?;
+    for name in ["echo", "caller", "polyglot"] {
+        daemon.loaded(name).await?;
+    }
+
+    let mut polyglot = PolyglotServiceClient::new(daemon.calls());
+    let mut request = Request::new(RelayRequest { text: "grüße".to_owned() });
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    request.metadata_mut().insert("traceparent", trace.parse()?);
+    let answer = polyglot.relay(request).await?.into_inner();
+    ensure!(answer.text == "grüße", "{answer:?}");
+    ensure!(answer.seen_as == "polyglot", "the echo was called by another: {answer:?}");
+    ensure!(!answer.caller.is_empty() && answer.caller != "polyglot", "{answer:?}");
+    ensure!(answer.traceparent.contains("0af7651916cd43dd8448eb211c80319c"), "the trace broke: {answer:?}");
+
+    let mut counted = polyglot.count(CountRequest { up_to: 500 }).await?.into_inner();
+    let mut next = 0;
+    while let Some(answer) = counted.message().await? {
+        ensure!(answer.index == next, "{} after {next}", answer.index);
+        next += 1;
+    }
+    ensure!(next == 500, "the stream ended after {next}");
+
+    // Fields 1 and 2 of the two contracts agree, so the caller's own types read the answer.
+    let said =
+        daemon.act("caller", Deed::Call("/plugvisor.test.v1.PolyglotService/Relay".to_owned())).await?.text;
+    ensure!(said == "ok caller=caller", "{said}");
+
+    let shown = daemon.cli(&["logs", "polyglot"]).await?;
+    ensure!(shown.stdout.contains("relayed 'grüße'"), "{shown:?}");
+    daemon.stop().await
+}
+
+scenarios!(a_plugin_without_an_sdk_is_a_plugin);
