@@ -2,8 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-const PAGES: &[&str] =
-    &["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/manifest.md", "docs/bundle.md", "docs/lifecycle.md"];
+const PAGES: &[&str] = &[
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "docs/manifest.md",
+    "docs/bundle.md",
+    "docs/lifecycle.md",
+    "docs/protocol.md",
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::ensure;
 use plugvisor_tests::{
-    BundleBuilder, Daemon, Lane,
+    BundleBuilder, Lane,
     contract::{CountRequest, RelayRequest, act_request::Deed, polyglot_service_client::PolyglotServiceClient},
     scenarios,
 };
@@ -49,9 +49,8 @@ async fn a_plugin_without_an_sdk_is_a_plugin(lane: Lane) -> anyhow::Result<()> {
     }
     ensure!(next == 500, "the stream ended after {next}");
 
-    // Fields 1 and 2 of the two contracts agree, so the caller's own types read the answer.
-    let said =
-        daemon.act("caller", Deed::Call("/plugvisor.test.v1.PolyglotService/Relay".to_owned())).await?.text;
+    // Its own types read the answer: the two contracts share numbers.
+    let said = daemon.act("caller", Deed::Call("/plugvisor.test.v1.PolyglotService/Relay".to_owned())).await?.text;
     ensure!(said == "ok caller=caller", "{said}");
 
     let shown = daemon.cli(&["logs", "polyglot"]).await?;
