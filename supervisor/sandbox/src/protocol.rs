@@ -350,6 +350,8 @@ pub struct Launched {
     pub cgroups: Vec<String>,
     /// Nanoseconds from the request's arrival to the exec, by the launcher's clock.
     pub launch_exec_nanos: u64,
+    /// What each part of it took, in nanoseconds, in the order in which they were done.
+    pub parts: Vec<(String, u64)>,
 }
 
 /// A control as it is.

@@ -139,6 +139,7 @@ fn answers_survive() {
         controls: vec![state.clone()],
         cgroups: vec!["/x".into()],
         launch_exec_nanos: 6,
+        parts: vec![("tree".to_owned(), 7)],
     };
     let over = Over { exit: Exit::Signal(9), oom_killed: true, ago_nanos: 8 };
     let known = |condition| Known {

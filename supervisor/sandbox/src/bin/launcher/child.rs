@@ -32,6 +32,7 @@ use crate::{
     mounts::Tree,
     report::{self, Message},
     step::Step,
+    timing::{Marks, Part},
 };
 
 /// Why the child could not become the plugin.
@@ -78,9 +79,11 @@ pub(crate) struct Plan<'a> {
     pub(crate) report: BorrowedFd<'a>,
     /// The Landlock version; 0 where there is none and the operator allows that.
     pub(crate) landlock: i32,
-    pub(crate) filters: &'a [BpfProgram],
+    pub(crate) filter: &'a BpfProgram,
     pub(crate) argv: &'a [CString],
     pub(crate) envp: &'a [CString],
+    /// What the launcher has done by now.
+    pub(crate) marks: Marks,
 }
 
 /// The numbers of the descriptors when the program starts. Those up to `ENTRY` may stay open across exec.
@@ -94,8 +97,10 @@ const LIFTED: RawFd = 32;
 /// Runs the child. Never returns to the launcher's code.
 pub(crate) fn run(plan: &Plan<'_>) -> ! {
     kernel::set_name(c"plugvisor-init");
-    let failure = match set_up(plan) {
-        Ok(()) => start(plan),
+    let mut marks = plan.marks;
+    marks.done(Part::Cloned);
+    let failure = match set_up(plan, &mut marks) {
+        Ok(()) => start(plan, marks),
         Err(failure) => failure,
     };
     // On either number is the report socket: before the descriptors were arranged, or after.
@@ -107,7 +112,7 @@ pub(crate) fn run(plan: &Plan<'_>) -> ! {
 }
 
 /// Everything up to the fork of the program.
-fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
+fn set_up(plan: &Plan<'_>, marks: &mut Marks) -> Result<(), Failure> {
     umask(Mode::empty());
     creds::map_user(&plan.identity)?;
     let entry = match plan.entry {
@@ -125,12 +130,15 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
         }
     };
     let script = entry::is_script(entry);
+    marks.done(Part::Entry);
     for group in &plan.cgroups {
         // 0 is the writer itself.
         rustix::io::write(group, b"0").map_err(at(Step::Cgroup))?;
     }
+    marks.done(Part::Joined);
     setsid().map_err(at(Step::Session))?;
     plan.tree.enter()?;
+    marks.done(Part::Tree);
     for (resource, limit) in &plan.rlimits {
         let mut limit = *limit;
         if *resource == Resource::Nofile {
@@ -150,7 +158,9 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
         return Err(Failure::new(Step::LauncherGone, Errno::SRCH));
     }
     rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivs))?;
+    marks.done(Part::Identity);
     arrange(plan, entry, script).map_err(|error| Failure::io(Step::Descriptors, &error))?;
+    marks.done(Part::Descriptors);
     if plan.landlock > 0 {
         landlock::restrict(plan.landlock, plan.tree.socket, plan.tree.temp.is_some())?;
     }
@@ -162,19 +172,21 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failure> {
         SocketMode::Bind => Mode::empty(),
         SocketMode::Inherit => Mode::WGRP | Mode::WOTH,
     });
+    marks.done(Part::Landlock);
     Ok(())
 }
 
 /// Forks the program and becomes its init; in the program, returns why it could not be executed.
-fn start(plan: &Plan<'_>) -> Failure {
+fn start(plan: &Plan<'_>, marks: Marks) -> Failure {
     match kernel::clone3(0, None) {
         Ok(Cloned::Parent { pidfd, pid }) => init(&pidfd, pid),
-        Ok(Cloned::Child) => execute(plan),
+        Ok(Cloned::Child) => execute(plan, marks),
         Err(error) => Failure::io(Step::Fork, &error),
     }
 }
 
-fn execute(plan: &Plan<'_>) -> Failure {
+fn execute(plan: &Plan<'_>, mut marks: Marks) -> Failure {
+    marks.done(Part::Forked);
     // Its own session, so that the program's process group is not its init's.
     if let Err(errno) = setsid() {
         return Failure::new(Step::Session, errno);
@@ -182,14 +194,12 @@ fn execute(plan: &Plan<'_>) -> Failure {
     if let Err(error) = kernel::reset_signals() {
         return Failure::io(Step::Signals, &error);
     }
-    if let Err(error) = report::send(kernel::fixed(REPORT), &Message::Executing, None) {
+    if let Err(error) = report::send(kernel::fixed(REPORT), &Message::Executing { marks }, None) {
         return Failure::io(Step::Exec, &error);
     }
-    for filter in plan.filters {
-        if let Err(error) = seccompiler::apply_filter(filter) {
-            let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
-            return source.map_or(Failure::new(Step::Seccomp, Errno::INVAL), |error| Failure::io(Step::Seccomp, error));
-        }
+    if let Err(error) = seccompiler::apply_filter(plan.filter) {
+        let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
+        return source.map_or(Failure::new(Step::Seccomp, Errno::INVAL), |error| Failure::io(Step::Seccomp, error));
     }
     let error = kernel::execveat(ENTRY, plan.argv, plan.envp);
     Failure::io(Step::Exec, &error)

@@ -36,6 +36,7 @@ use crate::{
     sealed::SealedEntries,
     seccomp::Filters,
     step,
+    timing::{self, Marks, Part},
 };
 
 /// Connections that may wait on a plugin's sockets.
@@ -75,6 +76,9 @@ pub(crate) struct Running {
     pub(crate) limits: Limits,
     pub(crate) allow_degraded: Vec<Control>,
     pub(crate) arrived: Instant,
+    /// The same by the clock of the marks.
+    pub(crate) began: u64,
+    pub(crate) marks: Marks,
     /// The init, a child of the launcher.
     pub(crate) init: OwnedFd,
     pub(crate) init_pid: i32,
@@ -186,6 +190,9 @@ impl Launcher {
         checked: &Checked<'_>,
         arrived: Instant,
     ) -> Result<Running, Refusal> {
+        let began = timing::now().saturating_sub(u64::try_from(arrived.elapsed().as_nanos()).unwrap_or(0));
+        let mut marks = Marks::default();
+        marks.done(Part::Checked);
         let plugin = request.plugin.as_str();
         let identity = self.identity(plugin)?;
         self.last += 1;
@@ -205,7 +212,9 @@ impl Launcher {
             code: RefusalCode::ControlUnavailable,
             message: format!("{plugin} was not started: {} cannot be enforced: {}", error.control, error.why),
         })?;
-        let result = self.fork(request, checked, identity, id, &groups).map_err(|(doing, error)| failed(doing, &error));
+        marks.done(Part::Groups);
+        let result =
+            self.fork(request, checked, identity, id, &groups, marks).map_err(|(doing, error)| failed(doing, &error));
         match result {
             Ok(forked) => {
                 let memory = forked.memory;
@@ -216,6 +225,8 @@ impl Launcher {
                     limits: request.limits.clone(),
                     allow_degraded: request.allow_degraded.clone(),
                     arrived,
+                    began,
+                    marks,
                     init: forked.init,
                     init_pid: forked.init_pid,
                     report: forked.report,
@@ -247,6 +258,7 @@ impl Launcher {
         identity: Identity,
         id: LaunchId,
         groups: &Groups,
+        mut marks: Marks,
     ) -> Result<Forked, (&'static str, io::Error)> {
         let sockets = Sockets::make(id, request.socket, identity).map_err(|error| ("making its sockets", error))?;
         let memory = match request.limits.memory_bytes {
@@ -277,6 +289,7 @@ impl Launcher {
             Some(entry) => Entry::Sealed(entry),
             None => Entry::Copy { file: checked.entry, name: &checked.title, sha256: &request.entry_sha256 },
         };
+        marks.done(Part::Sockets);
         let plan = Plan {
             entry,
             tree: Tree {
@@ -296,9 +309,10 @@ impl Launcher {
             exec: exec_write.as_fd(),
             report: child_report.as_fd(),
             landlock: self.landlock,
-            filters: self.filters.for_grants(&request.grants),
+            filter: self.filters.for_grants(&request.grants),
             argv: &checked.argv,
             envp: &checked.envp,
+            marks,
         };
         match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd))
             .map_err(|error| ("making its namespaces (clone3)", error))?
@@ -434,7 +448,10 @@ impl Running {
                     }
                 }
                 Message::Started => self.program = descriptor,
-                Message::Executing => self.executing = true,
+                Message::Executing { marks } => {
+                    self.executing = true;
+                    self.marks = marks;
+                }
                 Message::Ended { signal: false, value } => self.ended = Some(Exit::Code(value)),
                 Message::Ended { signal: true, value } => self.ended = Some(Exit::Signal(value)),
             }

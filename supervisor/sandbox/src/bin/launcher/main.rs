@@ -4,6 +4,7 @@
 //! comes through the socket is checked against it and never believed. It knows no gRPC, no manifests and no states.
 #![deny(unsafe_code)]
 
+mod bpf;
 mod cgroup;
 mod check;
 mod child;
@@ -22,6 +23,7 @@ mod seccomp;
 mod serve;
 mod step;
 mod syscalls;
+mod timing;
 
 use std::{
     fs, io,

@@ -16,7 +16,12 @@ use rustix::{
     },
 };
 
-use crate::step::Step;
+use crate::{step::Step, timing::Marks};
+
+/// The part before the marks.
+const HEAD: usize = 6;
+/// Every message has this size.
+const SIZE: usize = HEAD + Marks::SIZE;
 
 /// One message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,33 +33,37 @@ pub(crate) enum Message {
     /// From the init, with the program's pidfd.
     Started,
     /// From the program: all walls but the last are up, seccomp and exec come next.
-    Executing,
+    Executing { marks: Marks },
     /// From the init: how the program ended.
     Ended { signal: bool, value: i32 },
 }
 
 impl Message {
-    fn encode(self) -> [u8; 6] {
-        let (tag, detail, value) = match self {
-            Self::Failed { step, errno } => (1, step as u8, errno),
-            Self::Sealed => (2, 0, 0),
-            Self::Started => (3, 0, 0),
-            Self::Executing => (4, 0, 0),
-            Self::Ended { signal, value } => (5, u8::from(signal), value),
+    fn encode(self) -> [u8; SIZE] {
+        let (tag, detail, value, marks) = match self {
+            Self::Failed { step, errno } => (1, step as u8, errno, None),
+            Self::Sealed => (2, 0, 0, None),
+            Self::Started => (3, 0, 0, None),
+            Self::Executing { marks } => (4, 0, 0, Some(marks)),
+            Self::Ended { signal, value } => (5, u8::from(signal), value, None),
         };
-        let [a, b, c, d] = value.to_le_bytes();
-        [tag, detail, a, b, c, d]
+        let mut bytes = [0; SIZE];
+        bytes[0] = tag;
+        bytes[1] = detail;
+        bytes[2..HEAD].copy_from_slice(&value.to_le_bytes());
+        bytes[HEAD..].copy_from_slice(&marks.unwrap_or_default().to_bytes());
+        bytes
     }
 
-    fn decode(bytes: [u8; 6]) -> Option<Self> {
-        let [tag, detail, value @ ..] = bytes;
-        let value = i32::from_le_bytes(value);
+    fn decode(bytes: &[u8; SIZE]) -> Option<Self> {
+        let ([tag, detail, value @ ..], marks) = bytes.split_first_chunk::<HEAD>()?;
+        let value = i32::from_le_bytes(*value);
         Some(match tag {
-            1 => Self::Failed { step: Step::from_number(detail)?, errno: value },
+            1 => Self::Failed { step: Step::from_number(*detail)?, errno: value },
             2 => Self::Sealed,
             3 => Self::Started,
-            4 => Self::Executing,
-            5 => Self::Ended { signal: detail != 0, value },
+            4 => Self::Executing { marks: Marks::from_bytes(marks.try_into().ok()?) },
+            5 => Self::Ended { signal: *detail != 0, value },
             _ => return None,
         })
     }
@@ -74,7 +83,7 @@ pub(crate) fn send(socket: BorrowedFd<'_>, message: &Message, descriptor: Option
 
 /// Receives a message without waiting; `None` when the other end is closed, `WouldBlock` when there is nothing.
 pub(crate) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
-    let mut bytes = [0; 6];
+    let mut bytes = [0; SIZE];
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -86,6 +95,6 @@ pub(crate) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Opt
     if received.bytes == 0 {
         return Ok(None);
     }
-    let message = Message::decode(bytes).ok_or(io::ErrorKind::InvalidData)?;
+    let message = Message::decode(&bytes).ok_or(io::ErrorKind::InvalidData)?;
     Ok(Some((message, descriptor)))
 }

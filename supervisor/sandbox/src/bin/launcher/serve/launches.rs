@@ -16,6 +16,7 @@ use super::{Phase, Server, Source};
 use crate::{
     launch::{Running, SETUP_TIME, remove_sockets},
     readback,
+    timing::Part,
 };
 
 impl Server {
@@ -49,6 +50,7 @@ impl Server {
             self.give_up(id, refusal);
         } else if running.exec.is_none() && running.executing && running.program.is_some() {
             let nanos = u64::try_from(running.arrived.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            running.marks.done(Part::Executed);
             let launched = Launched {
                 launch: running.id,
                 pid: running.program_pid().and_then(|pid| pid.try_into().ok()).unwrap_or(0),
@@ -56,6 +58,7 @@ impl Server {
                 controls: readback::read(&self.launcher, running),
                 cgroups: running.groups.directories(),
                 launch_exec_nanos: nanos,
+                parts: running.marks.since(running.began),
             };
             let pidfd = running.program.as_ref().and_then(|program| program.try_clone().ok());
             let ends: Vec<OwnedFd> = pidfd.into_iter().chain(running.ends.drain(..)).collect();
