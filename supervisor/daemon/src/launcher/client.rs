@@ -411,7 +411,15 @@ mod tests {
 
     fn launched(id: u64) -> Reply {
         let (controls, cgroups) = (Vec::new(), Vec::new());
-        Reply::Launched(Launched { launch: LaunchId(id), pid: 1, uid: 2, controls, cgroups, launch_exec_nanos: 3, parts: Vec::new() })
+        Reply::Launched(Launched {
+            launch: LaunchId(id),
+            pid: 1,
+            uid: 2,
+            controls,
+            cgroups,
+            launch_exec_nanos: 3,
+            parts: Vec::new(),
+        })
     }
 
     fn null() -> OwnedFd {

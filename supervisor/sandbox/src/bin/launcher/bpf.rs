@@ -241,7 +241,8 @@ fn branch(code: u32, value: u32, holds: u8, else_: u8) -> sock_filter {
 pub(crate) fn run(program: &[sock_filter], number: u32, architecture: u32, arguments: [u64; 6]) -> u32 {
     let mut data = vec![number, architecture, 0, 0];
     for argument in arguments {
-        data.extend([argument as u32, (argument >> 32) as u32]);
+        let half = |part: u64| u32::try_from(part & 0xFFFF_FFFF).expect("half");
+        data.extend([half(argument), half(argument >> 32)]);
     }
     let (mut at, mut held) = (0, 0_u32);
     loop {
