@@ -39,7 +39,7 @@ pub enum Supervisor {
     /// `--socket-fd N`: by the inherited connection, and when it closes, everything ends. 0 (standard input) is the
     /// easiest to hand over; 1 and 2 are refused.
     Inherited(RawFd),
-    /// By a socket that it opens, one supervisor at a time, and another may come when it is gone.
+    /// By a socket that the launcher makes, one supervisor at a time, and another may come when it is gone.
     Listen(Listen),
 }
 
@@ -49,6 +49,9 @@ pub struct Listen {
     /// `--listen PATH`: where the socket is made, absolute, in a directory that only root or the launcher's own user can
     /// write to. A socket from systemd (`LISTEN_FDS`) is used instead of making one; then the path is for people.
     pub path: PathBuf,
+    /// `--socket-fd N` beside `--listen`: the connection of the first supervisor, which started the launcher and so need
+    /// not wait for the path. Its uid is that of the starter, not the one below.
+    pub first: Option<RawFd>,
     /// `--supervisor-uid UID`: who may connect, by `SO_PEERCRED`. Nobody else, not even root.
     pub uid: u32,
     /// `--linger SECONDS` or `--linger forever`: how long plugins are kept without a supervisor; then the launcher ends,
@@ -92,9 +95,9 @@ pub enum OptionsError {
     /// A required flag is missing.
     #[error("{0} is required")]
     Missing(&'static str),
-    /// Two flags that exclude each other.
-    #[error("{0} and {1} exclude each other; give one of them")]
-    Both(&'static str, &'static str),
+    /// A flag that means nothing without another one.
+    #[error("{0} means nothing without {1}")]
+    Without(&'static str, &'static str),
 }
 
 const SOCKET: &str = "--socket-fd";
@@ -132,8 +135,11 @@ impl Options {
         let mut push = |flag: &str, value: &OsStr| args.extend([OsString::from(flag), value.to_owned()]);
         match supervisor {
             Supervisor::Inherited(fd) => push(SOCKET, fd.to_string().as_ref()),
-            Supervisor::Listen(Listen { path, uid, linger }) => {
+            Supervisor::Listen(Listen { path, first, uid, linger }) => {
                 push(LISTEN, path.as_os_str());
+                if let Some(fd) = first {
+                    push(SOCKET, fd.to_string().as_ref());
+                }
                 push(SUPERVISOR, uid.to_string().as_ref());
                 match linger {
                     Linger::For(time) => push(LINGER, time.as_secs().to_string().as_ref()),
@@ -173,13 +179,13 @@ impl Options {
             }
         }
         let supervisor = match (socket, listen) {
-            (Some(_), Some(_)) => return Err(OptionsError::Both(SOCKET, LISTEN)),
             (None, None) => return Err(OptionsError::Missing("--socket-fd or --listen")),
-            (Some(_), None) if supervisor.is_some() => return Err(OptionsError::Both(SOCKET, SUPERVISOR)),
-            (Some(_), None) if linger.is_some() => return Err(OptionsError::Both(SOCKET, LINGER)),
+            (Some(_), None) if supervisor.is_some() => return Err(OptionsError::Without(SUPERVISOR, LISTEN)),
+            (Some(_), None) if linger.is_some() => return Err(OptionsError::Without(LINGER, LISTEN)),
             (Some(fd), None) => Supervisor::Inherited(fd),
-            (None, Some(path)) => Supervisor::Listen(Listen {
+            (first, Some(path)) => Supervisor::Listen(Listen {
                 path,
+                first,
                 uid: supervisor.ok_or(OptionsError::Missing(SUPERVISOR))?,
                 linger: linger.unwrap_or(Linger::For(Duration::ZERO)),
             }),
@@ -279,9 +285,11 @@ mod tests {
         };
         assert_eq!(Options::parse(options.to_args()), Ok(options.clone()));
         for linger in [Linger::For(Duration::ZERO), Linger::For(Duration::from_secs(30)), Linger::Forever] {
-            let listen = Listen { path: "/run/plugvisor/launcher.sock".into(), uid: 990, linger };
-            let options = Options { supervisor: Supervisor::Listen(listen), ..options.clone() };
-            assert_eq!(Options::parse(options.to_args()), Ok(options));
+            for first in [None, Some(9)] {
+                let listen = Listen { path: "/run/plugvisor/launcher.sock".into(), first, uid: 990, linger };
+                let options = Options { supervisor: Supervisor::Listen(listen), ..options.clone() };
+                assert_eq!(Options::parse(options.to_args()), Ok(options));
+            }
         }
     }
 
@@ -298,7 +306,7 @@ mod tests {
             (["--bundle-root", "/a/../b"], "--bundle-root"),
             (["--socket-fd", "4"], "--socket-fd"),
             (["--verbose", "1"], "--verbose"),
-            (["--listen", "/run/p/launcher.sock"], "--listen"),
+            (["--listen", "/run/p/launcher.sock"], "--supervisor-uid"),
             (["--supervisor-uid", "5"], "--supervisor-uid"),
             (["--linger", "5"], "--linger"),
         ] {

@@ -144,7 +144,8 @@ impl Seqpacket {
         Ok(Received::Packet(Packet { bytes, descriptors }))
     }
 
-    fn hung_up(&self) -> io::Result<bool> {
+    /// Whether the other side is gone, or has said that it will send nothing more.
+    pub fn hung_up(&self) -> io::Result<bool> {
         let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         Ok(fds[0].revents().intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR))

@@ -21,9 +21,12 @@ use std::{
 };
 
 use plugvisor_sandbox::seqpacket::{MOST_DESCRIPTORS, Received, Seqpacket};
-use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getpid, getppid, getrlimit, pidfd_send_signal,
-    set_parent_process_death_signal, setrlimit, waitid,
+use rustix::{
+    net::{SocketFlags, accept_with},
+    process::{
+        Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getpid, getppid, getrlimit, pidfd_send_signal,
+        set_parent_process_death_signal, setrlimit, waitid,
+    },
 };
 
 use crate::kernel::{self, Cloned};
@@ -85,6 +88,14 @@ impl Closer {
         let received = connection.try_recv();
         setrlimit(Resource::Nofile, self.usual)?;
         received
+    }
+
+    /// Accepts a connection, with room for it even when the table is full of plugins.
+    pub(crate) fn accept(&self, listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+        setrlimit(Resource::Nofile, self.receiving)?;
+        let accepted = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        setrlimit(Resource::Nofile, self.usual)?;
+        Ok(accepted?)
     }
 
     /// Whether receiving still has room.

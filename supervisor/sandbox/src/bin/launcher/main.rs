@@ -10,11 +10,14 @@ mod check;
 mod child;
 mod closer;
 mod creds;
+mod door;
 mod entry;
+mod held;
 mod kernel;
 mod landlock;
 mod launch;
 mod mounts;
+mod output;
 mod probe;
 mod readback;
 mod report;
@@ -27,7 +30,10 @@ mod timing;
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -41,7 +47,7 @@ use rustix::{
     process::{DumpableBehavior, fchdir, getppid, getuid, set_child_subreaper, set_dumpable_behavior, umask},
 };
 
-use crate::{closer::Closer, launch::Launcher, seccomp::Filters, serve::Server};
+use crate::{closer::Closer, door::Door, launch::Launcher, seccomp::Filters, serve::Server};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).peekable();
@@ -70,18 +76,22 @@ enum Wrong {
 
 fn run(options: Options) -> Result<(), Wrong> {
     let system = |doing| move |error: io::Error| Wrong::System(doing, error);
-    let Supervisor::Inherited(fd) = options.supervisor else {
-        return Err(Wrong::Policy("--listen is not served yet".to_owned()));
+    let first = match &options.supervisor {
+        Supervisor::Inherited(fd) => Some(*fd),
+        Supervisor::Listen(listen) => listen.first,
     };
-    let socket = kernel::inherited(fd).map_err(system("taking over --socket-fd"))?;
-    let connection = Seqpacket::from_fd(socket).map_err(system("taking over --socket-fd"))?;
-    check_peer(&connection.peer().map_err(system("looking at the peer of --socket-fd"))?)?;
+    let connection = first.map(take_over).transpose()?;
     // Nobody of the same uid, such as a plugin of a rootless launcher, may read its memory or its descriptors.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| Wrong::System("PR_SET_DUMPABLE", error.into()))?;
     set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(|error| Wrong::System("PR_SET_CHILD_SUBREAPER", error.into()))?;
     umask(Mode::RWXG | Mode::RWXO);
+    // Before anything is touched that another launcher in the same place may use.
+    let door = match &options.supervisor {
+        Supervisor::Inherited(_) => None,
+        Supervisor::Listen(listen) => Some(Door::open(listen).map_err(system("listening at --listen"))?),
+    };
     let signals =
         kernel::signalfd(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]).map_err(system("making a signalfd"))?;
     let filters = Filters::compile().map_err(Wrong::Policy)?;
@@ -90,15 +100,24 @@ fn run(options: Options) -> Result<(), Wrong> {
         own_directory(&options.runtime_directory).map_err(system("making its directory in --runtime-directory"))?;
     let mut launcher = Launcher::new(options, filters).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
-    let mut server = Server::new(launcher, connection, signals, closer).map_err(system("making an epoll set"))?;
+    let mut server = Server::new(launcher, connection, door, signals, closer).map_err(system("making an epoll set"))?;
     let served = server.run();
+    let _ = rustix::process::chdir("/");
+    drop(fs::remove_dir_all(directory));
     // The end of the process closes what it holds. Closing the connection would close the descriptors in packets that
     // nobody has read, and that can block; in a process that exits, sockets do not linger.
     server.hang_up();
     std::mem::forget(server);
-    let _ = rustix::process::chdir("/");
-    drop(fs::remove_dir_all(directory));
     served.map_err(system("serving the supervisor"))
+}
+
+/// The connection that the starter left open under this number.
+fn take_over(fd: RawFd) -> Result<Seqpacket, Wrong> {
+    let system = |doing| move |error: io::Error| Wrong::System(doing, error);
+    let socket = kernel::inherited(fd).map_err(system("taking over --socket-fd"))?;
+    let connection = Seqpacket::from_fd(socket).map_err(system("taking over --socket-fd"))?;
+    check_peer(&connection.peer().map_err(system("looking at the peer of --socket-fd"))?)?;
+    Ok(connection)
 }
 
 /// Embedded, the other end is the process that started the launcher and made the pair: as root or as the same user.

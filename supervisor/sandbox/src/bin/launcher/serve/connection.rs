@@ -1,29 +1,95 @@
-//! The connection to the supervisor: packets to requests, answers and notices to packets.
+//! The connection to the supervisor: packets to requests, answers and notices to packets. And who else knocks.
 //!
 //! Bounds: answers wait in a queue of [`MAX_QUEUED`], and while it is full no request is read, so that a flood of them is
-//! held in the socket; notices are bounded by the launches. What a request means is not known here.
+//! held in the socket; notices are bounded by the launches. A turn of the loop reads requests for [`READ_TIME`] and
+//! answers [`KNOCKS`] new connections at most; then children, memory and signals have theirs. What a request means is not
+//! known here.
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use plugvisor_sandbox::{
     codec::{self, DecodeError},
     protocol::{Notice, RefusalCode, Reply},
-    seqpacket::{Packet, Received},
+    seqpacket::{Packet, Received, Seqpacket},
 };
-use rustix::event::epoll;
+use rustix::{event::epoll, net::Shutdown};
 
 use super::{Server, Source, requests::refused};
 
 const MAX_QUEUED: usize = 64;
+/// How long requests are read before the others have their turn.
+const READ_TIME: Duration = Duration::from_millis(10);
+/// How many connections are answered before the others have their turn.
+const KNOCKS: usize = 16;
+/// How many packets of somebody who is turned away are taken out, so that closing the rest costs nobody anything.
+const UNREAD: usize = 16;
+/// How long nobody is let in after there was no descriptor for one.
+const REST: Duration = Duration::from_millis(100);
+
+/// The one supervisor's connection.
+pub(super) struct Connection {
+    socket: Seqpacket,
+    queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    pub(super) greeted: bool,
+    interest: epoll::EventFlags,
+}
+
+impl Connection {
+    /// Ends the connection without closing it.
+    pub(super) fn hang_up(&self) {
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+    }
+
+    /// Everything that it holds, to be closed.
+    fn into_descriptors(self) -> Vec<OwnedFd> {
+        let queued = self.queue.into_iter().flat_map(|(_, descriptors)| descriptors);
+        queued.chain([self.socket.into()]).collect()
+    }
+}
 
 impl Server {
+    /// Serves this supervisor from now on.
+    pub(super) fn attach(&mut self, socket: Seqpacket) -> io::Result<()> {
+        let interest = epoll::EventFlags::IN;
+        epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(Source::Supervisor.token()), interest)?;
+        self.connection = Some(Connection { socket, queue: VecDeque::new(), greeted: false, interest });
+        let alone = self.alone.take();
+        self.unattended = alone.filter(|_| self.visits > 0).map(|since| since.elapsed());
+        self.visits += 1;
+        Ok(())
+    }
+
+    /// The supervisor is gone, by itself or because it broke the protocol's bounds.
+    pub(super) fn lost(&mut self) {
+        if self.ending.is_some() {
+            return;
+        }
+        if self.door.is_none() {
+            self.end();
+            return;
+        }
+        let Some(connection) = self.connection.take() else { return };
+        let _ = epoll::delete(&self.epoll, &connection.socket);
+        connection.hang_up();
+        self.closer.take(connection.into_descriptors());
+        self.alone = Some(Instant::now());
+        self.detach();
+    }
+
     pub(super) fn read_requests(&mut self) {
-        while self.ending.is_none() && self.queue.len() < MAX_QUEUED && self.closer.has_room() {
-            match self.closer.receive(&self.connection) {
+        let until = Instant::now() + READ_TIME;
+        while self.ending.is_none()
+            && self.closer.has_room()
+            && let Some(connection) = &self.connection
+            && connection.queue.len() < MAX_QUEUED
+            && Instant::now() < until
+        {
+            match self.closer.receive(&connection.socket) {
                 Ok(Received::Packet(packet)) => self.packet(packet),
                 Ok(Received::Truncated(descriptors)) => {
                     self.closer.take(descriptors);
@@ -35,12 +101,12 @@ impl Server {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(Received::Closed) | Err(_) => self.end(),
+                Ok(Received::Closed) | Err(_) => self.lost(),
             }
         }
     }
 
-    pub(super) fn packet(&mut self, packet: Packet) {
+    fn packet(&mut self, packet: Packet) {
         let arrived = Instant::now();
         match codec::decode_request(&packet.bytes) {
             Ok((id, request)) => {
@@ -64,60 +130,154 @@ impl Server {
         }
     }
 
+    /// Answers a request of the supervisor that is connected.
     pub(super) fn reply(&mut self, id: u64, reply: &Reply, descriptors: Vec<OwnedFd>) {
-        let packet = codec::encode_reply(id, reply).or_else(|error| {
-            codec::encode_reply(id, &refused(RefusalCode::Kernel, &format!("the answer cannot be sent: {error}")))
-        });
-        if let Ok(packet) = packet {
-            self.queue.push_back((packet, descriptors));
+        match (encode(id, reply), &mut self.connection) {
+            (Some(packet), Some(connection)) => connection.queue.push_back((packet, descriptors)),
+            _ => self.closer.take(descriptors),
         }
     }
 
+    /// Tells the supervisor; one that is not connected, or has not said Hello, finds it in the list.
     pub(super) fn notice(&mut self, notice: &Notice) {
-        if let Ok(packet) = codec::encode_notice(notice) {
-            self.queue.push_back((packet, vec![]));
+        let connection = self.connection.as_mut().filter(|connection| connection.greeted);
+        if let (Some(connection), Ok(packet)) = (connection, codec::encode_notice(notice)) {
+            connection.queue.push_back((packet, vec![]));
         }
     }
 
     pub(super) fn flush(&mut self) {
         while self.ending.is_none()
-            && let Some((packet, descriptors)) = self.queue.front()
+            && let Some(connection) = &mut self.connection
+            && let Some((packet, descriptors)) = connection.queue.front()
         {
             let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-            match self.connection.try_send(packet, &borrowed) {
+            match connection.socket.try_send(packet, &borrowed) {
                 Ok(()) => {
-                    if let Some((_, descriptors)) = self.queue.pop_front() {
+                    if let Some((_, descriptors)) = connection.queue.pop_front() {
                         self.closer.take(descriptors);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => self.end(),
+                Err(_) => self.lost(),
             }
         }
     }
 
     /// Asks epoll for room when something waits to be sent, and for requests only when there is room for an answer.
     pub(super) fn watch_connection(&mut self) -> io::Result<()> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
         let mut interest = epoll::EventFlags::empty();
-        if !self.queue.is_empty() {
+        if !connection.queue.is_empty() {
             interest |= epoll::EventFlags::OUT;
         }
-        if self.queue.len() < MAX_QUEUED && self.closer.has_room() {
+        if connection.queue.len() < MAX_QUEUED && self.closer.has_room() {
             interest |= epoll::EventFlags::IN;
         }
         if self.ending.is_some() {
             interest = epoll::EventFlags::empty();
-            if self.interest != interest {
+            if connection.interest != interest {
                 // A closed connection is always ready; it must not spin the loop.
-                let _ = epoll::delete(&self.epoll, &self.connection);
-                self.interest = interest;
+                let _ = epoll::delete(&self.epoll, &connection.socket);
+                connection.interest = interest;
             }
-        } else if interest != self.interest {
+        } else if interest != connection.interest {
             let data = epoll::EventData::new_u64(Source::Supervisor.token());
-            epoll::modify(&self.epoll, &self.connection, data, interest)?;
-            self.interest = interest;
+            epoll::modify(&self.epoll, &connection.socket, data, interest)?;
+            connection.interest = interest;
         }
         Ok(())
     }
+
+    // The door.
+
+    /// Answers those who knock: the first is let in, the others are told why not.
+    pub(super) fn accept(&mut self) {
+        for _ in 0..KNOCKS {
+            let Some(door) = self.door.as_mut().filter(|_| self.ending.is_none() && self.closer.has_room()) else {
+                return;
+            };
+            match self.closer.accept(door.as_fd()).and_then(Seqpacket::from_fd) {
+                Ok(socket) => self.knocked(socket),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
+                Err(_) => {
+                    door.rests_until = Some(Instant::now() + REST);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn knocked(&mut self, socket: Seqpacket) {
+        let wanted = self.door.as_ref().map(|door| door.uid);
+        let uid = socket.peer().map(|peer| peer.uid);
+        if uid.as_ref().ok() != wanted.as_ref() {
+            let uid = uid.map_or_else(|_| "unknown".to_owned(), |uid| uid.to_string());
+            let why = format!("uid {uid} may not be the supervisor; --supervisor-uid names who may");
+            return self.turn_away(socket, RefusalCode::Policy, &why);
+        }
+        // The end of the last supervisor may not have been looked at yet, nor what it asked before.
+        self.read_requests();
+        if self.connection.as_ref().is_some_and(|connection| connection.socket.hung_up().unwrap_or(true)) {
+            self.lost();
+        }
+        if self.connection.is_some() {
+            let why = "another supervisor is connected; end it before this one is started";
+            return self.turn_away(socket, RefusalCode::Busy, why);
+        }
+        if let Err(error) = self.attach(socket) {
+            self.fail(error);
+        }
+    }
+
+    /// Tells somebody why and closes. It cannot send any more by then, so what it has sent is all that there is to close.
+    fn turn_away(&mut self, socket: Seqpacket, code: RefusalCode, why: &str) {
+        let _ = rustix::net::shutdown(&socket, Shutdown::Read);
+        let mut id = None;
+        let mut empty = false;
+        for _ in 0..UNREAD {
+            match self.closer.receive(&socket) {
+                Ok(Received::Packet(packet)) => {
+                    id = id.or(codec::decode_request(&packet.bytes).ok().map(|(id, _)| id));
+                    self.closer.take(packet.descriptors);
+                }
+                Ok(Received::Truncated(descriptors)) => self.closer.take(descriptors),
+                Ok(Received::Closed) | Err(_) => {
+                    empty = true;
+                    break;
+                }
+            }
+        }
+        if let Some(packet) = encode(id.unwrap_or(0), &refused(code, why)) {
+            // Its queue is new: there is room, or nobody to read it.
+            let _ = socket.try_send(&packet, &[]);
+        }
+        if !empty {
+            self.closer.take(vec![socket.into()]);
+        }
+    }
+
+    /// Listens while somebody could be answered.
+    pub(super) fn watch_door(&mut self) -> io::Result<()> {
+        let Some(door) = &mut self.door else { return Ok(()) };
+        door.rests_until = door.rests_until.filter(|until| Instant::now() < *until);
+        let watch = self.ending.is_none() && self.closer.has_room() && door.rests_until.is_none();
+        if watch && !door.watched {
+            let data = epoll::EventData::new_u64(Source::Door.token());
+            epoll::add(&self.epoll, door.as_fd(), data, epoll::EventFlags::IN)?;
+        } else if !watch && door.watched {
+            epoll::delete(&self.epoll, door.as_fd())?;
+        }
+        door.watched = watch;
+        Ok(())
+    }
+}
+
+fn encode(id: u64, reply: &Reply) -> Option<Vec<u8>> {
+    let packet = codec::encode_reply(id, reply).or_else(|error| {
+        codec::encode_reply(id, &refused(RefusalCode::Kernel, &format!("the answer cannot be sent: {error}")))
+    });
+    packet.ok()
 }

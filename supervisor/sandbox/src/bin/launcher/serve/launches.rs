@@ -2,22 +2,18 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     time::Instant,
 };
 
-use plugvisor_sandbox::protocol::{Exit, Launched, Notice, Refusal, RefusalCode, Reply};
+use plugvisor_sandbox::protocol::{Exit, Notice, Refusal, RefusalCode, Reply};
 use rustix::{
     event::epoll,
     process::{WaitId, WaitIdOptions, waitid},
 };
 
 use super::{Phase, Server, Source};
-use crate::{
-    launch::{Running, SETUP_TIME, remove_sockets},
-    readback,
-    timing::Part,
-};
+use crate::launch::{Running, SETUP_TIME, remove_sockets};
 
 impl Server {
     pub(super) fn watch(&self, id: u64, running: &Running) -> io::Result<()> {
@@ -49,21 +45,10 @@ impl Server {
             let refusal = failure.step.refusal(&running.plugin, failure.errno);
             self.give_up(id, refusal);
         } else if running.exec.is_none() && running.executing && running.program.is_some() {
-            let nanos = u64::try_from(running.arrived.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            running.marks.done(Part::Executed);
-            let launched = Launched {
-                launch: running.id,
-                pid: running.program_pid().and_then(|pid| pid.try_into().ok()).unwrap_or(0),
-                uid: running.identity.uid(),
-                controls: readback::read(&self.launcher, running),
-                cgroups: running.groups.directories(),
-                launch_exec_nanos: nanos,
-                parts: running.marks.since(running.began),
-            };
-            let pidfd = running.program.as_ref().and_then(|program| program.try_clone().ok());
-            let ends: Vec<OwnedFd> = pidfd.into_iter().chain(running.ends.drain(..)).collect();
-            slot.phase = Phase::Up;
-            self.reply(request, &Reply::Launched(launched), ends);
+            match self.come_up(id) {
+                Ok((launched, descriptors)) => self.reply(request, &Reply::Launched(launched), descriptors),
+                Err(refusal) => self.give_up(id, refusal),
+            }
         }
     }
 
@@ -111,7 +96,7 @@ impl Server {
             return;
         }
         let _ = epoll::delete(&self.epoll, &slot.running.init);
-        slot.gone = true;
+        slot.gone = Some(Instant::now());
         // The last words: how the program ended, or why it never started. Nobody is left to hold the pipe open, though
         // its own event may come later: a program can be executed and end before the launcher looks once.
         slot.running.exec = None;
@@ -125,7 +110,7 @@ impl Server {
 
     /// Cleans up after launches whose processes are all gone, and says so.
     pub(super) fn finish_gone(&mut self) {
-        let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.gone).map(|(id, _)| *id).collect();
+        let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.gone.is_some()).map(|(id, _)| *id).collect();
         for id in gone {
             // The end may have been seen before its cause.
             self.memory_event(id);
@@ -143,9 +128,10 @@ impl Server {
                 Phase::Up => {
                     let exit = slot.running.ended.unwrap_or(Exit::Signal(libc::SIGKILL));
                     self.notice(&Notice::Exited { launch: slot.running.id, exit, oom_killed: slot.running.oom });
+                    self.keep(id, slot);
                 }
                 Phase::Refusing { request, refusal } => self.reply(request, &Reply::Refused(refusal), vec![]),
-                Phase::Starting { .. } => {}
+                Phase::Starting { .. } | Phase::Abandoned => {}
             }
         }
     }

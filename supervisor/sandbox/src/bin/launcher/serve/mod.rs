@@ -1,28 +1,35 @@
 //! The loop: requests, children, memory events, signals. One thread; nothing in it waits but the one call to epoll.
 //!
 //! Here is what is waited for, and the end. The supervisor's packets are in `connection`, what they ask in `requests`,
-//! what becomes of a launch in `launches`.
+//! what becomes of a launch in `launches`, and what happens between two supervisors in `attach`.
 
+mod attach;
 mod connection;
 mod launches;
 mod requests;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     io,
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
-use plugvisor_sandbox::{protocol::Refusal, seqpacket::Seqpacket};
+use plugvisor_sandbox::{options::Linger, protocol::Refusal, seqpacket::Seqpacket};
 use rustix::{
     event::{Timespec, epoll},
     io::Errno,
     process::{Pid, WaitId, WaitIdOptions, waitid},
 };
 
+use self::{
+    attach::{Ends, Origin, Past, Stream},
+    connection::Connection,
+};
 use crate::{
     closer::Closer,
+    door::Door,
+    held::Held,
     launch::{Launcher, Running},
 };
 
@@ -31,16 +38,21 @@ const END_TIME: Duration = Duration::from_secs(5);
 /// How often it looks again whether the kernel has let go of a group.
 const RETRY: Duration = Duration::from_millis(2);
 
+/// How long a launcher waits for its first supervisor, whatever its linger is.
+const FIRST_TIME: Duration = Duration::from_secs(30);
+
 /// What a descriptor in the epoll set stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     Supervisor,
     Signals,
     Closer,
+    Door,
     Init(u64),
     Report(u64),
     Exec(u64),
     Memory(u64),
+    Output(u64, Stream),
 }
 
 impl Source {
@@ -48,23 +60,29 @@ impl Source {
         match self {
             Self::Supervisor => 0,
             Self::Signals => 1,
-            Self::Closer => 6,
-            Self::Init(id) => id << 3 | 2,
-            Self::Report(id) => id << 3 | 3,
-            Self::Exec(id) => id << 3 | 4,
-            Self::Memory(id) => id << 3 | 5,
+            Self::Closer => 2,
+            Self::Door => 3,
+            Self::Init(id) => id << 4 | 4,
+            Self::Report(id) => id << 4 | 5,
+            Self::Exec(id) => id << 4 | 6,
+            Self::Memory(id) => id << 4 | 7,
+            Self::Output(id, Stream::Stdout) => id << 4 | 8,
+            Self::Output(id, Stream::Stderr) => id << 4 | 9,
         }
     }
 
     const fn of(token: u64) -> Option<Self> {
-        match (token & 7, token >> 3) {
+        match (token & 15, token >> 4) {
             (0, _) => Some(Self::Supervisor),
             (1, _) => Some(Self::Signals),
-            (6, _) => Some(Self::Closer),
-            (2, id) => Some(Self::Init(id)),
-            (3, id) => Some(Self::Report(id)),
-            (4, id) => Some(Self::Exec(id)),
-            (5, id) => Some(Self::Memory(id)),
+            (2, _) => Some(Self::Closer),
+            (3, _) => Some(Self::Door),
+            (4, id) => Some(Self::Init(id)),
+            (5, id) => Some(Self::Report(id)),
+            (6, id) => Some(Self::Exec(id)),
+            (7, id) => Some(Self::Memory(id)),
+            (8, id) => Some(Self::Output(id, Stream::Stdout)),
+            (9, id) => Some(Self::Output(id, Stream::Stderr)),
             _ => None,
         }
     }
@@ -78,26 +96,41 @@ enum Phase {
     Up,
     /// Its processes are being killed, and then the request is refused.
     Refusing { request: u64, refusal: Refusal },
+    /// Its processes are being killed, and the supervisor that asked for it is gone.
+    Abandoned,
 }
 
 struct Slot {
     running: Running,
     phase: Phase,
-    /// The init was reaped.
-    gone: bool,
+    origin: Origin,
+    /// What a supervisor needs of it; `None` until it is up.
+    ends: Option<Ends>,
+    /// Since when the init is reaped.
+    gone: Option<Instant>,
 }
 
 /// The loop's state.
 pub(crate) struct Server {
     launcher: Launcher,
-    connection: Seqpacket,
+    connection: Option<Connection>,
+    /// Where the next supervisor may come in; `None` when there can be only the first.
+    door: Option<Door>,
+    /// Since when there is no supervisor.
+    alone: Option<Instant>,
+    /// How many there were.
+    visits: u64,
+    /// How long there was none before the one that is connected.
+    unattended: Option<Duration>,
     signals: OwnedFd,
     closer: Closer,
     epoll: OwnedFd,
     slots: BTreeMap<u64, Slot>,
-    queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
-    greeted: bool,
-    interest: epoll::EventFlags,
+    /// Launches that are over, until a supervisor acknowledges it.
+    past: BTreeMap<u64, Past>,
+    /// How many of them were forgotten for lack of room.
+    forgotten: u64,
+    held: Held,
     /// The supervisor is gone or the launcher was told to end, since then.
     ending: Option<Instant>,
     /// Why the launcher ended the connection itself.
@@ -105,25 +138,38 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn new(launcher: Launcher, connection: Seqpacket, signals: OwnedFd, closer: Closer) -> io::Result<Self> {
+    /// With the first supervisor's connection, a door for more of them, or both.
+    pub(crate) fn new(
+        launcher: Launcher,
+        connection: Option<Seqpacket>,
+        door: Option<Door>,
+        signals: OwnedFd,
+        closer: Closer,
+    ) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let interest = epoll::EventFlags::IN;
-        epoll::add(&epoll, &connection, epoll::EventData::new_u64(Source::Supervisor.token()), interest)?;
         let data = epoll::EventData::new_u64(Source::Signals.token());
         epoll::add(&epoll, &signals, data, epoll::EventFlags::IN)?;
-        Ok(Self {
+        let mut server = Self {
             launcher,
-            connection,
+            connection: None,
+            door,
+            alone: Some(Instant::now()),
+            visits: 0,
+            unattended: None,
             signals,
             closer,
             epoll,
             slots: BTreeMap::new(),
-            queue: VecDeque::new(),
-            greeted: false,
-            interest,
+            past: BTreeMap::new(),
+            forgotten: 0,
+            held: Held::default(),
             ending: None,
             failed: None,
-        })
+        };
+        if let Some(connection) = connection {
+            server.attach(connection)?;
+        }
+        Ok(server)
     }
 
     /// Runs until the supervisor is gone, or a signal ends the launcher, and no plugin is left. An error when the launcher
@@ -148,25 +194,32 @@ impl Server {
                     if source == Source::Supervisor && flags.contains(epoll::EventFlags::HUP) && !self.closer.has_room()
                     {
                         // Nothing is read now that would tell of it.
-                        self.end();
+                        self.lost();
                     }
-                    self.handle(source)?;
+                    self.handle(source);
                 }
             }
             self.overdue();
+            self.lonely();
             self.finish_gone();
             self.flush();
             self.close_received()?;
             self.watch_connection()?;
+            self.watch_door()?;
         }
     }
 
     /// Ends the connection without closing it: a closer that hangs holds the descriptor table for as long as it does.
     pub(crate) fn hang_up(&self) {
-        let _ = rustix::net::shutdown(&self.connection, rustix::net::Shutdown::Both);
+        if let Some(connection) = &self.connection {
+            connection.hang_up();
+        }
+        if let Some(door) = &self.door {
+            door.remove();
+        }
     }
 
-    fn handle(&mut self, source: Source) -> io::Result<()> {
+    fn handle(&mut self, source: Source) {
         match source {
             Source::Supervisor => self.read_requests(),
             Source::Signals => self.read_signals(),
@@ -188,8 +241,9 @@ impl Server {
                 self.reported(id);
             }
             Source::Memory(id) => self.memory_event(id),
+            Source::Door => self.accept(),
+            Source::Output(id, stream) => self.drain(id, stream),
         }
-        Ok(())
     }
 
     /// The nearest time at which something must be looked at without an event.
@@ -197,12 +251,15 @@ impl Server {
         let now = Instant::now();
         let starting = self.slots.values().filter_map(|slot| match slot.phase {
             Phase::Starting { deadline, .. } => Some(deadline.saturating_duration_since(now)),
-            Phase::Up | Phase::Refusing { .. } => None,
+            Phase::Up | Phase::Refusing { .. } | Phase::Abandoned => None,
         });
-        let retry = self.slots.values().any(|slot| slot.gone).then_some(RETRY);
+        let retry = self.slots.values().any(|slot| slot.gone.is_some()).then_some(RETRY);
         let closing = self.closer.due().filter(|_| self.ending.is_none());
         let ending = self.ending.map(|since| END_TIME.saturating_sub(since.elapsed()));
-        let next = starting.chain(retry).chain(ending).chain(closing).min()?;
+        let lonely = self.lingers_for().filter(|_| self.ending.is_none());
+        let rest = self.door.as_ref().and_then(|door| door.rests_until);
+        let rest = rest.map(|until| until.saturating_duration_since(now));
+        let next = starting.chain(retry).chain(ending).chain(closing).chain(lonely).chain(rest).min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
         let next = next + Duration::from_millis(1);
         Some(Timespec { tv_sec: next.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: next.subsec_nanos().into() })
@@ -231,6 +288,24 @@ impl Server {
             if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             }
+        }
+    }
+
+    /// How long the launcher still waits for a supervisor; `None` when there is one, or it waits for ever.
+    fn lingers_for(&self) -> Option<Duration> {
+        let alone = self.alone.filter(|_| self.connection.is_none())?;
+        let linger = match self.door.as_ref()?.linger {
+            Linger::For(time) if self.visits == 0 => time.max(FIRST_TIME),
+            Linger::For(time) => time,
+            Linger::Forever => return None,
+        };
+        Some(linger.saturating_sub(alone.elapsed()))
+    }
+
+    /// Ends when no supervisor came in time.
+    fn lonely(&mut self) {
+        if self.lingers_for().is_some_and(|left| left.is_zero()) {
+            self.end();
         }
     }
 

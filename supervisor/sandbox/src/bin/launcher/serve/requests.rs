@@ -5,7 +5,7 @@ use std::{os::fd::OwnedFd, time::Instant};
 use plugvisor_sandbox::protocol::{Launch, LaunchId, Refusal, RefusalCode, Reply, Request, VERSION};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::{Phase, Server, Slot};
+use super::{Phase, Server, Slot, attach::Origin};
 use crate::{
     check::{self, refuse},
     launch::{Running, SETUP_TIME},
@@ -21,15 +21,18 @@ impl Server {
         descriptors: &[OwnedFd],
         arrived: Instant,
     ) -> Option<Reply> {
-        if !matches!(request, Request::Launch(_)) && !descriptors.is_empty() {
-            return Some(refused(RefusalCode::Policy, "only a launch carries descriptors"));
+        if !matches!(request, Request::Launch(_) | Request::HoldFd { .. }) && !descriptors.is_empty() {
+            return Some(refused(RefusalCode::Policy, "this request carries no descriptors"));
         }
-        if !self.greeted && !matches!(request, Request::Hello(_)) {
+        let greeted = self.connection.as_ref().is_some_and(|connection| connection.greeted);
+        if !greeted && !matches!(request, Request::Hello(_)) {
             return Some(refused(RefusalCode::Policy, "Hello must come first"));
         }
         Some(match request {
             Request::Hello(hello) if hello.version == VERSION => {
-                self.greeted = true;
+                if let Some(connection) = &mut self.connection {
+                    connection.greeted = true;
+                }
                 Reply::Hello { version: VERSION, pid: std::process::id() }
             }
             Request::Hello(hello) => refused(
@@ -50,20 +53,37 @@ impl Server {
                 Reply::Done
             }),
             Request::Inspect { launch } => match self.slots.get(&launch.0) {
-                Some(Slot { running, phase: Phase::Up, gone: false }) => {
+                Some(Slot { running, phase: Phase::Up, gone: None, .. }) => {
                     Reply::Inspected(readback::read(&self.launcher, running))
                 }
                 _ => unknown(launch),
             },
-            Request::Freeze { .. }
-            | Request::Thaw { .. }
-            | Request::Limits { .. }
-            | Request::Stats { .. }
-            | Request::List { .. }
-            | Request::HoldFd { .. }
-            | Request::TakeFd { .. }
-            | Request::Reattach { .. }
-            | Request::Acknowledge { .. } => refused(RefusalCode::Malformed, "this launcher does not do that yet"),
+            Request::List { after } => self.list(after),
+            Request::Reattach { launch } => match self.reattach(launch) {
+                Ok((reply, descriptors)) => {
+                    self.reply(id, &reply, descriptors);
+                    return None;
+                }
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::Acknowledge { launch } => self.acknowledge(launch),
+            Request::HoldFd { name } => match self.held.hold(name, descriptors) {
+                Ok(replaced) => {
+                    self.closer.take(replaced.into_iter().collect());
+                    Reply::Done
+                }
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::TakeFd { name, keep } => match self.held.take(&name, keep) {
+                Ok(socket) => {
+                    self.reply(id, &Reply::Taken, vec![socket]);
+                    return None;
+                }
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::Freeze { .. } | Request::Thaw { .. } | Request::Limits { .. } | Request::Stats { .. } => {
+                refused(RefusalCode::Malformed, "this launcher does not do that yet")
+            }
             Request::Import(_) | Request::Forget { .. } => {
                 refused(RefusalCode::Exhausted, "this launcher has no store")
             }
@@ -90,8 +110,13 @@ impl Server {
         self.launcher.require(request)?;
         let running = self.launcher.start(request, &checked, arrived)?;
         let number = running.id.0;
-        let slot =
-            Slot { running, phase: Phase::Starting { request: id, deadline: arrived + SETUP_TIME }, gone: false };
+        let slot = Slot {
+            running,
+            phase: Phase::Starting { request: id, deadline: arrived + SETUP_TIME },
+            origin: Origin::of(request, arrived),
+            ends: None,
+            gone: None,
+        };
         let watched = self.watch(number, &slot.running);
         self.slots.insert(number, slot);
         if let Err(error) = watched {
@@ -119,7 +144,7 @@ impl Server {
 
     pub(super) fn with_up(&self, launch: LaunchId, act: impl FnOnce(&Running) -> Reply) -> Reply {
         match self.slots.get(&launch.0) {
-            Some(Slot { running, phase: Phase::Up, gone: false }) => act(running),
+            Some(Slot { running, phase: Phase::Up, gone: None, .. }) => act(running),
             _ => unknown(launch),
         }
     }
@@ -129,6 +154,10 @@ pub(super) fn refused(code: RefusalCode, message: &str) -> Reply {
     Reply::Refused(Refusal { code, message: message.to_owned() })
 }
 
-fn unknown(launch: LaunchId) -> Reply {
-    refused(RefusalCode::UnknownLaunch, &format!("launch {} is unknown or over", launch.0))
+pub(super) fn unknown(launch: LaunchId) -> Reply {
+    Reply::Refused(no_launch(launch))
+}
+
+pub(super) fn no_launch(launch: LaunchId) -> Refusal {
+    Refusal { code: RefusalCode::UnknownLaunch, message: format!("launch {} is unknown or over", launch.0) }
 }
