@@ -84,7 +84,8 @@ fn start(binaries: &Path, directory: &Path) -> anyhow::Result<(Process, Vec<Side
     sides.push(side("copy", Some(copier), &copied)?);
     let brokered = directory.join("broker.sock");
     let mut command = Command::new(binaries.join("broker-alone"));
-    command.arg("--listen").arg(&brokered).arg("--provider").arg(&served).args(["--service", SERVICE]);
+    command.arg(format!("--caller=caller={}", brokered.display()));
+    command.arg(format!("--provider=provider={SERVICE}={}", served.display()));
     sides.push(side("brokered", Some(Process::ours("the broker", &mut command)?), &brokered)?);
     let mut missing = Vec::new();
     for peer in Peer::ALL {

@@ -1,11 +1,14 @@
 //! What of a head's fields travels on, and what the broker sets itself.
 //!
-//! Metadata passes untouched but for fields that belong to one connection (RFC 9113, section 8.2.2) and for everything
-//! under `plugvisor-`, which is the broker's own: whatever a peer wrote there is dropped.
+//! Metadata passes untouched but for fields that belong to one connection (RFC 9113, section 8.2.2), for a length that
+//! the broker could not keep, and for everything under `plugvisor-`, which is the broker's own: whatever a peer wrote
+//! there is dropped.
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Uri,
-    header::{CONNECTION, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{
+        CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+    },
     uri::{Authority, PathAndQuery, Scheme},
 };
 
@@ -44,6 +47,8 @@ pub(super) fn strip(headers: &mut HeaderMap) {
 fn belongs_to_connection(name: &HeaderName) -> bool {
     [
         CONNECTION,
+        // The broker may end what it passes on before its announced length; gRPC has no use for it.
+        CONTENT_LENGTH,
         HOST,
         KEEP_ALIVE,
         PROXY_AUTHENTICATE,
