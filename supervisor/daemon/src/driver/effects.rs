@@ -60,6 +60,7 @@ impl Driver {
                     began: Instant::now(),
                     verified: None,
                     process: None,
+                    adopted: None,
                     registered: false,
                 });
                 self.begin_resolve(generation);
@@ -133,9 +134,13 @@ impl Driver {
         let Some(worker) = self.worker(generation) else { return };
         let Some(run) = self.of(generation) else { return };
         let (took, cgroups) = (run.began.elapsed(), run.process.as_ref().map(|p| p.view.cgroups.clone()));
+        // One that was taken over was not started, and its hook was called when it was.
+        let started = run.adopted.is_none();
         self.view.send_modify(|view| {
             let view = Arc::make_mut(view);
-            view.figures.start_duration = Some(took);
+            if started {
+                view.figures.start_duration = Some(took);
+            }
             view.last_error = None;
             view.problems.clear();
         });
@@ -147,7 +152,7 @@ impl Driver {
             cgroups: cgroups.unwrap_or_default(),
             inward: self.inward.clone(),
         };
-        let after_load = self.hook_wanted(|hooks| hooks.after_load);
+        let after_load = started && self.hook_wanted(|hooks| hooks.after_load);
         self.spawn(generation, async move {
             if after_load {
                 report_hook(&worker, LifecycleHook::AfterLoad).await;

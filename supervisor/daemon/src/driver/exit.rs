@@ -138,8 +138,12 @@ impl Driver {
     /// Keeps how a process ended, before the lifecycle moves on.
     pub(super) fn note_exit(&mut self, event: &Event) {
         let Event::Exited { generation, exit } = event else { return };
-        if self.of(*generation).is_none_or(|run| run.process.is_none()) {
+        let Some(run) = self.of(*generation).filter(|run| run.process.is_some() || run.adopted.is_some()) else {
             return;
+        };
+        if let Some(running) = &run.process {
+            let launch = running.view.launch;
+            self.spawn_acknowledgement(launch);
         }
         let cause = match &exit.kind {
             _ if exit.oom => "oom",

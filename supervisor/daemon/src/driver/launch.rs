@@ -7,7 +7,7 @@ use plugvisor_core::{
     event::{PluginEvent, SecurityEvent},
     lifecycle::{Failure, Permanence, Phase},
 };
-use plugvisor_package::{Capability, PluginName, SocketMode};
+use plugvisor_package::{Capability, Manifest, PluginName, SocketMode};
 use plugvisor_sandbox::protocol::{self, Launch, Level, RefusalCode};
 use tokio::time::Instant;
 
@@ -36,10 +36,7 @@ impl Driver {
                 entry: entry_path.clone(),
                 args: manifest.runtime.args.clone(),
                 env: manifest.runtime.env.clone().into_iter().collect(),
-                socket: match manifest.runtime.socket {
-                    SocketMode::Inherit => protocol::SocketMode::Inherit,
-                    SocketMode::Bind => protocol::SocketMode::Bind,
-                },
+                socket: asked_socket(manifest),
                 limits: settings::kernel_limits(&verdict.limits),
                 grants: verdict.granted.iter().filter_map(kernel_grant).collect(),
                 allow_degraded: Vec::new(),
@@ -62,21 +59,40 @@ impl Driver {
         });
     }
 
-    /// A process runs: show it, read its pipes, wait for its end.
+    /// A process was launched.
     pub(super) async fn launched(&mut self, generation: Generation, process: Process) {
-        let Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices } = process;
         let reason = self.start_reason;
         let now = Instant::now();
         let health = self.config.health.clone();
         let Some(run) = self.of(generation) else {
             // Cannot be: a generation with a launch under way is not forgotten. Nothing may run unowned all the same.
-            let _ = self.shared.launcher.kill(launched.launch).await;
+            let _ = self.shared.launcher.kill(process.launched.launch).await;
             return;
         };
         let Some(verified) = &run.verified else { return };
-        let startup = settings::startup_time(&verified.info.manifest, &health);
-        let memory_limit = verified.verdict.limits.memory_bytes;
         let level = verified.verdict.level.as_str();
+        let holding = Holding {
+            launched_at: now,
+            deadline: now + settings::startup_time(&verified.info.manifest, &health),
+            memory_limit: verified.verdict.limits.memory_bytes,
+        };
+        let (pid, cgroups) = (process.launched.pid, process.launched.cgroups.clone());
+        let launch_exec_us = process.launched.launch_exec_nanos / 1_000;
+        let missing = self.hold(generation, process, holding);
+        self.view.send_modify(|seen| {
+            *Arc::make_mut(seen).figures.starts.entry(reason).or_insert(0) += 1;
+        });
+        self.emit(PluginEvent::Starting { pid, cgroups, level, launch_exec_us });
+        if !missing.is_empty() {
+            self.emit(SecurityEvent::SandboxDegraded { missing });
+        }
+        self.done(generation, Phase::Launch).await;
+    }
+
+    /// A process runs: show it, read its pipes, wait for its end. Returns the controls that are missing.
+    pub(super) fn hold(&mut self, generation: Generation, process: Process, holding: Holding) -> Vec<String> {
+        let Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices } = process;
+        let Holding { launched_at, deadline, memory_limit } = holding;
         let cgroups: Vec<PathBuf> = launched.cgroups.iter().map(PathBuf::from).collect();
         let missing: Vec<String> = launched
             .controls
@@ -87,10 +103,11 @@ impl Driver {
         let (pid, launch) = (launched.pid, launched.launch);
         let view = ProcessView { launch, pid, uid: launched.uid, controls: launched.controls, cgroups };
         let view = Arc::new(view);
+        let Some(run) = self.of(generation) else { return missing };
         run.process = Some(Running {
             view: Arc::clone(&view),
-            launched_at: now,
-            deadline: now + startup,
+            launched_at,
+            deadline,
             given: Arc::new(worker),
             broker_listener: Some(broker_listener),
             socket: None,
@@ -99,7 +116,6 @@ impl Driver {
         self.view.send_modify(|seen| {
             let seen: &mut PluginView = Arc::make_mut(seen);
             seen.process = Some(Arc::clone(&view));
-            *seen.figures.starts.entry(reason).or_insert(0) += 1;
         });
         let readers = [(LogStream::Stdout, stdout), (LogStream::Stderr, stderr)]
             .map(|(stream, pipe)| {
@@ -107,18 +123,13 @@ impl Driver {
                 self.tasks.spawn(logs.read(self.name.clone(), generation.0, stream, pipe))
             })
             .into();
-        let launch_exec_us = launched.launch_exec_nanos / 1_000;
-        self.emit(PluginEvent::Starting { pid, cgroups: launched.cgroups, level, launch_exec_us });
-        if !missing.is_empty() {
-            self.emit(SecurityEvent::SandboxDegraded { missing });
-        }
         let watcher = Watcher {
             plugin: self.name.clone(),
             generation,
             launch,
             pidfd,
             notices,
-            launched_at: now,
+            launched_at,
             memory_limit,
             readers,
             launcher: self.shared.launcher.clone(),
@@ -126,12 +137,28 @@ impl Driver {
             events: Arc::clone(&self.shared.events),
         };
         self.spawn(generation, watcher.run());
-        self.done(generation, Phase::Launch).await;
+        missing
+    }
+}
+
+/// What is known of a process beside what the launcher hands over.
+pub(super) struct Holding {
+    pub(super) launched_at: Instant,
+    /// Until when it must be ready.
+    pub(super) deadline: Instant,
+    pub(super) memory_limit: Option<u64>,
+}
+
+/// Who makes the worker socket.
+pub(super) fn asked_socket(manifest: &Manifest) -> protocol::SocketMode {
+    match manifest.runtime.socket {
+        SocketMode::Inherit => protocol::SocketMode::Inherit,
+        SocketMode::Bind => protocol::SocketMode::Bind,
     }
 }
 
 /// The capabilities that open something in the kernel; the broker holds the others.
-fn kernel_grant(capability: Capability) -> Option<protocol::Grant> {
+pub(super) fn kernel_grant(capability: Capability) -> Option<protocol::Grant> {
     match capability {
         Capability::WriteTemp => Some(protocol::Grant::WriteTemp),
         Capability::SpawnChild => Some(protocol::Grant::SpawnChild),

@@ -40,13 +40,19 @@ impl Driver {
         let mode = run.verified.as_ref()?.info.manifest.runtime.socket;
         let running = run.process.as_ref()?;
         let (given, uid, deadline) = (Arc::clone(&running.given), running.view.uid, running.deadline);
+        let adopted = run.adopted.is_some();
         self.spawn_phase(generation, Phase::Handshake, async move {
             let (socket, peer) = match mode {
                 SocketMode::Inherit => (given, None),
                 SocketMode::Bind => (Arc::new(bound_socket(name.as_str(), &given, deadline).await?), Some(uid)),
             };
             let worker = Worker::new(Arc::clone(&socket), peer);
-            worker.first_answer(name.as_str(), deadline).await?;
+            if adopted {
+                // There is no Init to wait behind.
+                worker.serving(name.as_str(), deadline).await?;
+            } else {
+                worker.first_answer(name.as_str(), deadline).await?;
+            }
             Ok(Inward::Reached(generation, socket, worker))
         });
         None

@@ -10,6 +10,7 @@
 //! What happens next is decided by `plugvisor_core::lifecycle::step` alone; the driver feeds it events in the order in
 //! which they happened and carries out its effects in theirs. Everything that a generation started ends with its token.
 
+mod adopt;
 mod dependencies;
 mod effects;
 mod exit;
@@ -38,7 +39,7 @@ use plugvisor_core::{
     route::Plugin as RoutePlugin,
 };
 use plugvisor_package::{Bundle, PluginName};
-use plugvisor_sandbox::protocol::Control;
+use plugvisor_sandbox::protocol::{Control, Known};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
@@ -46,6 +47,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
+pub use adopt::Living;
 pub(crate) use settings::would_be_granted;
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView, TransitionView};
 
@@ -134,6 +136,8 @@ struct Run {
     began: Instant,
     verified: Option<Verified>,
     process: Option<Running>,
+    /// What its process was launched as, when an earlier supervisor launched it.
+    adopted: Option<Box<Known>>,
     registered: bool,
 }
 
@@ -160,6 +164,8 @@ pub struct Driver {
     run: Option<Run>,
     /// The bundle as discovery read it, for the first load only.
     found: Option<Bundle>,
+    /// A process to take over, for the beginning only.
+    living: Option<Box<Living>>,
     inward: mpsc::Sender<Inward>,
     received: mpsc::Receiver<Inward>,
     view: watch::Sender<Arc<PluginView>>,
@@ -214,6 +220,7 @@ impl Driver {
             found: (config.load == LoadMode::Auto).then_some(bundle),
             config,
             life,
+            living: None,
             run: None,
             inward,
             received,
@@ -232,6 +239,9 @@ impl Driver {
         let DriverInbox(mut commands) = inbox;
         let directory = self.source.path().display().to_string();
         let _ = self.apply(Event::Discovered { directory }).await;
+        if let Some(living) = self.living.take() {
+            self.take_over(*living).await;
+        }
         while !(self.stopping && !self.life.has_process() && !matches!(self.life.state(), State::Loading(_))) {
             // Both are cancel-safe. Commands come first, so that a stop is not held up by a busy plugin.
             tokio::select! {
@@ -285,19 +295,19 @@ impl Driver {
             Inward::Blocked(generation, error, by) => self.blocked(generation, error, by).await,
             Inward::Unblocked(generation) => self.unblocked(generation).await,
             Inward::Verified(generation, verified) => {
-                if let Some(run) = self.of(generation) {
-                    run.verified = Some(*verified);
-                    self.verified().await;
-                    self.done(generation, Phase::Verify).await;
-                }
+                self.judged(generation, *verified).await;
             }
             Inward::Launched(generation, process) => self.launched(generation, *process).await,
             Inward::Reached(generation, socket, worker) => {
-                if let Some(running) = self.of(generation).and_then(|run| run.process.as_mut()) {
+                let Some(run) = self.of(generation) else { return };
+                let adopted = run.adopted.is_some();
+                if let Some(running) = run.process.as_mut() {
                     let ms = running.launched_at.elapsed();
                     running.socket = Some(socket);
                     running.worker = Some(worker);
-                    self.emit(PluginEvent::HandshakeOk { ms: millis(ms) });
+                    if !adopted {
+                        self.emit(PluginEvent::HandshakeOk { ms: millis(ms) });
+                    }
                     self.done(generation, Phase::Handshake).await;
                 }
             }

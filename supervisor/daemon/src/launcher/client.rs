@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use crate::readiness::register;
 use plugvisor_sandbox::{
     codec::{FromLauncher, decode_from_launcher, encode_request},
     protocol::{
@@ -25,11 +24,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::keep::Reattachment;
+use crate::readiness::register;
+
 /// Requests that may wait to be sent.
 const QUEUE: usize = 64;
 
 /// How long any request but a launch may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a launch may take: it hashes and copies the entry.
 const LAUNCH_PATIENCE: Duration = Duration::from_secs(30);
@@ -104,9 +106,11 @@ struct Ask {
 }
 
 #[derive(Debug)]
-enum Answer {
+pub(super) enum Answer {
     Plain(Reply),
     Launched(Box<Process>),
+    Reattached(Box<Reattachment>),
+    Socket(OwnedFd),
 }
 
 impl Launcher {
@@ -161,18 +165,18 @@ impl Launcher {
         let request = Request::Launch(Box::new(launch));
         match self.ask(request, vec![entry, bundle], LAUNCH_PATIENCE).await? {
             Answer::Launched(process) => Ok(*process),
-            Answer::Plain(_) => Err(LauncherError::Mismatch),
+            Answer::Plain(_) | Answer::Reattached(_) | Answer::Socket(_) => Err(LauncherError::Mismatch),
         }
     }
 
     /// Sends a signal to the launch's first process.
     pub async fn signal(&self, launch: LaunchId, signal: i32) -> Result<(), LauncherError> {
-        self.done(Request::Signal { launch, signal }).await
+        self.done(Request::Signal { launch, signal }, Vec::new()).await
     }
 
     /// Kills every process of the launch.
     pub async fn kill(&self, launch: LaunchId) -> Result<(), LauncherError> {
-        self.done(Request::Kill { launch }).await
+        self.done(Request::Kill { launch }, Vec::new()).await
     }
 
     /// The launch's controls as the kernel shows them now.
@@ -183,14 +187,14 @@ impl Launcher {
         }
     }
 
-    async fn done(&self, request: Request) -> Result<(), LauncherError> {
-        match self.ask(request, Vec::new(), PATIENCE).await? {
+    pub(super) async fn done(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<(), LauncherError> {
+        match self.ask(request, descriptors, PATIENCE).await? {
             Answer::Plain(Reply::Done) => Ok(()),
             _ => Err(LauncherError::Mismatch),
         }
     }
 
-    async fn ask(
+    pub(super) async fn ask(
         &self,
         request: Request,
         descriptors: Vec<OwnedFd>,
@@ -206,17 +210,26 @@ impl Launcher {
 }
 
 /// Owns the connection.
-struct Task {
+pub(super) struct Task {
     connection: AsyncFd<Seqpacket>,
     waiting: HashMap<u64, Waiting>,
-    processes: HashMap<LaunchId, mpsc::Sender<Notice>>,
+    pub(super) processes: HashMap<LaunchId, mpsc::Sender<Notice>>,
     next: u64,
 }
 
 struct Waiting {
     /// `None`: nobody waits for the answer (a kill that this task asked for itself).
     reply: Option<oneshot::Sender<Result<Answer, LauncherError>>>,
-    launch: bool,
+    kind: Kind,
+}
+
+/// Which answers fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Launch,
+    Reattach,
+    Take,
+    Plain,
 }
 
 impl Task {
@@ -253,8 +266,13 @@ impl Task {
                 return Ok(());
             }
         };
-        let launch = matches!(request, Request::Launch(_));
-        self.waiting.insert(id, Waiting { reply: Some(reply), launch });
+        let kind = match request {
+            Request::Launch(_) => Kind::Launch,
+            Request::Reattach { .. } => Kind::Reattach,
+            Request::TakeFd { .. } => Kind::Take,
+            _ => Kind::Plain,
+        };
+        self.waiting.insert(id, Waiting { reply: Some(reply), kind });
         self.transmit(&bytes, &descriptors).await
     }
 
@@ -298,13 +316,21 @@ impl Task {
         let waiting =
             self.waiting.remove(&id).ok_or_else(|| format!("it answered request {id}, which nobody asked"))?;
         let answer = match reply {
-            Reply::Launched(launched) if waiting.launch => {
+            Reply::Launched(launched) if waiting.kind == Kind::Launch => {
                 // Registered before anything else is read, so that not even the first notice is lost.
                 let (sender, notices) = mpsc::channel(4);
                 let launch = launched.launch;
                 let process = process(launched, descriptors, notices).ok_or("a launch came without its descriptors")?;
                 self.processes.insert(launch, sender);
                 Ok(Answer::Launched(Box::new(process)))
+            }
+            Reply::Reattached(reattached) if waiting.kind == Kind::Reattach => {
+                let taken = self.reattached(reattached, descriptors);
+                Ok(Answer::Reattached(Box::new(taken.ok_or("a launch was handed over without its descriptors")?)))
+            }
+            Reply::Taken if waiting.kind == Kind::Take => {
+                let socket = descriptors.into_iter().next().ok_or("a held socket came without its descriptor")?;
+                Ok(Answer::Socket(socket))
             }
             Reply::Refused(refusal) => Err(LauncherError::Refused(refusal)),
             other => Ok(Answer::Plain(other)),
@@ -321,7 +347,7 @@ impl Task {
         self.processes.remove(&launch);
         let id = self.next;
         self.next += 1;
-        self.waiting.insert(id, Waiting { reply: None, launch: false });
+        self.waiting.insert(id, Waiting { reply: None, kind: Kind::Plain });
         let bytes = encode_request(id, &Request::Kill { launch }).map_err(|error| error.to_string())?;
         self.transmit(&bytes, &[]).await
     }
@@ -337,7 +363,11 @@ async fn receive(connection: &AsyncFd<Seqpacket>) -> io::Result<Received> {
     }
 }
 
-fn process(launched: Launched, descriptors: Vec<OwnedFd>, notices: mpsc::Receiver<Notice>) -> Option<Process> {
+pub(super) fn process(
+    launched: Launched,
+    descriptors: Vec<OwnedFd>,
+    notices: mpsc::Receiver<Notice>,
+) -> Option<Process> {
     let [pidfd, broker_listener, worker, stdout, stderr] = <[OwnedFd; 5]>::try_from(descriptors).ok()?;
     Some(Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices })
 }

@@ -4,7 +4,9 @@
 //! the runtime. Which plugin is launched how is the drivers' business; what a request may do, the launcher's own.
 
 mod client;
+mod keep;
 mod spawn;
 
 pub use client::{Gone, Launcher, LauncherEnd, LauncherError, Process, describe_exit, signal_name};
+pub use keep::{Found, Inventory, Output, Reattachment};
 pub use spawn::{PROGRAM, SpawnError, Spawned, beside_this_program, spawn};

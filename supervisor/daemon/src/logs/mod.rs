@@ -4,6 +4,7 @@
 //! counted, and the next line that is kept says how many were. Lines are text for people: nothing here parses them.
 
 mod filter;
+mod kept;
 
 use std::{
     collections::BTreeMap,

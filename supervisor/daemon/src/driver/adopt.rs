@@ -1,0 +1,229 @@
+//! Taking over a process that an earlier supervisor launched, instead of launching one.
+//!
+//! Whether it may be kept is decided here, by comparing what it was launched as with what would be launched now; what
+//! follows from that is the lifecycle's business.
+
+use std::time::Duration;
+
+use plugvisor_core::{
+    Code, Error, Generation,
+    event::{Exit, ExitKind, PluginEvent, ResourceEvent, SecurityEvent},
+    lifecycle::{Event, Phase},
+};
+use plugvisor_sandbox::protocol::{self, Control, ControlState, Known, Over, RefusalCode};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Driver, Run,
+    exit::TAIL,
+    launch::{Holding, asked_socket, kernel_grant},
+    load::permanent,
+    settings,
+    verify::Verified,
+};
+use crate::{
+    events::{Events, Subject},
+    launcher::{Found, Launcher, LauncherError, Process, Reattachment, signal_name},
+    logs::LogStream,
+};
+
+/// How long what is killed may take to be gone before it is no longer waited for.
+const END: Duration = Duration::from_secs(10);
+
+/// A launch that an earlier supervisor left, handed over by the launcher.
+#[derive(Debug)]
+pub struct Living {
+    /// What it was launched as.
+    pub known: Known,
+    /// What became of it.
+    pub reattachment: Reattachment,
+    /// How long nobody supervised it.
+    pub gap: Duration,
+}
+
+impl Living {
+    /// Whether a process of it runs.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        matches!(self.reattachment.state, Found::Up(_))
+    }
+
+    /// Ends what is not to be kept, and waits until it is gone.
+    pub async fn reap(self, launcher: &Launcher, events: &Events, subject: Subject, why: String) {
+        if let Found::Up(process) = self.reattachment.state {
+            events.publish(subject, PluginEvent::OrphanReaped { why });
+            end(launcher, *process).await;
+        }
+        acknowledge(launcher, self.known.launch).await;
+    }
+}
+
+async fn end(launcher: &Launcher, process: Process) {
+    let Process { launched, mut notices, .. } = process;
+    match launcher.kill(launched.launch).await {
+        Ok(()) => {}
+        // Its end is on the way.
+        Err(LauncherError::Refused(refusal)) if refusal.code == RefusalCode::UnknownLaunch => {}
+        Err(error) => tracing::warn!(launch = launched.launch.0, %error, "a process could not be killed"),
+    }
+    // The channel ends behind the notice of the end, or with the launcher.
+    if timeout(END, async { while notices.recv().await.is_some() {} }).await.is_err() {
+        tracing::warn!(launch = launched.launch.0, "a killed process is not gone yet");
+    }
+}
+
+async fn acknowledge(launcher: &Launcher, launch: protocol::LaunchId) {
+    if let Err(error) = launcher.acknowledge(launch).await {
+        tracing::debug!(launch = launch.0, %error, "what was kept of a launch was not acknowledged");
+    }
+}
+
+impl Driver {
+    /// Has the driver take a process over as the first thing that it does.
+    #[must_use]
+    pub fn taking_over(mut self, living: Option<Living>) -> Self {
+        self.living = living.map(Box::new);
+        self
+    }
+
+    pub(super) async fn take_over(&mut self, living: Living) {
+        let generation = Generation(living.known.generation);
+        if generation < self.life.generation() || generation == Generation::NONE {
+            let why = format!("it is of generation {generation}, and {} has begun since", self.life.generation());
+            return self.reap_and_load(living, why).await;
+        }
+        let Living { known, reattachment: Reattachment { state, stdout, stderr }, gap } = living;
+        for (stream, output) in [(LogStream::Stdout, stdout), (LogStream::Stderr, stderr)] {
+            match output.read() {
+                Ok((bytes, lost)) => self.shared.logs.kept(&self.name, generation.0, stream, &bytes, lost),
+                Err(error) => tracing::warn!(plugin = %self.name, %error, "what it printed meanwhile cannot be read"),
+            }
+        }
+        let (launch, age) = (known.launch, Duration::from_nanos(known.age_nanos));
+        let memory_limit = known.limits.memory_bytes;
+        self.run = Some(Run {
+            generation,
+            cancel: CancellationToken::new(),
+            began: Instant::now(),
+            verified: None,
+            process: None,
+            adopted: Some(Box::new(known)),
+            registered: false,
+        });
+        match state {
+            Found::Up(process) => {
+                let now = Instant::now();
+                let manifest = self.view.borrow().bundle.as_ref().map(|bundle| bundle.manifest.clone());
+                let startup = manifest.map(|manifest| settings::startup_time(&manifest, &self.config.health));
+                let holding = Holding {
+                    launched_at: now.checked_sub(age).unwrap_or(now),
+                    deadline: now + startup.unwrap_or(crate::config::defaults::STARTUP_TIMEOUT),
+                    memory_limit,
+                };
+                let missing = self.hold(generation, *process, holding);
+                if !missing.is_empty() {
+                    self.tell(generation, SecurityEvent::SandboxDegraded { missing });
+                }
+                self.spawn_acknowledgement(launch);
+                // Discovered and not older: it is accepted.
+                let _ = self.apply(Event::Reattached { generation, ready_for: age, gap }).await;
+            }
+            Found::Over(over) => {
+                let ran = age.saturating_sub(Duration::from_nanos(over.ago_nanos));
+                let _ = self.apply(Event::Reattached { generation, ready_for: ran, gap }).await;
+                if over.oom_killed {
+                    self.tell(generation, ResourceEvent::OomKilled { limit_bytes: memory_limit });
+                }
+                let exit = self.exit_of(generation, over, ran);
+                let _ = self.apply(Event::Exited { generation, exit }).await;
+                self.spawn_acknowledgement(launch);
+            }
+        }
+    }
+
+    fn exit_of(&self, generation: Generation, over: Over, ran: Duration) -> Exit {
+        let kind = match over.exit {
+            protocol::Exit::Code(code) => ExitKind::Code(code),
+            protocol::Exit::Signal(signal) => ExitKind::Signal(signal_name(signal)),
+        };
+        let stderr_tail = self.shared.logs.stderr_tail(&self.name, generation.0, TAIL);
+        Exit { kind, oom: over.oom_killed, uptime_ms: super::millis(ran), stderr_tail }
+    }
+
+    async fn reap_and_load(&mut self, living: Living, why: String) {
+        let (launcher, events) = (self.shared.launcher.clone(), self.shared.events.clone());
+        let was_up = living.is_up();
+        let subject = Subject::Generation(self.name.clone(), Generation(living.known.generation));
+        living.reap(&launcher, &events, subject, why).await;
+        if was_up {
+            let _ = self.apply(Event::LoadRequested).await;
+        }
+    }
+
+    /// Tells the launcher that it need not keep what it kept of this launch.
+    pub(super) fn spawn_acknowledgement(&self, launch: protocol::LaunchId) {
+        let launcher = self.shared.launcher.clone();
+        self.tasks.spawn(async move { acknowledge(&launcher, launch).await });
+    }
+
+    /// The bundle was judged. What runs already must be what would be launched now.
+    pub(super) async fn judged(&mut self, generation: Generation, verified: Verified) {
+        let allow_degraded = self.shared.allow_degraded.clone();
+        let Some(run) = self.of(generation) else { return };
+        let difference = match (&run.adopted, &run.process) {
+            (Some(known), Some(running)) => difference(known, &running.view.controls, &verified, &allow_degraded),
+            (Some(_) | None, _) => None,
+        };
+        let phase = Phase::Verify;
+        if let Some(what) = difference {
+            let message = format!("{what} changed while no supervisor was there");
+            let failure = permanent(Error::new(Code::PluginWrongState, message, "nothing to do: it is loaded anew"));
+            let _ = self.apply(Event::PhaseFailed { generation, phase, failure }).await;
+            return;
+        }
+        run.verified = Some(verified);
+        self.verified().await;
+        self.done(generation, phase).await;
+    }
+}
+
+/// What of a launch differs from what would be launched now.
+fn difference(
+    known: &Known,
+    controls: &[ControlState],
+    verified: &Verified,
+    allow_degraded: &[Control],
+) -> Option<&'static str> {
+    let Verified { info, entry_sha256, verdict, .. } = verified;
+    let grants: Vec<protocol::Grant> = verdict.granted.iter().filter_map(kernel_grant).collect();
+    let asked = settings::kernel_limits(&verdict.limits);
+    // A limit that this host cannot enforce was not in force at the launch either.
+    let lacking =
+        |control| controls.iter().any(|state: &ControlState| state.control == control && state.enforced.is_none());
+    let in_force = protocol::Limits {
+        memory_bytes: asked.memory_bytes.filter(|_| !lacking(Control::MemoryLimit)),
+        cpu_percent: asked.cpu_percent.filter(|_| !lacking(Control::CpuLimit)),
+        pids: asked.pids.filter(|_| !lacking(Control::PidsLimit)),
+        ..asked
+    };
+    let known_limits = protocol::Limits {
+        memory_bytes: known.limits.memory_bytes.filter(|_| !lacking(Control::MemoryLimit)),
+        cpu_percent: known.limits.cpu_percent.filter(|_| !lacking(Control::CpuLimit)),
+        pids: known.limits.pids.filter(|_| !lacking(Control::PidsLimit)),
+        ..known.limits.clone()
+    };
+    if known.entry_sha256 != *entry_sha256 || known.digest.is_some_and(|digest| digest != *info.digest.as_bytes()) {
+        Some("its bundle")
+    } else if known.grants != grants {
+        Some("its capabilities")
+    } else if known.socket != asked_socket(&info.manifest) {
+        Some("its socket")
+    } else if known_limits != in_force {
+        Some("its limits")
+    } else if known.allow_degraded != allow_degraded {
+        Some("what may be missing on this host")
+    } else {
+        None
+    }
+}
