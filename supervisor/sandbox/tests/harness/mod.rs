@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read, Seek, SeekFrom},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{fs::PermissionsExt, process::CommandExt},
@@ -19,14 +19,17 @@ use std::{
 
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
-    options::Options,
+    options::{Linger, Listen, Options, Supervisor},
     protocol::{
-        Control, Exit, Hello, Launch, LaunchId, Launched, Level, Limits, Notice, Refusal, Reply, Request, SocketMode,
-        VERSION,
+        Control, Exit, Hello, Launch, LaunchId, Launched, Level, Limits, Listed, Notice, ReattachState, Reattached,
+        Refusal, RefusalCode, Reply, Request, SocketMode, VERSION,
     },
     seqpacket::{Received, Seqpacket},
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::Uid,
+};
 use sha2::{Digest, Sha256};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -53,6 +56,11 @@ impl As {
 
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Who may connect to a launcher that listens.
+pub fn supervisor_uid() -> u32 {
+    if is_root() { ORDINARY } else { rustix::process::geteuid().as_raw() }
 }
 
 pub struct Harness {
@@ -90,6 +98,131 @@ impl Harness {
     /// Without a Hello.
     pub fn start_silent(as_: As) -> Self {
         Self::spawn(as_, |_| ())
+    }
+
+    /// A launcher that listens, with this process connected as its first supervisor.
+    pub fn start_listening(as_: As, linger: Linger) -> Self {
+        let mut harness = Self::spawn_listening(as_, linger);
+        harness.connect();
+        harness
+    }
+
+    /// A launcher that listens, to which nobody has connected.
+    pub fn spawn_listening(as_: As, linger: Linger) -> Self {
+        Self::spawn_listening_with(as_, linger, |_| ())
+    }
+
+    pub fn spawn_listening_with(as_: As, linger: Linger, change: impl FnOnce(&mut Options)) -> Self {
+        let mut harness = Self::spawn(as_, |options| {
+            let path = options.runtime_directory.join("launcher.sock");
+            options.supervisor = Supervisor::Listen(Listen { path, first: None, uid: supervisor_uid(), linger });
+            change(options);
+        });
+        harness.disconnect();
+        harness
+    }
+
+    /// Connects as the supervisor's user and says Hello.
+    pub fn connect(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.connection = self.knock();
+            let hello = codec::encode_request(0, &Request::Hello(Hello { version: VERSION })).expect("encodes");
+            // Whoever is turned away may be told so before it has sent anything.
+            let _ = self.connection.try_send(&hello, &[]);
+            let (FromLauncher::Reply { reply, .. }, _) = self.receive(deadline).expect("an answer") else {
+                panic!("a notice before the Hello")
+            };
+            match reply {
+                Reply::Hello { version: VERSION, pid } if pid == self.process.id() => return,
+                // A process that another test forks holds a copy of the last connection until it executes.
+                Reply::Refused(Refusal { code: RefusalCode::Busy, .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// A further connection, by the supervisor's user.
+    pub fn knock(&self) -> Seqpacket {
+        self.knock_as(supervisor_uid())
+    }
+
+    /// A further connection, by this user; waits until the launcher listens.
+    pub fn knock_as(&self, uid: u32) -> Seqpacket {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // The credentials are those of the thread.
+            let connected = std::thread::scope(|scope| {
+                let connect = scope.spawn(|| {
+                    if is_root() {
+                        let uid = Uid::from_raw(uid);
+                        rustix::thread::set_thread_res_uid(uid, uid, uid).expect("becomes another user");
+                    }
+                    Seqpacket::connect(&self.path("run/launcher.sock"))
+                });
+                connect.join().expect("the thread")
+            });
+            match connected {
+                Ok(connection) => return connection,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            // There is no event for a path that comes to be listened at.
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// As if this supervisor were killed: its connection and what it knows is gone.
+    pub fn disconnect(&mut self) {
+        let (unused, _) = Seqpacket::pair().expect("a pair");
+        self.connection = unused;
+        self.notices.clear();
+    }
+
+    /// Everything that the launcher knows.
+    pub fn list(&mut self) -> Listed {
+        let mut all: Option<Listed> = None;
+        loop {
+            let after = all.as_ref().and_then(|all| all.launches.last()).map_or(LaunchId(0), |known| known.launch);
+            let Reply::Listed(mut page) = self.ask(&Request::List { after }, &[]).0 else { panic!("not listed") };
+            let more = page.more;
+            match &mut all {
+                None => all = Some(page),
+                Some(all) => all.launches.append(&mut page.launches),
+            }
+            if !more {
+                return all.expect("a page");
+            }
+        }
+    }
+
+    /// Takes a launch over: how it is, and what its two streams wrote meanwhile.
+    pub fn reattach(&mut self, launch: LaunchId) -> (Reattached, [String; 2], Option<Plugin>) {
+        let (reply, mut descriptors) = self.ask(&Request::Reattach { launch }, &[]);
+        let Reply::Reattached(reattached) = reply else { panic!("{reply:?}") };
+        let ends = descriptors.split_off(2);
+        let mut texts = descriptors.into_iter().map(|file| {
+            let mut bytes = Vec::new();
+            let mut file = File::from(file);
+            file.seek(SeekFrom::Start(0)).expect("seek");
+            file.read_to_end(&mut bytes).expect("reads");
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
+        let texts = [texts.next().expect("stdout"), texts.next().expect("stderr")];
+        assert_eq!([reattached.stdout.bytes, reattached.stderr.bytes], [texts[0].len() as u64, texts[1].len() as u64]);
+        let plugin = match &reattached.state {
+            ReattachState::Up(launched) => {
+                let [pidfd, broker, worker, stdout, stderr] = <[OwnedFd; 5]>::try_from(ends).expect("five descriptors");
+                let launched = launched.clone();
+                Some(Plugin { launched, pidfd, broker, worker, stdout: stdout.into(), stderr: stderr.into() })
+            }
+            ReattachState::Over(_) => {
+                assert!(ends.is_empty());
+                None
+            }
+        };
+        (reattached, texts, plugin)
     }
 
     fn spawn(as_: As, change: impl FnOnce(&mut Options)) -> Self {
@@ -334,6 +467,10 @@ impl Harness {
 
 impl Drop for Harness {
     fn drop(&mut self) {
+        // One that lingers must be told.
+        if let Some(pid) = rustix::process::Pid::from_raw(self.process.id().cast_signed()) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
         // Gone, so that the launcher ends by itself and cleans up; one that was killed has left its groups.
         if let Ok((unused, _)) = Seqpacket::pair() {
             self.connection = unused;

@@ -46,6 +46,15 @@ fn main() {
             "pause" => loop {
                 sys(libc::SYS_pause, [0; 6]);
             },
+            // Numbered lines, each as long as the second argument says, for as many as the first says.
+            "lines" => {
+                let (count, length) = (number(&next()), number(&next()));
+                let width = usize::try_from(length).unwrap_or(0).saturating_sub(1);
+                let mut out = std::io::stdout().lock();
+                io((0..count).try_for_each(|line| writeln!(out, "{line:0>width$}")))
+            }
+            // A line on stderr for each byte that comes over the worker socket, in step with whoever asks.
+            "steps" => steps(),
             "bind" => io(UnixListener::bind(next())),
             "bind-accept" => bind_accept(&next()),
             "copy-exec" => copy_exec(&next()),
@@ -101,6 +110,25 @@ fn list(path: &str) -> String {
         names.join(",")
     });
     names.unwrap_or_else(|error| io::<()>(Err(error)))
+}
+
+/// Answers each byte on one connection to its worker socket after it has written it to both streams.
+fn steps() -> String {
+    // SAFETY: the launcher leaves the listener at descriptor 3.
+    let listener = unsafe { UnixListener::from_raw_fd(3) };
+    for connection in listener.incoming() {
+        let Ok(mut connection) = connection else { break };
+        let mut byte = [0];
+        while connection.read_exact(&mut byte).is_ok() {
+            let text = char::from(byte[0]);
+            println!("out {text}");
+            eprintln!("err {text}");
+            if connection.write_all(&byte).is_err() {
+                break;
+            }
+        }
+    }
+    "over".to_owned()
 }
 
 /// Touches this many bytes.
