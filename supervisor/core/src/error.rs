@@ -211,6 +211,10 @@ codes! {
     AddressInUse = "resource.address_in_use", Resource, Critical, Operator;
     /// Another supervisor holds the runtime directory.
     RuntimeDirectoryBusy = "resource.runtime_directory_busy", Resource, Critical, Operator;
+    /// The supervisor's own state cannot be written: nothing can be asked of it that must be remembered.
+    StateReadOnly = "resource.state_read_only", Resource, Critical, Host;
+    /// Another process held the supervisor's own state for too long.
+    StateLocked = "resource.state_locked", Resource, Error, Operator;
     /// A file, directory or socket of the supervisor's own failed.
     InputOutput = "resource.io", Resource, Critical, Host;
 

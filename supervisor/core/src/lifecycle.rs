@@ -37,7 +37,7 @@ pub use self::{
 use crate::{
     Error, Generation, Jitter, Time,
     event::PluginEvent,
-    restart::{RestartPolicy, Restarts},
+    restart::{RestartHistory, RestartPolicy, Restarts},
 };
 
 /// The rules of a life.
@@ -82,6 +82,18 @@ impl Life {
     #[must_use]
     pub fn new(name: PluginName) -> Self {
         Self { name, state: State::Unknown, generation: Generation::NONE, restarts: Restarts::default() }
+    }
+
+    /// A plugin of which an earlier supervisor knew: generations go on counting, and failures are not forgotten.
+    #[must_use]
+    pub fn remembered(name: PluginName, generation: Generation, history: RestartHistory) -> Self {
+        Self { name, state: State::Unknown, generation, restarts: Restarts::restore(history) }
+    }
+
+    /// What of its failures outlives the supervisor.
+    #[must_use]
+    pub fn history(&self) -> RestartHistory {
+        self.restarts.history()
     }
 
     /// Its name.

@@ -111,7 +111,49 @@ pub struct Restarts {
     total: u32,
 }
 
+/// What of [`Restarts`] is kept where it outlives the supervisor. The moments are those of one boot of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RestartHistory {
+    /// Failures since they were last forgiven.
+    pub failures: u32,
+    /// Whether it is in a crash loop.
+    pub crash_loop: bool,
+    /// The last delay, before jitter.
+    pub last_delay: Duration,
+    /// The newest failures, the oldest first; never more than [`RestartHistory::MAX_RECENT`].
+    pub recent: Vec<Time>,
+    /// Restarts scheduled in this plugin's life.
+    pub total: u32,
+}
+
+impl RestartHistory {
+    /// Moments that are kept at most, whatever the policy says.
+    pub const MAX_RECENT: usize = 64;
+
+    /// What is still true after the host was started anew: its clock began again, and what failed then may work now.
+    #[must_use]
+    pub fn after_reboot(&self) -> Self {
+        Self { total: self.total, ..Self::default() }
+    }
+}
+
 impl Restarts {
+    /// Goes on from a history.
+    #[must_use]
+    pub fn restore(history: RestartHistory) -> Self {
+        let RestartHistory { failures, crash_loop, last_delay, recent, total } = history;
+        Self { failures, crash_loop, last_delay, recent: recent.into(), total }
+    }
+
+    /// The history to keep.
+    #[must_use]
+    pub fn history(&self) -> RestartHistory {
+        let Self { failures, crash_loop, last_delay, recent, total } = self;
+        let old = recent.len().saturating_sub(RestartHistory::MAX_RECENT);
+        let recent = recent.iter().skip(old).copied().collect();
+        RestartHistory { failures: *failures, crash_loop: *crash_loop, last_delay: *last_delay, recent, total: *total }
+    }
+
     /// Restarts scheduled in this plugin's life, never reset.
     #[must_use]
     pub const fn total(&self) -> u32 {
@@ -233,6 +275,22 @@ mod tests {
 
         restarts.forgive();
         assert_eq!(delay(restarts.failed(&policy, None, Time::from_millis(60_002), Jitter::new(0.0))), ms(250));
+    }
+
+    #[test]
+    fn a_history_goes_on_where_it_stopped() {
+        let policy = RestartPolicy::default();
+        let mut straight = Restarts::default();
+        for failure in 0..8_u64 {
+            // As if the supervisor were started anew before each failure.
+            let mut again = Restarts::restore(straight.history());
+            let now = Time::from_millis(failure * 9000);
+            let expected = straight.failed(&policy, None, now, Jitter::MIDDLE);
+            assert_eq!(again.failed(&policy, None, now, Jitter::MIDDLE), expected, "failure {failure}");
+            assert_eq!(again, straight);
+        }
+        let rebooted = Restarts::restore(straight.history().after_reboot());
+        assert_eq!((rebooted.failures(), rebooted.total()), (0, 8));
     }
 
     #[test]

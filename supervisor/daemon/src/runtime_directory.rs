@@ -6,21 +6,21 @@
 
 use std::{
     fs::File,
-    io::{self, Read as _, Write as _},
+    io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Uid},
+    fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid},
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
 };
 
-const LOCK: &str = "lock";
+use crate::directory_lock::{self, LockError};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 4096;
@@ -90,6 +90,16 @@ pub enum RuntimeDirectoryError {
     },
 }
 
+impl From<LockError> for RuntimeDirectoryError {
+    fn from(error: LockError) -> Self {
+        match error {
+            LockError::Io { what, path, source } => Self::Io { what, path, source },
+            LockError::Held { path, holder } => Self::Locked { path, holder },
+            LockError::InTheWay { path, why } => Self::InTheWay { path, why },
+        }
+    }
+}
+
 impl RuntimeDirectory {
     /// Makes the directory if need be, checks who may change it, and takes its lock.
     ///
@@ -111,7 +121,7 @@ impl RuntimeDirectory {
             rustix::fs::fchown(&directory, None, Some(Gid::from_raw(owner.gid))).map_err(|e| failed("chown", e))?;
             rustix::fs::fchmod(&directory, Mode::from_raw_mode(0o1775)).map_err(|error| failed("chmod", error))?;
         }
-        let lock = take_lock(path, &directory, owner)?;
+        let lock = directory_lock::take(path, &directory, owner.map(|owner| owner.uid))?;
         let this = Self { path: path.to_owned(), directory, lock, sockets: Vec::new(), created };
         if let Some(owner) = owner {
             let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
@@ -188,7 +198,7 @@ impl RuntimeDirectory {
     fn unlink(&mut self) -> io::Result<()> {
         let mut first = Ok(());
         // The lock goes last: until then nobody else binds here.
-        for name in self.sockets.drain(..).chain([LOCK]) {
+        for name in self.sockets.drain(..).chain([directory_lock::NAME]) {
             match rustix::fs::unlinkat(&self.directory, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(error) => first = first.and(Err(error.into())),
@@ -228,48 +238,6 @@ fn check(path: &Path, directory: &OwnedFd, owner: Option<Owner>) -> Result<(), R
         return unsafe_(format!("others may write to it (mode {mode:o})"), format!("chmod go-w {}", path.display()));
     }
     Ok(())
-}
-
-fn take_lock(path: &Path, directory: &OwnedFd, owner: Option<Owner>) -> Result<File, RuntimeDirectoryError> {
-    let lock_path = path.join(LOCK);
-    let failed = |what, source: io::Error| RuntimeDirectoryError::Io { what, path: lock_path.clone(), source };
-    loop {
-        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let lock = rustix::fs::openat(directory, LOCK, flags, Mode::from_raw_mode(0o600))
-            .map_err(|error| failed("open", error.into()))?;
-        let mut lock = File::from(lock);
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                let mut text = String::new();
-                let _ = lock.take(32).read_to_string(&mut text);
-                return Err(RuntimeDirectoryError::Locked { path: lock_path, holder: text.trim().parse().ok() });
-            }
-            Err(error) => return Err(failed("lock", error.into())),
-        }
-        // The holder before us may have removed the name between our open and our lock; then the lock on the nameless
-        // file excludes nobody.
-        let ours = rustix::fs::fstat(lock.as_fd()).map_err(|error| failed("look at", error.into()))?;
-        match rustix::fs::statat(directory, LOCK, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(named) if (named.st_dev, named.st_ino) == (ours.st_dev, ours.st_ino) => {}
-            Ok(_) | Err(Errno::NOENT) => continue,
-            Err(error) => return Err(failed("look at", error.into())),
-        }
-        // In a directory that an unprivileged user may write to, the name could be a link to any file of ours.
-        let in_the_way = |why| Err(RuntimeDirectoryError::InTheWay { path: lock_path.clone(), why });
-        if FileType::from_raw_mode(ours.st_mode) != FileType::RegularFile {
-            return in_the_way("it is not a regular file");
-        }
-        if ours.st_nlink != 1 {
-            return in_the_way("it has other names (hard links)");
-        }
-        let this = rustix::process::geteuid().as_raw();
-        if ours.st_uid != this && owner.is_none_or(|owner| owner.uid != ours.st_uid) {
-            return in_the_way("it belongs to another user");
-        }
-        lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(|e| failed("write", e))?;
-        return Ok(lock);
-    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,22 @@ pub enum SupervisorEvent {
         /// "signal", "request", "launcher_lost".
         why: &'static str,
     },
+    /// Its own state could not be read, was moved aside, and was begun anew from the configuration.
+    StateRebuilt {
+        /// Where the old one lies.
+        moved_to: String,
+        /// What was wrong with it.
+        why: String,
+    },
+    /// Its own state cannot be written: plugins run on, and what must be remembered is refused.
+    StateReadOnly {
+        /// Why.
+        why: String,
+        /// "disk_full", "locked" or "io".
+        cause: &'static str,
+    },
+    /// Its own state can be written again, and what happened meanwhile has been.
+    StateRecovered {},
     /// The launcher, the plugins' parent, is gone, and every plugin with it.
     LauncherLost {
         /// What is known.
@@ -292,6 +308,11 @@ group!(SupervisorEvent {
     Self::Ready { .. } => "supervisor.ready", Severity::Warning, "some_failed",
         "`plugvisor status` says which and why";
     Self::Stopping { why } => "supervisor.stopping", Severity::Info, why, "";
+    Self::StateRebuilt { .. } => "supervisor.state_rebuilt", Severity::Critical, "corrupt",
+        "unload again what was unloaded by hand; keep the old file until you know why the disk lost it";
+    Self::StateReadOnly { cause, .. } => "supervisor.state_read_only", Severity::Critical, cause,
+        "make the state directory writable; the supervisor tries again by itself";
+    Self::StateRecovered {} => "supervisor.state_recovered", Severity::Info, "written", "";
     Self::LauncherLost { error } => "supervisor.launcher_lost", error.code.severity(), error.code.as_str(),
         error.hint.as_str();
 });

@@ -42,7 +42,12 @@ fn grpc_code(code: Code) -> Grpc {
         Code::RequestInvalid | Code::ConfigurationInvalid => Grpc::InvalidArgument,
         Code::ResourceExhausted | Code::OutOfMemory | Code::MessageTooLarge => Grpc::ResourceExhausted,
         Code::StartupTimeout | Code::Hung | Code::OperationTimeout => Grpc::DeadlineExceeded,
-        Code::Stopping | Code::LauncherLost | Code::ConnectionLost | Code::NeverListened => Grpc::Unavailable,
+        Code::Stopping
+        | Code::LauncherLost
+        | Code::ConnectionLost
+        | Code::NeverListened
+        | Code::StateReadOnly
+        | Code::StateLocked => Grpc::Unavailable,
         Code::Bug | Code::InputOutput | Code::ProtocolBroken => Grpc::Internal,
         Code::ManifestInvalid
         | Code::ManifestUnsupported
