@@ -159,6 +159,12 @@ impl World {
         self.settings.runtime_directory.clone().unwrap_or_else(|| self.directory.path().join("home/run"))
     }
 
+    /// Where what outlives a daemon will be: an own one for each world, and one for all daemons of a world.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("home/state")
+    }
+
     /// Starts the daemon and waits until it answers on the admin socket.
     ///
     /// # Errors
@@ -231,9 +237,10 @@ impl World {
         // Debug text of these values is valid TOML: paths and names of the tests are plain ASCII.
         let _ = write!(
             text,
-            "[supervisor]\nruntime_directory = {:?}\nmetrics_address = {metrics_address:?}\nallow_degraded = {:?}\n\n\
+            "[supervisor]\nruntime_directory = {:?}\nstate_directory = {:?}\nmetrics_address = {metrics_address:?}\nallow_degraded = {:?}\n\n\
              [[directory]]\npath = {:?}\ntier = {tier:?}\ngrants = {grants:?}\n\n{toml}",
             self.runtime(),
+            self.state(),
             allow_degraded.as_deref().unwrap_or_default(),
             self.plugins(),
         );

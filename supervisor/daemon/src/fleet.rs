@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     path::Path,
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::SystemTime,
 };
 
@@ -14,7 +14,7 @@ use plugvisor_core::{
     event::{PluginEvent, SupervisorEvent},
     lifecycle::{Failed, Haste, State},
 };
-use plugvisor_package::Bundle;
+use plugvisor_package::{Bundle, PluginName};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
@@ -23,6 +23,7 @@ use crate::{
     discovery::{PluginDirectory, Rejection, Source},
     driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared},
     events::Subject,
+    state::{Desired, PluginRecord},
 };
 
 /// Every plugin of the host.
@@ -34,6 +35,8 @@ pub struct Fleet {
     drivers: TaskTracker,
     /// Held while a plugin is added, so that two requests do not add the same one. Never across a load.
     adding: Mutex<()>,
+    /// What earlier supervisors remembered, until it is asked for.
+    remembered: std::sync::Mutex<BTreeMap<PluginName, PluginRecord>>,
 }
 
 /// What is asked for by name.
@@ -50,9 +53,15 @@ pub enum Wish {
 impl Fleet {
     /// No plugin yet.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, config: Arc<Config>, directories: Vec<PluginDirectory>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        config: Arc<Config>,
+        directories: Vec<PluginDirectory>,
+        remembered: BTreeMap<PluginName, PluginRecord>,
+    ) -> Self {
         let directories = directories.into_iter().map(Arc::new).collect();
-        Self { shared, config, directories, drivers: TaskTracker::new(), adding: Mutex::new(()) }
+        let remembered = std::sync::Mutex::new(remembered);
+        Self { shared, config, directories, drivers: TaskTracker::new(), adding: Mutex::new(()), remembered }
     }
 
     /// Finds every bundle and tells those to load that load by themselves. Returns when all are told.
@@ -122,6 +131,15 @@ impl Fleet {
             let view = handle.view.borrow();
             return Err(view.last_error.clone().unwrap_or_else(|| not_found(name_or_path)));
         };
+        let name = handle.view.borrow().name.parse::<PluginName>();
+        if let Ok(name) = name {
+            // First remembered, then done: who comes after a crash finds what was asked for.
+            let desired = match wish {
+                Wish::Load | Wish::Restart => Desired::Loaded,
+                Wish::Unload => Desired::Unloaded,
+            };
+            self.shared.state.desire(name, desired).await?;
+        }
         let (reply, answer) = oneshot::channel();
         let command = match wish {
             Wish::Load => Command::Load(reply),
@@ -238,11 +256,12 @@ impl Fleet {
         match bundle {
             Ok(bundle) => {
                 let config = self.config.plugin(&bundle.manifest.name);
-                let name = bundle.manifest.name.to_string();
+                let name = bundle.manifest.name.clone();
                 // A name that was rejected under its directory's name before.
                 self.forget_rejected(&source);
-                let (driver, inbox, handle) = Driver::new(Arc::clone(&self.shared), source, bundle, config);
-                self.insert(&name, &handle);
+                let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+                let (driver, inbox, handle) = Driver::new(Arc::clone(&self.shared), source, bundle, config, remembered);
+                self.insert(name.as_str(), &handle);
                 self.drivers.spawn(driver.run(inbox));
                 Ok(handle)
             }

@@ -36,6 +36,7 @@ use crate::{
     logs::{LogLimits, Logs},
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
+    state::{self, Opened},
     supervisor::Supervisor,
 };
 
@@ -65,6 +66,8 @@ pub struct Prepared {
     pub allowed: BTreeSet<u32>,
     /// The configured directories.
     pub directories: Vec<PluginDirectory>,
+    /// What earlier supervisors remembered.
+    pub state: Opened,
     /// The launcher's process.
     pub launcher: Child,
     /// The connection to it.
@@ -101,10 +104,12 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         metrics,
         allowed,
         directories,
+        state: opened,
         mut launcher,
         connection,
     } = prepared;
     let mut signals = Signals::new()?;
+    let (store, remembered, closing_state) = opened.start()?;
     let result = async {
         let config = Arc::new(config);
         let client = Launcher::start(connection)
@@ -131,16 +136,21 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             logs: Arc::new(Logs::new(LogLimits::default(), Arc::clone(&events))),
             allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
             plugins,
-            began: Instant::now(),
+            state: store.clone(),
+            began: began_with_the_host(),
         });
         let metrics_address = metrics.local_addr()?;
-        let fleet = Fleet::new(Arc::clone(&shared), Arc::clone(&config), directories);
+        let fleet = Fleet::new(Arc::clone(&shared), Arc::clone(&config), directories, remembered.plugins);
         let calls_socket = runtime_directory.path().join("calls.sock");
         let state = Arc::new(Supervisor::new(config, shared, fleet, features, metrics_address, calls_socket));
 
         let edges = TaskTracker::new();
         let edges_end = CancellationToken::new();
         edges.spawn(pump(Arc::clone(&state), broker_events));
+        edges.spawn({
+            let (events, health, end) = (Arc::clone(&events), store.health(), edges_end.clone());
+            async move { end.run_until_cancelled(tell_of_state(&events, health)).await.unwrap_or(()) }
+        });
         edges.spawn({
             let serving = admin::serve(admin, Arc::clone(&state), allowed, edges_end.clone());
             async move {
@@ -221,6 +231,8 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         }
     }
     .await;
+    // Everything has been noted by now: no driver is left.
+    let _ = tokio::task::spawn_blocking(move || closing_state.close()).await;
     // By now nothing holds the connection, whatever happened above; the launcher ends by itself.
     let waiting = tokio::task::spawn_blocking(move || launcher.wait());
     match timeout(LAUNCHER_PATIENCE, waiting).await {
@@ -234,6 +246,44 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
     }
     tracing::info!("plugvisord has stopped");
     result
+}
+
+/// The kernel's monotonic clock began when the host was started. Moments counted from then mean the same to every
+/// supervisor of one boot, and setting the wall clock moves none of them.
+fn began_with_the_host() -> Instant {
+    let since = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let since = Duration::try_from(since).unwrap_or_default();
+    let now = std::time::Instant::now();
+    Instant::from_std(now.checked_sub(since).unwrap_or(now))
+}
+
+/// What becomes of the state directory becomes events.
+async fn tell_of_state(events: &Events, mut health: watch::Receiver<state::Health>) {
+    let (mut rebuilt, mut works) = (None, true);
+    loop {
+        let now = health.borrow_and_update().clone();
+        if now.rebuilt != rebuilt {
+            if let Some(state::Rebuilt { moved_to, why }) = &now.rebuilt {
+                let (moved_to, why) = (moved_to.display().to_string(), why.clone());
+                events.publish(Subject::Supervisor, SupervisorEvent::StateRebuilt { moved_to, why });
+            }
+            rebuilt = now.rebuilt;
+        }
+        match now.writing {
+            state::Writing::Fails { cause, why, since: _ } => {
+                events.publish(Subject::Supervisor, SupervisorEvent::StateReadOnly { why, cause });
+                works = false;
+            }
+            state::Writing::Works if !works => {
+                events.publish(Subject::Supervisor, SupervisorEvent::StateRecovered {});
+                works = true;
+            }
+            state::Writing::Works => {}
+        }
+        if health.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// What the broker noticed becomes events.

@@ -15,6 +15,7 @@ use crate::{
     privileges::{self, PrivilegeError},
     run::Prepared,
     runtime_directory::{RuntimeDirectory, RuntimeDirectoryError},
+    state::{self, Opened, StateDirectory, StateDirectoryError, StateError},
 };
 
 /// Starts plugins as walled processes and routes their calls.
@@ -28,6 +29,9 @@ pub struct Args {
     /// Directory of the sockets and the lock, instead of the configured one.
     #[arg(long, value_name = "DIRECTORY")]
     pub runtime_directory: Option<PathBuf>,
+    /// Directory of what is remembered, instead of the configured one.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub state_directory: Option<PathBuf>,
     /// The launcher's program [default: plugvisor-launcher beside this program].
     #[arg(long, value_name = "PROGRAM")]
     pub launcher: Option<PathBuf>,
@@ -43,6 +47,10 @@ pub enum StartError {
     Directory(#[from] DirectoryError),
     /// The runtime directory.
     Runtime(#[from] RuntimeDirectoryError),
+    /// The state directory.
+    StateDirectory(#[from] StateDirectoryError),
+    /// What is in it.
+    State(#[from] StateError),
     /// The metrics address.
     Bind(#[from] BindError),
     /// The launcher.
@@ -58,9 +66,17 @@ impl StartError {
         match self {
             Self::Config(ConfigError::Invalid { .. })
             | Self::Directory(_)
+            | Self::StateDirectory(StateDirectoryError::Unsafe { .. })
+            | Self::State(StateError::Incompatible { .. })
             | Self::Privileges(PrivilegeError::NoUser(_) | PrivilegeError::Root(_)) => 78,
             Self::Config(ConfigError::Unreadable { .. })
             | Self::Runtime(_)
+            | Self::StateDirectory(
+                StateDirectoryError::Io { .. }
+                | StateDirectoryError::Locked { .. }
+                | StateDirectoryError::InTheWay { .. },
+            )
+            | Self::State(StateError::Locked { .. } | StateError::Io { .. })
             | Self::Bind(_)
             | Self::Launcher(_)
             | Self::Privileges(PrivilegeError::Refused { .. } | PrivilegeError::Left { .. }) => 74,
@@ -70,12 +86,15 @@ impl StartError {
 
 /// Prepares everything. Must be called while the process has one thread.
 pub fn prepare(args: Args) -> Result<Prepared, StartError> {
-    let Args { config, runtime_directory, launcher } = args;
+    let Args { config, runtime_directory, state_directory, launcher } = args;
     open_files::raise();
     let surroundings = Surroundings::of_process();
     let mut config = Config::load(config.as_deref(), &surroundings)?;
     if let Some(path) = runtime_directory {
         config.supervisor.runtime_directory = std::path::absolute(&path).unwrap_or(path);
+    }
+    if let Some(path) = state_directory {
+        config.supervisor.state_directory = std::path::absolute(&path).unwrap_or(path);
     }
     let owner = if surroundings.uid == 0 { Some(privileges::find(&config.supervisor.user)?) } else { None };
     let directories = config.directories.iter().map(PluginDirectory::open).collect::<Result<Vec<_>, _>>()?;
@@ -83,6 +102,7 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
 
     // From here on others see something; each guard takes its own away again when a later step fails.
     let mut runtime_directory = RuntimeDirectory::open(&config.supervisor.runtime_directory, owner)?;
+    let state_directory = StateDirectory::open(&config.supervisor.state_directory, owner)?;
     let (metrics, _) = observe::bind(config.supervisor.metrics_address)?;
     let admin = runtime_directory.bind("admin.sock", owner)?;
     let calls = runtime_directory.bind("calls.sock", owner)?;
@@ -95,6 +115,8 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
         privileges::drop_to(&config.supervisor.user, owner)?;
         allowed.insert(owner.uid);
     }
+    // Read by an unprivileged process. What does not start here stops nothing: no plugin was launched or told to end.
+    let state = Opened::open(state_directory, &state::boot_id())?;
     Ok(Prepared {
         config,
         runtime_directory,
@@ -103,6 +125,7 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
         metrics,
         allowed,
         directories,
+        state,
         launcher: spawned.child,
         connection: spawned.connection,
     })

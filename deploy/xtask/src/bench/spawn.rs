@@ -68,7 +68,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 
 /// What this host cannot enforce; the plugin is then started without it, and the result says so.
 fn what_is_lacking(binaries: &Path, place: &Place) -> anyhow::Result<Vec<String>> {
-    let file = place.configure(&configuration(&place.runtime(), "127.0.0.1:0", None, &[]))?;
+    let file = place.configure(&configuration(&place.runtime(), &place.state(), "127.0.0.1:0", None, &[]))?;
     let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("probe.log"))?;
     let status = supervisor.ask(&["status"])?;
     let features = status["supervisor"]["features"].as_array().cloned().unwrap_or_default();
@@ -84,7 +84,7 @@ fn measure(
     restarts: usize,
     figures: &mut Figures,
 ) -> anyhow::Result<()> {
-    let text = configuration(&place.runtime(), "127.0.0.1:0", Some(&place.bundles()), lacking);
+    let text = configuration(&place.runtime(), &place.state(), "127.0.0.1:0", Some(&place.bundles()), lacking);
     let file = place.configure(&text)?;
     let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("plugvisord.log"))?;
     let mut events = supervisor.follow_events()?;

@@ -75,7 +75,7 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
 
     let lacking = probe(&binaries, &place, &mut checks)?;
     let metrics = metrics_address(demo.once);
-    let text = configuration(&place.runtime(), &metrics, Some(&place.bundles()), &lacking);
+    let text = configuration(&place.runtime(), &place.state(), &metrics, Some(&place.bundles()), &lacking);
     let file = place.configure(&text)?;
     println!("\nconfiguration, {}:\n{}", file.display(), indented(&text));
     let supervisor = Supervisor::start(&binaries, &file, &place.runtime(), &place.path().join("plugvisord.log"))?;
@@ -93,7 +93,7 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
 
 /// Starts the supervisor without plugins to learn what this host can enforce, and stops it.
 fn probe(binaries: &Path, place: &Place, checks: &mut Checks) -> anyhow::Result<Vec<String>> {
-    let file = place.configure(&configuration(&place.runtime(), "127.0.0.1:0", None, &[]))?;
+    let file = place.configure(&configuration(&place.runtime(), &place.state(), "127.0.0.1:0", None, &[]))?;
     let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("probe.log"))?;
     let status = supervisor.ask(&["status"])?;
     let features = status["supervisor"]["features"].as_array().cloned().unwrap_or_default();

@@ -42,6 +42,11 @@ impl Place {
         self.path().join("run")
     }
 
+    /// Where it keeps what it remembers.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.path().join("state")
+    }
+
     /// The page that the gallery makes.
     pub(crate) fn page(&self) -> PathBuf {
         self.path().join("gallery.html")
@@ -70,13 +75,15 @@ impl Place {
 /// The configuration of a demo. `plugins` is the directory of bundles, absent while only the host is probed.
 pub(crate) fn configuration(
     runtime: &Path,
+    state: &Path,
     metrics: &str,
     plugins: Option<&Path>,
     allow_degraded: &[String],
 ) -> String {
     let mut text = format!(
-        "[supervisor]\nruntime_directory = {}\nmetrics_address = {}\nallow_degraded = {}\n",
+        "[supervisor]\nruntime_directory = {}\nstate_directory = {}\nmetrics_address = {}\nallow_degraded = {}\n",
         quoted(&runtime.to_string_lossy()),
+        quoted(&state.to_string_lossy()),
         quoted(metrics),
         list(allow_degraded.iter().map(String::as_str)),
     );
@@ -107,13 +114,14 @@ mod tests {
     fn the_configuration_is_what_people_would_write() {
         let text = configuration(
             Path::new("/tmp/a \"b\"/run"),
+            Path::new("/tmp/state"),
             "127.0.0.1:0",
             Some(Path::new("/tmp/plugins")),
             &["memory-limit".to_owned(), "cpu-limit".to_owned()],
         );
         assert_eq!(
             text,
-            "[supervisor]\nruntime_directory = \"/tmp/a \\\"b\\\"/run\"\nmetrics_address = \"127.0.0.1:0\"\n\
+            "[supervisor]\nruntime_directory = \"/tmp/a \\\"b\\\"/run\"\nstate_directory = \"/tmp/state\"\nmetrics_address = \"127.0.0.1:0\"\n\
              allow_degraded = [\"memory-limit\", \"cpu-limit\"]\n\n\
              [[directory]]\npath = \"/tmp/plugins\"\ntier = \"verified\"\n\
              grants = [\"api:internal-calls\"]\n"

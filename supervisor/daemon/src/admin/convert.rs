@@ -26,9 +26,10 @@ use super::wire;
 use crate::{
     broker::{ProviderSnapshot, Snapshot},
     calls,
-    driver::{ExitView, PluginView, TransitionView},
+    driver::{ExitView, PluginView},
     events::Record,
     logs::{self, LogLine},
+    state::TransitionRecord,
     stats,
     supervisor::Supervisor,
 };
@@ -196,9 +197,9 @@ fn capabilities(verdict: &Verdict) -> Vec<CapabilityState> {
     verdict.capabilities.iter().map(state).collect()
 }
 
-fn transition(view: &TransitionView) -> Transition {
-    let TransitionView { at, from, to, cause } = view;
-    Transition { at: Some(wire::timestamp(*at)), from: (*from).to_owned(), to: (*to).to_owned(), cause: cause.clone() }
+fn transition(view: &TransitionRecord) -> Transition {
+    let TransitionRecord { at, from, to, cause } = view;
+    Transition { at: Some(wire::timestamp(*at)), from: from.to_string(), to: to.to_string(), cause: cause.clone() }
 }
 
 fn last_exit(view: &ExitView) -> LastExit {

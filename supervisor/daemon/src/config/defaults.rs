@@ -12,6 +12,8 @@ pub const ROOT_CONFIG_FILE: &str = "/etc/plugvisor/plugvisor.toml";
 pub const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// The runtime directory of root.
 pub const ROOT_RUNTIME_DIRECTORY: &str = "/run/plugvisor";
+/// The state directory of root.
+pub const ROOT_STATE_DIRECTORY: &str = "/var/lib/plugvisor";
 /// `/metrics`, `/healthz` and `/readyz`.
 pub const METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 4001);
 /// Whom root becomes.

@@ -50,6 +50,8 @@ pub struct Config {
 pub struct SupervisorConfig {
     /// Absolute; holds the sockets and the lock.
     pub runtime_directory: PathBuf,
+    /// Absolute; holds what is remembered when the supervisor ends.
+    pub state_directory: PathBuf,
     /// Where `/metrics`, `/healthz` and `/readyz` are served; always a loopback address.
     pub metrics_address: SocketAddr,
     /// The user to become when started by root.
@@ -199,6 +201,7 @@ impl Config {
             file: None,
             supervisor: SupervisorConfig {
                 runtime_directory: surroundings.runtime_directory(),
+                state_directory: surroundings.state_directory(),
                 metrics_address: defaults::METRICS_ADDRESS,
                 user: defaults::USER.to_owned(),
                 allow_degraded: BTreeSet::new(),
@@ -256,6 +259,8 @@ pub struct Surroundings {
     pub xdg_runtime_dir: Option<PathBuf>,
     /// `XDG_CONFIG_HOME`, else `$HOME/.config`.
     pub xdg_config_home: Option<PathBuf>,
+    /// `XDG_STATE_HOME`, else `$HOME/.local/state`.
+    pub xdg_state_home: Option<PathBuf>,
 }
 
 impl Surroundings {
@@ -267,6 +272,7 @@ impl Surroundings {
             uid: rustix::process::geteuid().as_raw(),
             xdg_runtime_dir: absolute("XDG_RUNTIME_DIR"),
             xdg_config_home: absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config"))),
+            xdg_state_home: absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state"))),
         }
     }
 
@@ -278,6 +284,17 @@ impl Surroundings {
             _ if self.uid == 0 => PathBuf::from(defaults::ROOT_RUNTIME_DIRECTORY),
             Some(directory) => directory.join("plugvisor"),
             None => PathBuf::from(format!("/tmp/plugvisor-{}", self.uid)),
+        }
+    }
+
+    /// The default state directory: `/var/lib/plugvisor` as root, `$XDG_STATE_HOME/plugvisor`, else
+    /// `$HOME/.local/state/plugvisor`; without a home, `/var/tmp/plugvisor-<uid>`.
+    #[must_use]
+    pub fn state_directory(&self) -> PathBuf {
+        match &self.xdg_state_home {
+            _ if self.uid == 0 => PathBuf::from(defaults::ROOT_STATE_DIRECTORY),
+            Some(directory) => directory.join("plugvisor"),
+            None => PathBuf::from(format!("/var/tmp/plugvisor-{}", self.uid)),
         }
     }
 

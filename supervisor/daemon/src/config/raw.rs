@@ -12,6 +12,9 @@ pub(super) struct Supervisor {
     /// Directory of the sockets and the lock. Default: /run/plugvisor as root, $XDG_RUNTIME_DIR/plugvisor, else
     /// /tmp/plugvisor-<uid>.
     pub(super) runtime_directory: Option<PathBuf>,
+    /// Directory of what is remembered when the supervisor ends. Default: /var/lib/plugvisor as root,
+    /// $XDG_STATE_HOME/plugvisor, else ~/.local/state/plugvisor.
+    pub(super) state_directory: Option<PathBuf>,
     /// Loopback address of /metrics, /healthz and /readyz. Default: 127.0.0.1:4001. Port 0 takes a free one.
     pub(super) metrics_address: Option<String>,
     /// User to become when started by root. Default: nobody.

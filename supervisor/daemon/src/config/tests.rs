@@ -18,6 +18,7 @@ fn a_full_file_comes_through() {
         r#"
         [supervisor]
         runtime_directory = "/run/other"
+        state_directory = "state"
         metrics_address = "[::1]:0"
         user = "plugvisor"
         allow_degraded = ["memory-limit", "cpu-limit"]
@@ -45,6 +46,7 @@ fn a_full_file_comes_through() {
     )
     .unwrap();
     assert_eq!(config.supervisor.runtime_directory, Path::new("/run/other"));
+    assert_eq!(config.supervisor.state_directory, Path::new("/etc/plugvisor/state"));
     assert_eq!(config.supervisor.metrics_address, "[::1]:0".parse().unwrap());
     assert_eq!(config.supervisor.user, "plugvisor");
     assert_eq!(config.supervisor.allow_degraded, BTreeSet::from([Control::MemoryLimit, Control::CpuLimit]));
@@ -149,8 +151,12 @@ fn broken_toml_is_reported_by_line() {
 #[test]
 fn the_file_may_be_absent_only_when_nobody_named_it() {
     let directory = tempfile::tempdir().unwrap();
-    let surroundings =
-        Surroundings { uid: 1000, xdg_runtime_dir: None, xdg_config_home: Some(directory.path().to_owned()) };
+    let surroundings = Surroundings {
+        uid: 1000,
+        xdg_runtime_dir: None,
+        xdg_config_home: Some(directory.path().to_owned()),
+        xdg_state_home: None,
+    };
     let config = Config::load(None, &surroundings).unwrap();
     assert_eq!(config.file, None);
     assert_eq!(config.supervisor.runtime_directory, Path::new("/tmp/plugvisor-1000"));

@@ -57,10 +57,13 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
 }
 
 fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
-    let raw::Supervisor { runtime_directory, metrics_address, user, allow_degraded } = &table.value;
+    let raw::Supervisor { runtime_directory, state_directory, metrics_address, user, allow_degraded } = &table.value;
     let settings = &mut config.supervisor;
     if let Some(path) = runtime_directory {
         settings.runtime_directory = absolute(base, path);
+    }
+    if let Some(path) = state_directory {
+        settings.state_directory = absolute(base, path);
     }
     if let Some(text) = metrics_address {
         match text.parse::<SocketAddr>() {

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{Driver, HOOK_PATIENCE, Inward, Run, probe::Prober, settings, worker::Worker};
-use crate::broker::PluginIdentity;
+use crate::{broker::PluginIdentity, state::Note};
 
 impl Driver {
     pub(super) async fn carry_out(&mut self, effect: Effect) -> Option<Event> {
@@ -54,6 +54,7 @@ impl Driver {
         match phase {
             Phase::Resolve => {
                 self.cancel_restart();
+                self.shared.state.note(&self.name, Note::Begun(generation));
                 self.run = Some(Run {
                     generation,
                     cancel: CancellationToken::new(),

@@ -24,7 +24,7 @@ mod view;
 mod worker;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     hash::{BuildHasher as _, RandomState},
     os::fd::OwnedFd,
     sync::Arc,
@@ -49,7 +49,7 @@ use tracing::Instrument as _;
 
 pub use adopt::Living;
 pub(crate) use settings::would_be_granted;
-pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView, TransitionView};
+pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView};
 
 use self::{shown::describe, verify::Verified, worker::Worker};
 use crate::{
@@ -59,6 +59,7 @@ use crate::{
     events::Events,
     launcher::{Launcher, Process},
     logs::Logs,
+    state::{Desired, Note, PluginRecord, Store},
 };
 
 /// How long one hook may take.
@@ -79,7 +80,9 @@ pub struct Shared {
     pub allow_degraded: Vec<Control>,
     /// Every plugin, for dependencies.
     pub plugins: Plugins,
-    /// When the supervisor's clock began.
+    /// What outlives the supervisor.
+    pub state: Store,
+    /// When the supervisor's clock began: with the host.
     pub began: Instant,
 }
 
@@ -183,18 +186,25 @@ impl Driver {
         source: Source,
         bundle: Bundle,
         config: PluginConfig,
+        remembered: Option<PluginRecord>,
     ) -> (Self, DriverInbox, PluginHandle) {
         let name = bundle.manifest.name.clone();
         let (commands, inbox) = mpsc::channel(16);
         let (inward, received) = mpsc::channel(64);
         let info = verify::info(&bundle);
-        let life = Life::new(name.clone());
+        let PluginRecord { desired, generation, sdk, restarts, breaker: _, transitions } =
+            remembered.unwrap_or_default();
+        let wanted = match desired {
+            Some(desired) => desired == Desired::Loaded,
+            None => config.load == LoadMode::Auto,
+        };
+        let life = Life::remembered(name.clone(), generation, restarts);
         let view = PluginView {
             name: name.to_string(),
             state: life.state().clone(),
             since: SystemTime::now(),
             generation: life.generation(),
-            restarts: 0,
+            restarts: life.restarts(),
             directory: source.path(),
             bundle: Some(Arc::new(info)),
             tier: source.tier(),
@@ -203,10 +213,10 @@ impl Driver {
             last_error: None,
             problems: Vec::new(),
             restart_at: None,
-            transitions: VecDeque::new(),
+            transitions,
             last_exit: None,
-            sdk: String::new(),
-            wanted: config.load == LoadMode::Auto,
+            sdk,
+            wanted,
             figures: Figures::default(),
         };
         let (view, seen) = watch::channel(Arc::new(view));
@@ -217,7 +227,7 @@ impl Driver {
             source,
             policy: settings::life(&config),
             // A plugin that is loaded by hand later is read again then; its files need not stay open until then.
-            found: (config.load == LoadMode::Auto).then_some(bundle),
+            found: wanted.then_some(bundle),
             config,
             life,
             living: None,
@@ -260,16 +270,19 @@ impl Driver {
     }
 
     async fn command(&mut self, command: Command) {
-        let (event, reply) = match command {
-            Command::Load(reply) => (Event::LoadRequested, reply),
-            Command::Unload(reply) => (Event::UnloadRequested, reply),
-            Command::Restart(reply) => (Event::RestartRequested, reply),
+        let (event, wanted, reply) = match command {
+            Command::Load(reply) => (Event::LoadRequested, true, reply),
+            Command::Unload(reply) => (Event::UnloadRequested, false, reply),
+            Command::Restart(reply) => (Event::RestartRequested, true, reply),
             Command::Stop(haste) => {
                 self.stopping = true;
                 let _ = self.apply(Event::StopRequested(haste)).await;
                 return;
             }
         };
+        self.view.send_if_modified(|view| {
+            view.wanted != wanted && std::mem::replace(&mut Arc::make_mut(view).wanted, wanted) != wanted
+        });
         if self.start_reason != "initial" || self.life.generation() != Generation::NONE {
             self.start_reason = "request";
         }
@@ -313,6 +326,7 @@ impl Driver {
             }
             Inward::Initialised(generation, sdk) => {
                 if self.of(generation).is_some() {
+                    self.shared.state.note(&self.name, Note::Sdk(sdk.clone()));
                     self.view.send_modify(|view| Arc::make_mut(view).sdk = sdk);
                     self.done(generation, Phase::Init).await;
                 }
@@ -335,6 +349,7 @@ impl Driver {
         while let Some(event) = next.take() {
             self.note_exit(&event);
             let (before, cause) = (self.life.state().clone(), describe(&event));
+            let history = self.life.history();
             let jitter = Jitter::from_bits(RandomState::new().hash_one(self.life.generation().0));
             let now = Time::after_start(self.shared.began.elapsed());
             let context = Context { now, jitter, policy: &self.policy };
@@ -346,6 +361,9 @@ impl Driver {
                     return Err(refused.error);
                 }
             };
+            if self.life.history() != history {
+                self.shared.state.note(&self.name, Note::Restarts(self.life.history()));
+            }
             // What is told comes after what is shown: who hears of an event finds the state that it speaks of. A step
             // that ends one generation and begins the next speaks of the old one until it is forgotten.
             let mut about = self.life.generation();

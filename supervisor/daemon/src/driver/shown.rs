@@ -9,8 +9,12 @@ use plugvisor_core::{
     route::{Availability, Plugin as RoutePlugin},
 };
 
-use super::{Driver, TransitionView, view};
-use crate::{calls, events::Subject};
+use super::Driver;
+use crate::{
+    calls,
+    events::Subject,
+    state::{Note, TRANSITIONS_KEPT, TransitionRecord},
+};
 
 impl Driver {
     /// Tells the route table when what callers may expect has changed.
@@ -36,14 +40,18 @@ impl Driver {
         let state = self.life.state().clone();
         let now_loaded = matches!(state, State::Loaded(_)) && !matches!(before, State::Loaded(_));
         let (life, began) = (&self.life, self.shared.began);
+        let (from, to) = (state_text(before), state_text(&state));
+        let transition =
+            (from != to).then(|| TransitionRecord { at: SystemTime::now(), from: from.into(), to: to.into(), cause });
+        if let Some(transition) = &transition {
+            self.shared.state.note(&self.name, Note::Transition(transition.clone()));
+        }
         self.view.send_modify(|view| {
             let view = Arc::make_mut(view);
-            let (from, to) = (state_text(before), state_text(&state));
-            if from != to {
-                let at = SystemTime::now();
-                view.since = at;
-                view.transitions.push_back(TransitionView { at, from, to, cause });
-                if view.transitions.len() > view::TRANSITIONS_KEPT {
+            if let Some(transition) = transition {
+                view.since = transition.at;
+                view.transitions.push_back(transition);
+                if view.transitions.len() > TRANSITIONS_KEPT {
                     view.transitions.pop_front();
                 }
             }

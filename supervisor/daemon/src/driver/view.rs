@@ -17,8 +17,7 @@ use plugvisor_package::{Digest, Manifest, Services, TrustTier};
 use plugvisor_sandbox::protocol::{ControlState, LaunchId};
 use tokio::time::Instant;
 
-/// Transitions that are remembered.
-pub(super) const TRANSITIONS_KEPT: usize = 32;
+use crate::state::TransitionRecord;
 
 /// Everything about one plugin.
 #[derive(Clone, Debug)]
@@ -50,7 +49,7 @@ pub struct PluginView {
     /// When it is restarted.
     pub restart_at: Option<Instant>,
     /// The newest last.
-    pub transitions: VecDeque<TransitionView>,
+    pub transitions: VecDeque<TransitionRecord>,
     /// How its last process ended.
     pub last_exit: Option<ExitView>,
     /// The name and version of its SDK, as Init said.
@@ -87,19 +86,6 @@ pub struct ProcessView {
     pub controls: Vec<ControlState>,
     /// Its cgroup directories.
     pub cgroups: Vec<PathBuf>,
-}
-
-/// One change of state.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TransitionView {
-    /// When.
-    pub at: SystemTime,
-    /// From which state.
-    pub from: &'static str,
-    /// To which state.
-    pub to: &'static str,
-    /// What caused it.
-    pub cause: String,
 }
 
 /// How a process ended.

@@ -195,8 +195,9 @@ impl Database {
         &self.boot
     }
 
-    /// Every record. Moments of an earlier boot are not handed out: that clock is gone.
-    pub(super) fn read(&self) -> Result<BTreeMap<PluginName, PluginRecord>, Trouble> {
+    /// Every record, and whether it must be written again. Moments of an earlier boot are not handed out: that clock is
+    /// gone.
+    pub(super) fn read(&self) -> Result<(BTreeMap<PluginName, PluginRecord>, bool), Trouble> {
         let boot: String = self.connection.query_row("SELECT boot FROM host", [], |row| row.get(0))?;
         let mut records = BTreeMap::new();
         let mut rows = self.connection.prepare(
@@ -262,10 +263,11 @@ impl Database {
                 transitions.pop_front();
             }
         }
-        if boot != self.boot {
+        let rebooted = boot != self.boot;
+        if rebooted {
             records.values_mut().for_each(PluginRecord::reboot);
         }
-        Ok(records)
+        Ok((records, rebooted))
     }
 
     /// Writes what changed, all or nothing. `patience` is how long another process may hold the file; `durable` makes

@@ -123,6 +123,8 @@ pub struct Opened {
     database: Database,
     directory: StateDirectory,
     snapshot: Snapshot,
+    /// Whether the file holds moments of another boot.
+    stale: bool,
 }
 
 impl Opened {
@@ -136,8 +138,8 @@ impl Opened {
         let path = directory.path().join(FILE);
         let open = || {
             let database = Database::open(directory.path(), boot, PATIENCE)?;
-            let plugins = database.read()?;
-            Ok((database, plugins))
+            let read = database.read()?;
+            Ok((database, read))
         };
         let (opened, rebuilt) = match open() {
             Err(Trouble::Corrupt(why)) => {
@@ -151,7 +153,9 @@ impl Opened {
             other => (other, None),
         };
         match opened {
-            Ok((database, plugins)) => Ok(Self { database, directory, snapshot: Snapshot { plugins, rebuilt } }),
+            Ok((database, (plugins, stale))) => {
+                Ok(Self { database, directory, snapshot: Snapshot { plugins, rebuilt }, stale })
+            }
             Err(trouble @ (Trouble::Later(_) | Trouble::Foreign(_))) => Err(StateError::Incompatible {
                 why: trouble.why(),
                 fix: match trouble {
@@ -175,11 +179,11 @@ impl Opened {
     ///
     /// When the system grants no thread.
     pub fn start(self) -> std::io::Result<(Store, Snapshot, Closing)> {
-        let Self { database, directory, snapshot } = self;
+        let Self { database, directory, snapshot, stale } = self;
         let (commands, inbox) = sync_channel(QUEUE);
         let (health, seen) =
             watch::channel(Health { writing: Writing::Works, rebuilt: snapshot.rebuilt.clone(), lost: 0 });
-        let writer = Writer::new(database, directory, snapshot.plugins.clone(), health);
+        let writer = Writer::new(database, directory, snapshot.plugins.clone(), stale, health);
         let thread = thread::Builder::new().name("state".to_owned()).spawn(move || writer.run(&inbox))?;
         let store = Store { commands, health: seen };
         Ok((store.clone(), snapshot, Closing { store, thread }))

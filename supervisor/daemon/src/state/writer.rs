@@ -78,9 +78,10 @@ impl Writer {
         database: Database,
         directory: StateDirectory,
         records: BTreeMap<PluginName, PluginRecord>,
+        stale: bool,
         health: watch::Sender<Health>,
     ) -> Self {
-        Self {
+        let mut this = Self {
             boot: database.boot().to_owned(),
             database: Some(database),
             directory,
@@ -91,7 +92,16 @@ impl Writer {
             health,
             held_since: None,
             closing: false,
+        };
+        if stale {
+            this.everything_changed();
         }
+        this
+    }
+
+    fn everything_changed(&mut self) {
+        let every = Changed { record: true, breaker: true, transitions: true };
+        self.changed = self.records.keys().map(|name| (name.clone(), every)).collect();
     }
 
     pub(super) fn run(mut self, inbox: &Receiver<Command>) {
@@ -220,8 +230,7 @@ impl Writer {
         match again {
             Ok((moved_to, database)) => {
                 self.database = Some(database);
-                let every = Changed { record: true, breaker: true, transitions: true };
-                self.changed = self.records.keys().map(|name| (name.clone(), every)).collect();
+                self.everything_changed();
                 self.health.send_modify(|health| health.rebuilt = Some(Rebuilt { moved_to, why: why.to_owned() }));
                 match self.write(ATTEMPT) {
                     Ok(()) => self.written(),

@@ -60,7 +60,7 @@ impl World {
         }
         let degraded = Control::ALL.map(|control| format!("{:?}", control.as_str())).join(", ");
         let text = format!(
-            "[supervisor]\nruntime_directory = \"run\"\nmetrics_address = \"127.0.0.1:0\"\nallow_degraded = \
+            "[supervisor]\nruntime_directory = \"run\"\nstate_directory = \"state\"\nmetrics_address = \"127.0.0.1:0\"\nallow_degraded = \
              [{degraded}]\n[[directory]]\npath = \"plugins\"\ntier = \"verified\"\n{more}"
         );
         std::fs::write(path.join("plugvisor.toml"), text).unwrap();
