@@ -51,6 +51,8 @@ pub mod kind {
     pub const REATTACH: u16 = 16;
     /// [`Request::Acknowledge`](crate::protocol::Request::Acknowledge).
     pub const ACKNOWLEDGE: u16 = 17;
+    /// [`Request::End`](crate::protocol::Request::End).
+    pub const END: u16 = 18;
     /// [`Reply::Hello`](crate::protocol::Reply::Hello).
     pub const HELLO_REPLY: u16 = 0x101;
     /// [`Reply::Probe`](crate::protocol::Reply::Probe).
@@ -181,6 +183,7 @@ pub fn encode_request(id: u64, request: &Request) -> Result<Vec<u8>, EncodeError
         Request::TakeFd { name, keep } => packet(kind::TAKE_FD, id, &(name, keep)),
         Request::Reattach { launch } => packet(kind::REATTACH, id, launch),
         Request::Acknowledge { launch } => packet(kind::ACKNOWLEDGE, id, launch),
+        Request::End => packet(kind::END, id, &()),
         Request::Import(step) => packet(kind::IMPORT, id, step),
         Request::Forget { bundle } => packet(kind::FORGET, id, bundle),
     }
@@ -217,6 +220,10 @@ pub fn decode_request(bytes: &[u8]) -> Result<(u64, Request), DecodeError> {
         }
         kind::REATTACH => Request::Reattach { launch: parse(kind, id, body)? },
         kind::ACKNOWLEDGE => Request::Acknowledge { launch: parse(kind, id, body)? },
+        kind::END => {
+            parse::<()>(kind, id, body)?;
+            Request::End
+        }
         kind::IMPORT => Request::Import(parse::<Import>(kind, id, body)?),
         kind::FORGET => Request::Forget { bundle: parse(kind, id, body)? },
         _ => return Err(DecodeError::Kind { id, kind }),

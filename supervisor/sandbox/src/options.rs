@@ -127,6 +127,15 @@ impl Options {
         }
     }
 
+    /// The directory of the listening socket, when it is beneath the runtime directory: then it is there for this
+    /// launcher alone, and goes with it.
+    #[must_use]
+    pub fn door_directory(&self) -> Option<&Path> {
+        let Supervisor::Listen(listen) = &self.supervisor else { return None };
+        let parent = listen.path.parent()?;
+        (parent != self.runtime_directory && parent.starts_with(&self.runtime_directory)).then_some(parent)
+    }
+
     /// The arguments after the program's name.
     #[must_use]
     pub fn to_args(&self) -> Vec<OsString> {

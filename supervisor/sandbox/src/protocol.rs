@@ -108,6 +108,9 @@ pub enum Request {
         /// The launch.
         launch: LaunchId,
     },
+    /// No supervisor is expected after this one: when this connection closes, the launcher kills what still runs and
+    /// ends, as without `--listen`. Refused by a launcher that waits for ever: ending it is for who started it.
+    End,
     /// One step of bringing a bundle into the launcher's store. One import may be under way at a time.
     Import(Import),
     /// Removes a bundle from the store. One that is running, or being imported, is refused.
@@ -292,7 +295,7 @@ pub enum Reply {
     /// 3 stdout and 4 stderr, the reading ends.
     Launched(Launched),
     /// To [`Request::Signal`], [`Request::Kill`], [`Request::Freeze`], [`Request::Thaw`], [`Request::HoldFd`] and
-    /// [`Request::Acknowledge`].
+    /// [`Request::Acknowledge`] and [`Request::End`].
     Done,
     /// To [`Request::Inspect`]: every control as the kernel shows it at this moment.
     Inspected(Vec<ControlState>),

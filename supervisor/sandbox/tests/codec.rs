@@ -64,6 +64,7 @@ fn request() -> impl Strategy<Value = Request> {
         (".{0,40}", any::<bool>()).prop_map(|(name, keep)| Request::TakeFd { name, keep }),
         any::<u64>().prop_map(|id| Request::Reattach { launch: LaunchId(id) }),
         any::<u64>().prop_map(|id| Request::Acknowledge { launch: LaunchId(id) }),
+        Just(Request::End),
         any::<[u8; 32]>().prop_map(|bundle| Request::Import(Import::Find { bundle })),
         (any::<[u8; 32]>(), any::<u32>(), any::<u64>())
             .prop_map(|(bundle, files, bytes)| Request::Import(Import::Begin(ImportBegin { bundle, files, bytes }))),

@@ -81,6 +81,7 @@ fn run(options: Options) -> Result<(), Wrong> {
         Supervisor::Listen(listen) => listen.first,
     };
     let connection = first.map(take_over).transpose()?;
+    let door_directory = options.door_directory().map(Path::to_owned);
     // Nobody of the same uid, such as a plugin of a rootless launcher, may read its memory or its descriptors.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| Wrong::System("PR_SET_DUMPABLE", error.into()))?;
@@ -107,6 +108,10 @@ fn run(options: Options) -> Result<(), Wrong> {
     // The end of the process closes what it holds. Closing the connection would close the descriptors in packets that
     // nobody has read, and that can block; in a process that exits, sockets do not linger.
     server.hang_up();
+    if let Some(directory) = door_directory {
+        // Only when nothing else is in it.
+        drop(fs::remove_dir(directory));
+    }
     std::mem::forget(server);
     served.map_err(system("serving the supervisor"))
 }

@@ -36,6 +36,8 @@ pub(super) struct Connection {
     socket: Seqpacket,
     queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     pub(super) greeted: bool,
+    /// No supervisor is expected after it.
+    pub(super) last: bool,
     interest: epoll::EventFlags,
 }
 
@@ -57,7 +59,7 @@ impl Server {
     pub(super) fn attach(&mut self, socket: Seqpacket) -> io::Result<()> {
         let interest = epoll::EventFlags::IN;
         epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(Source::Supervisor.token()), interest)?;
-        self.connection = Some(Connection { socket, queue: VecDeque::new(), greeted: false, interest });
+        self.connection = Some(Connection { socket, queue: VecDeque::new(), greeted: false, last: false, interest });
         let alone = self.alone.take();
         self.unattended = alone.filter(|_| self.visits > 0).map(|since| since.elapsed());
         self.visits += 1;
@@ -69,7 +71,7 @@ impl Server {
         if self.ending.is_some() {
             return;
         }
-        if self.door.is_none() {
+        if self.door.is_none() || self.connection.as_ref().is_some_and(|connection| connection.last) {
             self.end();
             return;
         }

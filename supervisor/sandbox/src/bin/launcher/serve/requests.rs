@@ -2,7 +2,10 @@
 
 use std::{os::fd::OwnedFd, time::Instant};
 
-use plugvisor_sandbox::protocol::{Launch, LaunchId, Refusal, RefusalCode, Reply, Request, VERSION};
+use plugvisor_sandbox::{
+    options::Linger,
+    protocol::{Launch, LaunchId, Refusal, RefusalCode, Reply, Request, VERSION},
+};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{Phase, Server, Slot, attach::Origin};
@@ -67,6 +70,16 @@ impl Server {
                 Err(refusal) => Reply::Refused(refusal),
             },
             Request::Acknowledge { launch } => self.acknowledge(launch),
+            Request::End => match &mut self.connection {
+                Some(_) if self.door.as_ref().is_some_and(|door| door.linger == Linger::Forever) => {
+                    refused(RefusalCode::Policy, "this launcher is a service of its own; end it where it was started")
+                }
+                Some(connection) => {
+                    connection.last = true;
+                    Reply::Done
+                }
+                None => refused(RefusalCode::Policy, "Hello must come first"),
+            },
             Request::HoldFd { name } => match self.held.hold(name, descriptors) {
                 Ok(replaced) => {
                     self.closer.take(replaced.into_iter().collect());
