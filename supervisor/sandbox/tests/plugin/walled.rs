@@ -38,6 +38,10 @@ fn main() {
                 std::thread::Builder::new().spawn(|| ()).map_or_else(|e| io::<()>(Err(e)), |t| io(Ok(t.join())))
             }
             "eat" => eat(number(&next())),
+            "hold" => {
+                std::mem::forget(vec![1_u8; usize::try_from(number(&next())).unwrap_or(0)]);
+                "ok".to_owned()
+            }
             "forks" => forks(number(&next())),
             "daemons" => daemons(),
             "accept" => accept(),

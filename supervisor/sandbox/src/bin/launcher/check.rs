@@ -9,7 +9,7 @@ use std::{
 };
 
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{Launch, Level, Refusal, RefusalCode, SocketMode};
+use plugvisor_sandbox::protocol::{Launch, Level, Limits, Refusal, RefusalCode, SocketMode};
 
 use crate::mounts;
 
@@ -74,20 +74,27 @@ pub(crate) fn launch<'a>(
 }
 
 fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {
-    let limits = &request.limits;
+    match bounds(&request.limits) {
+        Some(why) => policy(format!("{plugin} was not started: {why}")),
+        None => Ok(()),
+    }
+}
+
+/// What is wrong with a limit, if something is.
+pub(crate) fn bounds(limits: &Limits) -> Option<&'static str> {
     if limits.memory_bytes.is_some_and(|bytes| !(MIN_MEMORY..=1 << 50).contains(&bytes)) {
-        return policy(format!("{plugin} was not started: maxMemory must be between 1 MiB and 1 PiB"));
+        return Some("maxMemory must be between 1 MiB and 1 PiB");
     }
     if limits.cpu_percent.is_some_and(|percent| !(1..=100_000).contains(&percent)) {
-        return policy(format!("{plugin} was not started: maxCPU must be between 1 and 100000 percent"));
+        return Some("maxCPU must be between 1 and 100000 percent");
     }
     if limits.pids.is_some_and(|pids| !(1..=1 << 22).contains(&pids)) {
-        return policy(format!("{plugin} was not started: its process limit must be between 1 and 4194304"));
+        return Some("its process limit must be between 1 and 4194304");
     }
     if limits.open_files.is_some_and(|files| !(8..=1 << 20).contains(&files)) {
-        return policy(format!("{plugin} was not started: its limit on open files must be between 8 and 1048576"));
+        return Some("its limit on open files must be between 8 and 1048576");
     }
-    Ok(())
+    None
 }
 
 fn bundle_path(plugin: &PluginName, bundle: &OwnedFd, roots: &[PathBuf]) -> Result<PathBuf, Refusal> {

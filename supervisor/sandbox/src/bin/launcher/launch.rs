@@ -463,6 +463,8 @@ impl Running {
         self.groups.kill();
         // Fails only when the init is gone already.
         let _ = pidfd_send_signal(&self.init, Signal::KILL);
+        // What is frozen does not die; a group that is gone needs no thaw.
+        let _ = self.groups.thaw();
     }
 
     /// The program's number in the launcher's PID namespace.

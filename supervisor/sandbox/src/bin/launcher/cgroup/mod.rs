@@ -3,7 +3,10 @@
 //! Plain files in the launcher's own part of the tree: below the group that the launcher was started in, so that every
 //! cap around it stays. It works with v1 hierarchies, v2, and both at once; it knows nothing of what a plugin is.
 
+mod change;
+mod freeze;
 mod locate;
+mod stats;
 
 use std::{
     fs, io,
@@ -21,6 +24,7 @@ use rustix::{
 };
 
 use self::locate::{Own, Version};
+pub(crate) use self::{change::restore, stats::open_files};
 
 /// The controllers that hold limits.
 const CONTROLLERS: [(&str, Control); 3] =
@@ -47,6 +51,8 @@ struct Parent {
     version: Version,
     directory: PathBuf,
     controls: Vec<Control>,
+    /// Its groups can be frozen.
+    freezer: bool,
     /// The directory, locked (flock(2)) for as long as this launcher lives: the next one sees that it is not a leftover.
     _lock: OwnedFd,
 }
@@ -62,6 +68,7 @@ struct Group {
     version: Version,
     directory: PathBuf,
     controls: Vec<Control>,
+    freezer: bool,
 }
 
 /// A limit that could not be set.
@@ -81,9 +88,10 @@ impl Cgroups {
             let has = |name: &str| group.controllers.iter().any(|other| other == name);
             let controls: Vec<Control> =
                 CONTROLLERS.iter().filter(|(name, _)| has(name)).map(|(_, control)| *control).collect();
-            if !controls.is_empty() {
+            let freezer = has("freezer");
+            if freezer || !controls.is_empty() {
                 let directory = group.directory.join(name);
-                cgroups.adopt(Version::V1, directory, controls, |_| Ok(()));
+                cgroups.adopt(Version::V1, directory, controls, freezer, |_| Ok(()));
             }
         }
         if let Some(group) = own.iter().find(|group| group.version == Version::V2) {
@@ -103,6 +111,7 @@ impl Cgroups {
         version: Version,
         directory: PathBuf,
         controls: Vec<Control>,
+        freezer: bool,
         prepare: impl FnOnce(&Path) -> io::Result<()>,
     ) {
         remove_leftovers(&directory);
@@ -116,7 +125,7 @@ impl Cgroups {
         // Without the right to write the group's member list no child could join.
         let made = made.and_then(|()| members(version, &directory).map(drop)).and_then(|()| lock(&directory));
         match made {
-            Ok(lock) => self.parents.push(Parent { version, directory, controls, _lock: lock }),
+            Ok(lock) => self.parents.push(Parent { version, directory, controls, freezer, _lock: lock }),
             Err(error) => {
                 let why = format!("{} cannot be made or used: {error}", directory.display());
                 self.lacking.extend(controls.into_iter().map(|control| (control, why.clone())));
@@ -158,7 +167,7 @@ impl Cgroups {
             subtree(&own.directory)
         });
         match ready {
-            Ok(()) => self.adopt(Version::V2, own.directory.join(name), controls, subtree),
+            Ok(()) => self.adopt(Version::V2, own.directory.join(name), controls, true, subtree),
             Err(error) => {
                 let why = format!(
                     "{} is not delegated to the launcher, or holds other processes: {error}",
@@ -201,7 +210,8 @@ impl Cgroups {
         for parent in &self.parents {
             let directory = parent.directory.join(name);
             let fails = |error: io::Error| LimitError {
-                control: parent.controls[0],
+                // A group that only freezes is there so that all processes can be ended together.
+                control: parent.controls.first().copied().unwrap_or(Control::WholeKill),
                 why: format!("{} cannot be made: {error}", directory.display()),
             };
             make_readable(&directory).map_err(fails)?;
@@ -209,6 +219,7 @@ impl Cgroups {
                 version: parent.version,
                 directory: directory.clone(),
                 controls: parent.controls.clone(),
+                freezer: parent.freezer,
             });
         }
         for group in &groups.groups {

@@ -278,9 +278,11 @@ impl Server {
         let up = self.slots.range(above.clone()).filter_map(|(id, slot)| {
             let condition = match (&slot.phase, slot.over()) {
                 (_, Some(over)) => Condition::Over(over),
-                (Phase::Up, None) => {
-                    Condition::Up { pid: pid(&slot.running), uid: slot.running.identity.uid(), frozen: false }
-                }
+                (Phase::Up, None) => Condition::Up {
+                    pid: pid(&slot.running),
+                    uid: slot.running.identity.uid(),
+                    frozen: slot.running.groups.is_freezing(),
+                },
                 (Phase::Starting { .. } | Phase::Refusing { .. } | Phase::Abandoned, None) => return None,
             };
             Some(slot.origin.known(LaunchId(*id), condition))

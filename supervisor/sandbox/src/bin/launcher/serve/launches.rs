@@ -112,6 +112,7 @@ impl Server {
     pub(super) fn finish_gone(&mut self) {
         let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.gone.is_some()).map(|(id, _)| *id).collect();
         for id in gone {
+            self.abandon_change(id);
             // The end may have been seen before its cause.
             self.memory_event(id);
             let Some(slot) = self.slots.get_mut(&id) else { continue };

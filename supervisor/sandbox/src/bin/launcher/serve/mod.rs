@@ -1,9 +1,10 @@
 //! The loop: requests, children, memory events, signals. One thread; nothing in it waits but the one call to epoll.
 //!
 //! Here is what is waited for, and the end. The supervisor's packets are in `connection`, what they ask in `requests`,
-//! what becomes of a launch in `launches`, and what happens between two supervisors in `attach`.
+//! what becomes of a launch in `launches` and `change`, and what happens between two supervisors in `attach`.
 
 mod attach;
+mod change;
 mod connection;
 mod launches;
 mod requests;
@@ -24,6 +25,7 @@ use rustix::{
 
 use self::{
     attach::{Ends, Origin, Past, Stream},
+    change::Change,
     connection::Connection,
 };
 use crate::{
@@ -53,6 +55,7 @@ enum Source {
     Exec(u64),
     Memory(u64),
     Output(u64, Stream),
+    Change(u64),
 }
 
 impl Source {
@@ -68,6 +71,7 @@ impl Source {
             Self::Memory(id) => id << 4 | 7,
             Self::Output(id, Stream::Stdout) => id << 4 | 8,
             Self::Output(id, Stream::Stderr) => id << 4 | 9,
+            Self::Change(id) => id << 4 | 10,
         }
     }
 
@@ -83,6 +87,7 @@ impl Source {
             (7, id) => Some(Self::Memory(id)),
             (8, id) => Some(Self::Output(id, Stream::Stdout)),
             (9, id) => Some(Self::Output(id, Stream::Stderr)),
+            (10, id) => Some(Self::Change(id)),
             _ => None,
         }
     }
@@ -106,6 +111,8 @@ struct Slot {
     origin: Origin,
     /// What a supervisor needs of it; `None` until it is up.
     ends: Option<Ends>,
+    /// A change of its limits that is under way.
+    change: Option<Change>,
     /// Since when the init is reaped.
     gone: Option<Instant>,
 }
@@ -200,6 +207,7 @@ impl Server {
                 }
             }
             self.overdue();
+            self.overdue_changes();
             self.lonely();
             self.finish_gone();
             self.flush();
@@ -243,6 +251,7 @@ impl Server {
             Source::Memory(id) => self.memory_event(id),
             Source::Door => self.accept(),
             Source::Output(id, stream) => self.drain(id, stream),
+            Source::Change(id) => self.changed(id),
         }
     }
 
@@ -253,13 +262,16 @@ impl Server {
             Phase::Starting { deadline, .. } => Some(deadline.saturating_duration_since(now)),
             Phase::Up | Phase::Refusing { .. } | Phase::Abandoned => None,
         });
+        let changing = self.slots.values().filter_map(|slot| slot.change.as_ref());
+        let changing = changing.map(|change| change.deadline.saturating_duration_since(now));
         let retry = self.slots.values().any(|slot| slot.gone.is_some()).then_some(RETRY);
         let closing = self.closer.due().filter(|_| self.ending.is_none());
         let ending = self.ending.map(|since| END_TIME.saturating_sub(since.elapsed()));
         let lonely = self.lingers_for().filter(|_| self.ending.is_none());
         let rest = self.door.as_ref().and_then(|door| door.rests_until);
         let rest = rest.map(|until| until.saturating_duration_since(now));
-        let next = starting.chain(retry).chain(ending).chain(closing).chain(lonely).chain(rest).min()?;
+        let next =
+            starting.chain(changing).chain(retry).chain(ending).chain(closing).chain(lonely).chain(rest).min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
         let next = next + Duration::from_millis(1);
         Some(Timespec { tv_sec: next.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: next.subsec_nanos().into() })
@@ -284,7 +296,10 @@ impl Server {
         let own = std::process::id();
         let children = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap_or_default();
         for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
-            let known = self.closer.is_child(pid) || self.slots.values().any(|slot| slot.running.init_pid == pid);
+            let of = |slot: &Slot| {
+                slot.running.init_pid == pid || slot.change.as_ref().is_some_and(|change| change.pid == pid)
+            };
+            let known = self.closer.is_child(pid) || self.slots.values().any(of);
             if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             }

@@ -94,9 +94,13 @@ impl Server {
                 }
                 Err(refusal) => Reply::Refused(refusal),
             },
-            Request::Freeze { .. } | Request::Thaw { .. } | Request::Limits { .. } | Request::Stats { .. } => {
-                refused(RefusalCode::Malformed, "this launcher does not do that yet")
-            }
+            Request::Freeze { launch } => done(self.freeze(launch, true)),
+            Request::Thaw { launch } => done(self.freeze(launch, false)),
+            Request::Limits { launch, limits } => match self.limit(id, launch, limits) {
+                Ok(()) => return None,
+                Err(refusal) => Reply::Refused(refusal),
+            },
+            Request::Stats { launch } => self.stats(launch).map_or_else(Reply::Refused, Reply::Stats),
             Request::Import(_) | Request::Forget { .. } => {
                 refused(RefusalCode::Exhausted, "this launcher has no store")
             }
@@ -128,6 +132,7 @@ impl Server {
             phase: Phase::Starting { request: id, deadline: arrived + SETUP_TIME },
             origin: Origin::of(request, arrived),
             ends: None,
+            change: None,
             gone: None,
         };
         let watched = self.watch(number, &slot.running);
@@ -148,7 +153,13 @@ impl Server {
         };
         self.with_up(launch, |running| match &running.program {
             Some(program) => match pidfd_send_signal(program, signal) {
-                Ok(()) => Reply::Done,
+                Ok(()) => {
+                    if signal == Signal::KILL {
+                        // Frozen, it would not die, and its init would not see it die.
+                        let _ = running.groups.thaw();
+                    }
+                    Reply::Done
+                }
                 Err(_) => unknown(launch),
             },
             None => unknown(launch),
@@ -161,6 +172,10 @@ impl Server {
             _ => unknown(launch),
         }
     }
+}
+
+fn done(result: Result<(), Refusal>) -> Reply {
+    result.map_or_else(Reply::Refused, |()| Reply::Done)
 }
 
 pub(super) fn refused(code: RefusalCode, message: &str) -> Reply {
