@@ -202,7 +202,7 @@ fn each_error_is_typed() {
     assert_eq!(codec::decode_request(&[1, 0, 1]), Err(DecodeError::Short { len: 3 }));
     assert_eq!(codec::decode_request(&vec![0; MAX_PACKET + 1]), Err(DecodeError::Long { len: MAX_PACKET + 1 }));
     assert_eq!(codec::decode_request(&header(2, kind::PROBE, 7)), Err(DecodeError::Version { id: 7, version: 2 }));
-    for reserved in [0, 18, kind::DONE] {
+    for reserved in [0, 19, kind::DONE] {
         assert_eq!(
             codec::decode_request(&header(VERSION, reserved, 7)),
             Err(DecodeError::Kind { id: 7, kind: reserved })
