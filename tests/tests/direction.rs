@@ -21,6 +21,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("plugvisor-examples", &["plugvisor-client", "plugvisor-proto", "plugvisor-worker"]),
     // These two drive the programs from outside: they see what an operator, an author or an application sees.
     ("plugvisor-tests", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
+    // It reads what they read, by the same functions.
+    ("plugvisor-fuzz", &["plugvisor-daemon", "plugvisor-package", "plugvisor-sandbox"]),
     ("xtask", &["plugvisor-client", "plugvisor-examples", "plugvisor-package", "plugvisor-proto", "plugvisor-tests"]),
 ];
 

@@ -22,7 +22,8 @@ pub(crate) enum Profile {
 }
 
 impl Profile {
-    const fn directory(self) -> &'static str {
+    /// Its directory below the target directory.
+    pub(crate) const fn directory(self) -> &'static str {
         match self {
             Self::Dev => "debug",
             Self::Release => "release",

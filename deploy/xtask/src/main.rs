@@ -1,4 +1,4 @@
-//! The commands of the project itself: `cargo xtask demo|test|bench|bundle|schema|setup`.
+//! The commands of the project itself: `cargo xtask demo|test|bench|fuzz|bundle|schema|setup`.
 //!
 //! It builds and drives the real binaries from outside; it knows nothing of their insides.
 #![forbid(unsafe_code)]
@@ -6,6 +6,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod schema;
 mod setup;
 mod skips;
@@ -42,6 +43,13 @@ enum Command {
         #[command(subcommand)]
         what: bench::Bench,
     },
+    /// Try changed inputs on what reads strangers' bytes, until one breaks a property; `fuzz --help` says how many.
+    #[command(disable_help_flag = true)]
+    Fuzz {
+        /// TARGET, `--runs N`, `--seed S`, `--input FILE`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
     /// Put the example plugins' bundles into a directory.
     Bundle {
         /// Where to put them, one directory each.
@@ -69,6 +77,7 @@ fn main() -> ExitCode {
             }
             bench::run(&what)
         }
+        Command::Fuzz { arguments } => fuzz::fuzz(&arguments),
         Command::Bundle { into, profile } => build::binaries(profile)
             .and_then(|binaries| build::bundle_examples(&build::workspace_root(), &binaries, &into)),
         Command::Schema => schema::write(),
