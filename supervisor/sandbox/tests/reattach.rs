@@ -11,19 +11,23 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use harness::{As, Harness, PATIENCE, Plugin, is_root, supervisor_uid, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
-    options::Linger,
+    options::{Linger, Listen, Supervisor},
     protocol::{
         Condition, Exit, Hello, Kept, Launch, LaunchId, Over, ReattachState, RefusalCode, Reply, Request, VERSION,
     },
-    seqpacket::Seqpacket,
+    seqpacket::{Received, Seqpacket},
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+    process::{Pid, Signal, kill_process},
+};
 
 /// A connection to the plugin, over which it is told what to write.
 fn steps(plugin: &Plugin) -> UnixStream {
@@ -260,7 +264,7 @@ fn one_supervisor_at_a_time() {
             let deadline = Instant::now() + PATIENCE;
             loop {
                 match connection.try_recv() {
-                    Ok(plugvisor_sandbox::seqpacket::Received::Packet(packet)) => {
+                    Ok(Received::Packet(packet)) => {
                         let message = codec::decode_from_launcher(&packet.bytes).expect("decodes");
                         let FromLauncher::Reply { id, reply: Reply::Refused(refusal) } = message else {
                             panic!("{message:?}")
@@ -291,6 +295,72 @@ fn one_supervisor_at_a_time() {
         harness.connect();
         assert!(harness.list().unattended_nanos.is_some());
     }
+}
+
+#[test]
+fn who_says_nothing_keeps_nobody_out() {
+    let mut harness = Harness::spawn_listening(As::possible()[0], Linger::Forever);
+    let silent = harness.knock();
+    // While it is let in nobody else is; then it is shown out, and `connect`, which tries until it is let in, succeeds.
+    harness.connect();
+    assert!(wait_readable(silent.as_fd(), Instant::now() + PATIENCE), "its connection stays open");
+    let end = silent.try_recv();
+    assert!(matches!(end, Ok(Received::Closed)), "{end:?}");
+}
+
+#[test]
+fn the_first_supervisor_may_come_with_the_launcher() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start_with(as_, |options| {
+            let Supervisor::Inherited(fd) = options.supervisor else { panic!("the harness inherits") };
+            let path = options.runtime_directory.join("launcher.sock");
+            let linger = Linger::Forever;
+            options.supervisor = Supervisor::Listen(Listen { path, first: Some(fd), uid: supervisor_uid(), linger });
+        });
+        let request = harness.request(&["pause"]);
+        let launch = harness.launch(request).launched.launch;
+        assert_eq!(harness.list().unattended_nanos, None);
+        harness.disconnect();
+        harness.connect();
+        assert!(harness.list().unattended_nanos.is_some());
+        assert!(harness.reattach(launch).2.is_some());
+    }
+}
+
+#[test]
+fn a_service_manager_may_hold_the_socket() {
+    let harness = Harness::spawn_listening(As::possible()[0], Linger::Forever);
+    let path = harness.path("run/passed.sock");
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("a socket");
+    bind(&socket, &SocketAddrUnix::new(&path).expect("an address")).expect("binds");
+    listen(&socket, 4).expect("listens");
+    let uid = rustix::process::geteuid().as_raw().to_string();
+    let runtime = harness.path("passed");
+    fs::create_dir(&runtime).expect("a directory");
+    let start = |socket: OwnedFd| {
+        let mut command = Command::new("sh");
+        command.arg("-c").arg("LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null");
+        command.arg(harness.path("plugvisor-launcher")).args(["--cgroup-root", "plugvisor-test-passed"]);
+        command.args(["--supervisor-uid", &uid, "--linger", "0", "--listen"]).arg(&path);
+        command.arg("--runtime-directory").arg(&runtime).stdin(Stdio::from(socket));
+        command.stderr(Stdio::piped()).spawn().expect("it starts")
+    };
+    let mut process = start(socket.try_clone().expect("a copy"));
+    let connection = Seqpacket::connect(&path).expect("the socket listens before the launcher does");
+    let hello = codec::encode_request(3, &Request::Hello(Hello { version: VERSION })).expect("encodes");
+    connection.try_send(&hello, &[]).expect("sends");
+    assert!(wait_readable(connection.as_fd(), Instant::now() + PATIENCE));
+    let Ok(Received::Packet(packet)) = connection.try_recv() else { panic!("no packet") };
+    let message = codec::decode_from_launcher(&packet.bytes).expect("decodes");
+    assert!(matches!(message, FromLauncher::Reply { id: 3, reply: Reply::Hello { .. } }), "{message:?}");
+    drop(connection);
+    assert!(process.wait().expect("it ends").success());
+    assert!(path.exists(), "the path is not the launcher's to remove");
+
+    let (wrong, _other) = UnixStream::pair().expect("a pair");
+    let output = start(wrong.into()).wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(74), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -393,7 +463,7 @@ fn a_second_launcher_in_the_same_place_does_not_start() {
     let uid = supervisor_uid().to_string();
     let (run, path) = (harness.path("run"), harness.path("run/launcher.sock"));
     let start = || {
-        let mut command = std::process::Command::new(harness.path("plugvisor-launcher"));
+        let mut command = Command::new(harness.path("plugvisor-launcher"));
         command.args(["--cgroup-root", "plugvisor-test-second", "--supervisor-uid", &uid, "--listen"]).arg(&path);
         let output = command.arg("--runtime-directory").arg(&run).output().expect("it runs");
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())

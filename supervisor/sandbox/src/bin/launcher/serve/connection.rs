@@ -28,6 +28,8 @@ const READ_TIME: Duration = Duration::from_millis(10);
 const KNOCKS: usize = 16;
 /// How many packets of somebody who is turned away are taken out, so that closing the rest costs nobody anything.
 const UNREAD: usize = 16;
+/// How long somebody who was let in may keep the others out without a Hello.
+const HELLO_TIME: Duration = Duration::from_secs(5);
 /// How long nobody is let in after there was no descriptor for one.
 const REST: Duration = Duration::from_millis(100);
 
@@ -36,6 +38,8 @@ pub(super) struct Connection {
     socket: Seqpacket,
     queue: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     pub(super) greeted: bool,
+    /// When a Hello must have come; `None` for the one that started the launcher, whom nobody waits behind.
+    pub(super) greets_by: Option<Instant>,
     /// No supervisor is expected after it.
     pub(super) last: bool,
     interest: epoll::EventFlags,
@@ -59,11 +63,19 @@ impl Server {
     pub(super) fn attach(&mut self, socket: Seqpacket) -> io::Result<()> {
         let interest = epoll::EventFlags::IN;
         epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(Source::Supervisor.token()), interest)?;
-        self.connection = Some(Connection { socket, queue: VecDeque::new(), greeted: false, last: false, interest });
+        self.connection =
+            Some(Connection { socket, queue: VecDeque::new(), greeted: false, greets_by: None, last: false, interest });
+        self.knocked_at = true;
+        Ok(())
+    }
+
+    /// The supervisor has said Hello; said again it changes nothing.
+    pub(super) fn greeted(&mut self) {
+        let Some(connection) = self.connection.as_mut().filter(|connection| !connection.greeted) else { return };
+        connection.greeted = true;
         let alone = self.alone.take();
         self.unattended = alone.filter(|_| self.visits > 0).map(|since| since.elapsed());
         self.visits += 1;
-        Ok(())
     }
 
     /// The supervisor is gone, by itself or because it broke the protocol's bounds.
@@ -79,7 +91,8 @@ impl Server {
         let _ = epoll::delete(&self.epoll, &connection.socket);
         connection.hang_up();
         self.closer.take(connection.into_descriptors());
-        self.alone = Some(Instant::now());
+        // Somebody who never said Hello was none.
+        self.alone.get_or_insert_with(Instant::now);
         self.detach();
     }
 
@@ -231,6 +244,22 @@ impl Server {
         }
         if let Err(error) = self.attach(socket) {
             self.fail(error);
+        }
+        if let Some(connection) = &mut self.connection {
+            connection.greets_by = Some(Instant::now() + HELLO_TIME);
+        }
+    }
+
+    /// How long the connected one still has for its Hello.
+    pub(super) fn greets_within(&self) -> Option<Duration> {
+        let connection = self.connection.as_ref().filter(|connection| !connection.greeted)?;
+        Some(connection.greets_by?.saturating_duration_since(Instant::now()))
+    }
+
+    /// Ends the connection of somebody who says nothing.
+    pub(super) fn mute(&mut self) {
+        if self.greets_within().is_some_and(|left| left.is_zero()) {
+            self.lost();
         }
     }
 

@@ -125,7 +125,9 @@ pub(crate) struct Server {
     door: Option<Door>,
     /// Since when there is no supervisor.
     alone: Option<Instant>,
-    /// How many there were.
+    /// Somebody was let in already.
+    knocked_at: bool,
+    /// How many supervisors there were.
     visits: u64,
     /// How long there was none before the one that is connected.
     unattended: Option<Duration>,
@@ -161,6 +163,7 @@ impl Server {
             connection: None,
             door,
             alone: Some(Instant::now()),
+            knocked_at: false,
             visits: 0,
             unattended: None,
             signals,
@@ -208,6 +211,7 @@ impl Server {
             }
             self.overdue();
             self.overdue_changes();
+            self.mute();
             self.lonely();
             self.finish_gone();
             self.flush();
@@ -268,10 +272,18 @@ impl Server {
         let closing = self.closer.due().filter(|_| self.ending.is_none());
         let ending = self.ending.map(|since| END_TIME.saturating_sub(since.elapsed()));
         let lonely = self.lingers_for().filter(|_| self.ending.is_none());
+        let mute = self.greets_within().filter(|_| self.ending.is_none());
         let rest = self.door.as_ref().and_then(|door| door.rests_until);
         let rest = rest.map(|until| until.saturating_duration_since(now));
-        let next =
-            starting.chain(changing).chain(retry).chain(ending).chain(closing).chain(lonely).chain(rest).min()?;
+        let next = starting
+            .chain(changing)
+            .chain(retry)
+            .chain(ending)
+            .chain(closing)
+            .chain(lonely)
+            .chain(mute)
+            .chain(rest)
+            .min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
         let next = next + Duration::from_millis(1);
         Some(Timespec { tv_sec: next.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: next.subsec_nanos().into() })
@@ -310,7 +322,7 @@ impl Server {
     fn lingers_for(&self) -> Option<Duration> {
         let alone = self.alone.filter(|_| self.connection.is_none())?;
         let linger = match self.door.as_ref()?.linger {
-            Linger::For(time) if self.visits == 0 => time.max(FIRST_TIME),
+            Linger::For(time) if !self.knocked_at => time.max(FIRST_TIME),
             Linger::For(time) => time,
             Linger::Forever => return None,
         };

@@ -33,9 +33,7 @@ impl Server {
         }
         Some(match request {
             Request::Hello(hello) if hello.version == VERSION => {
-                if let Some(connection) = &mut self.connection {
-                    connection.greeted = true;
-                }
+                self.greeted();
                 Reply::Hello { version: VERSION, pid: std::process::id() }
             }
             Request::Hello(hello) => refused(
