@@ -9,6 +9,7 @@ pub mod breaker;
 pub mod error;
 pub mod event;
 mod generation;
+pub mod graph;
 pub mod lifecycle;
 pub mod policy;
 pub mod probe;
