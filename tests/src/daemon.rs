@@ -296,7 +296,15 @@ impl Daemon {
     ///
     /// # Errors
     /// Names what is left, or how it ended.
-    pub async fn stop(mut self) -> anyhow::Result<()> {
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.stop_for_another().await.map(drop)
+    }
+
+    /// As [`Self::stop`], and hands back the world with what the daemon remembers, for another to be started in.
+    ///
+    /// # Errors
+    /// As [`Self::stop`].
+    pub async fn stop_for_another(mut self) -> anyhow::Result<World> {
         let remains = self.remains();
         self.process.signal(Signal::TERM).context("SIGTERM to plugvisord")?;
         let ended = tokio::time::timeout(STOP, self.child.wait()).await;
@@ -305,7 +313,21 @@ impl Daemon {
         let status = ended.with_context(|| format!("plugvisord runs {STOP:?} after SIGTERM\n{printed}"))??;
         ensure!(status.success(), "plugvisord ended with {status} after SIGTERM\n{printed}");
         remains.gone().await.with_context(|| format!("after a clean stop\n{printed}"))?;
-        remains.no_files().with_context(|| format!("after a clean stop\n{printed}"))
+        remains.no_files().with_context(|| format!("after a clean stop\n{printed}"))?;
+        Ok(self.world)
+    }
+
+    /// Ends the daemon with SIGKILL, waits until nothing of it runs, and hands back the world.
+    ///
+    /// # Errors
+    /// Names what is left.
+    pub async fn kill_for_another(mut self) -> anyhow::Result<World> {
+        let remains = self.remains();
+        self.process.signal(Signal::KILL).context("SIGKILL to plugvisord")?;
+        self.ended().await?;
+        self.watching.abort();
+        remains.gone().await?;
+        Ok(self.world)
     }
 
     /// Waits for the daemon's own end and returns its exit code, `None` when a signal ended it.

@@ -33,7 +33,9 @@ struct Settings {
     grants: Vec<String>,
     allow_degraded: Option<Vec<String>>,
     runtime_directory: Option<PathBuf>,
+    state_directory: Option<PathBuf>,
     metrics_address: String,
+    supervisor: String,
     toml: String,
 }
 
@@ -62,7 +64,9 @@ impl World {
                 grants: Vec::new(),
                 allow_degraded: None,
                 runtime_directory: None,
+                state_directory: None,
                 metrics_address: "127.0.0.1:0".to_owned(),
+                supervisor: String::new(),
                 toml: String::new(),
             },
         };
@@ -107,6 +111,13 @@ impl World {
         self
     }
 
+    /// Uses another state directory.
+    #[must_use]
+    pub fn state_directory(mut self, path: &Path) -> Self {
+        self.settings.state_directory = Some(path.to_path_buf());
+        self
+    }
+
     /// Uses another runtime directory.
     #[must_use]
     pub fn runtime_directory(mut self, path: &Path) -> Self {
@@ -118,6 +129,14 @@ impl World {
     #[must_use]
     pub fn metrics_address(mut self, address: &str) -> Self {
         address.clone_into(&mut self.settings.metrics_address);
+        self
+    }
+
+    /// Adds lines to the table `[supervisor]`.
+    #[must_use]
+    pub fn supervisor(mut self, text: &str) -> Self {
+        self.settings.supervisor.push_str(text);
+        self.settings.supervisor.push('\n');
         self
     }
 
@@ -162,7 +181,7 @@ impl World {
     /// Where what outlives a daemon will be: an own one for each world, and one for all daemons of a world.
     #[must_use]
     pub fn state(&self) -> PathBuf {
-        self.directory.path().join("home/state")
+        self.settings.state_directory.clone().unwrap_or_else(|| self.directory.path().join("home/state"))
     }
 
     /// Starts the daemon and waits until it answers on the admin socket.
@@ -232,12 +251,21 @@ impl World {
     }
 
     fn configuration(&self) -> String {
-        let Settings { tier, grants, allow_degraded, runtime_directory: _, metrics_address, toml } = &self.settings;
+        let Settings {
+            tier,
+            grants,
+            allow_degraded,
+            runtime_directory: _,
+            state_directory: _,
+            metrics_address,
+            supervisor,
+            toml,
+        } = &self.settings;
         let mut text = String::new();
         // Debug text of these values is valid TOML: paths and names of the tests are plain ASCII.
         let _ = write!(
             text,
-            "[supervisor]\nruntime_directory = {:?}\nstate_directory = {:?}\nmetrics_address = {metrics_address:?}\nallow_degraded = {:?}\n\n\
+            "[supervisor]\nruntime_directory = {:?}\nstate_directory = {:?}\nmetrics_address = {metrics_address:?}\nallow_degraded = {:?}\n{supervisor}\n\
              [[directory]]\npath = {:?}\ntier = {tier:?}\ngrants = {grants:?}\n\n{toml}",
             self.runtime(),
             self.state(),

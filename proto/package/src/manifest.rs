@@ -45,9 +45,9 @@ pub struct Manifest {
     pub license: Option<String>,
     /// The plugins it needs. A name stands at most once and is never its own.
     pub dependencies: Vec<Dependency>,
-    /// Inactive: lower loads earlier among plugins that do not depend on each other.
+    /// Who starts first when several could and not all may at once: the lowest; 0 when it says nothing.
     pub load_order: Option<i32>,
-    /// Inactive: whether its failure makes the host not ready.
+    /// Whether the host is not ready while it is wanted and does not serve.
     pub critical: bool,
     /// Trust, capabilities, walls.
     pub security: Security,

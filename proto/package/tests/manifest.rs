@@ -58,8 +58,6 @@ fn the_full_manifest_is_read_to_its_last_field() {
     assert_eq!(
         manifest.inactive_fields(),
         [
-            "loadOrder",
-            "critical",
             "optimization.bundleOptimization.enabled",
             "optimization.bundleOptimization.treeShaking",
             "optimization.bundleOptimization.minification",

@@ -103,6 +103,9 @@ pub(crate) enum Command {
     Unload {
         /// The plugin's name.
         name: String,
+        /// Unload the plugins that depend on it first.
+        #[arg(long)]
+        cascade: bool,
     },
     /// Stop a plugin and start it again.
     Restart {

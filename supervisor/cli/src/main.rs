@@ -72,7 +72,7 @@ async fn ask(
             logs::logs(admin, output, name.as_deref(), tail, follow, filter).await
         }
         Command::Load { plugin } => life::load(admin, output, &plugin).await,
-        Command::Unload { name } => life::unload(admin, output, &name).await,
+        Command::Unload { name, cascade } => life::unload(admin, output, &name, cascade).await,
         Command::Restart { name } => life::restart(admin, output, &name).await,
         Command::Call(arguments) => call::call(admin, output, &arguments, timeout).await,
         Command::Explain { command: ExplainCommand::Call(arguments) } => explain::call(admin, output, &arguments).await,

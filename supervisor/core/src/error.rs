@@ -178,6 +178,8 @@ codes! {
     DependencyNotReady = "dependency.not_ready", Dependency, Error, Operator;
     /// A plugin that this one depends on has a version outside the range.
     DependencyVersion = "dependency.version", Dependency, Error, Operator;
+    /// Plugins that run depend on this one.
+    DependencyRequired = "dependency.required", Dependency, Error, Caller;
     /// Plugins depend on one another in a circle.
     DependencyCycle = "dependency.cycle", Dependency, Error, Author;
 

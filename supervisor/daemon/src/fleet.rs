@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     path::Path,
     sync::{Arc, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use plugvisor_core::{
@@ -15,13 +15,16 @@ use plugvisor_core::{
     lifecycle::{Failed, Haste, State},
 };
 use plugvisor_package::{Bundle, PluginName};
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::{
+    sync::{Mutex, mpsc, oneshot, watch},
+    time::timeout,
+};
 use tokio_util::task::TaskTracker;
 
 use crate::{
     config::Config,
     discovery::{PluginDirectory, Rejection, Source},
-    driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared},
+    driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, graph},
     events::Subject,
     state::{Desired, PluginRecord},
 };
@@ -49,6 +52,18 @@ pub enum Wish {
     /// Stop it and load it anew.
     Restart,
 }
+
+/// What an unload does to plugins that depend on the one that is unloaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cascade {
+    /// It is refused while one of them runs.
+    Refuse,
+    /// They are unloaded first.
+    Dependents,
+}
+
+/// How long telling every plugin to load may take before the first starts.
+const TELLING: Duration = Duration::from_secs(1);
 
 impl Fleet {
     /// No plugin yet.
@@ -87,12 +102,22 @@ impl Fleet {
                 Err(panic) => tracing::error!(bundle = ?source, %panic, "reading a bundle failed"),
             }
         }
-        for handle in self.plugins().values().filter(|handle| handle.view.borrow().wanted) {
-            if let Some(commands) = &handle.commands {
-                let (reply, _) = oneshot::channel();
+        let plugins = self.plugins();
+        let order = graph(&plugins);
+        // Everyone is told before anyone starts, so that loadOrder decides and not who was told first.
+        let held_back = self.shared.starts.hold_back();
+        let mut told = Vec::new();
+        for name in order.order() {
+            let wanted = plugins.get(name.as_str()).filter(|handle| handle.view.borrow().wanted);
+            if let Some(commands) = wanted.and_then(|handle| handle.commands.as_ref()) {
+                let (reply, answer) = oneshot::channel();
                 let _ = commands.send(Command::Load(reply)).await;
+                told.push(answer);
             }
         }
+        // Who takes a process over answers later and starts nothing.
+        let _ = timeout(TELLING, futures_util::future::join_all(told)).await;
+        drop(held_back);
     }
 
     /// Every plugin by its name.
@@ -152,6 +177,46 @@ impl Fleet {
         let mut view = handle.view.clone();
         let settled = view.wait_for(|view| view.is_settled() && (view.generation >= target || !view.is_loaded())).await;
         settled.map(|view| Arc::clone(&view)).map_err(|_| stopping())
+    }
+
+    /// Unloads a plugin. While plugins that run depend on it, that is refused; with `cascade` they are unloaded first,
+    /// those at the far end before the others.
+    pub async fn unload(&self, name: &str, cascade: Cascade) -> Result<Arc<PluginView>, Error> {
+        let handle = self.find(name)?;
+        let plugins = self.plugins();
+        let graph = graph(&plugins);
+        let runs = |name: &str| {
+            plugins
+                .get(name)
+                .is_some_and(|handle| matches!(handle.view.borrow().state, State::Loading(_) | State::Loaded(_)))
+        };
+        let failed = matches!(handle.view.borrow().state, State::Failed(_));
+        if let (Ok(parsed), true) = (name.parse::<PluginName>(), failed || runs(name)) {
+            let dependents: Vec<&PluginName> =
+                graph.dependents(&parsed).into_iter().filter(|dependent| runs(dependent.as_str())).collect();
+            match cascade {
+                Cascade::Refuse if !dependents.is_empty() => {
+                    let names: Vec<&str> = dependents.iter().map(|name| name.as_str()).collect();
+                    return Err(Error::new(
+                        Code::DependencyRequired,
+                        format!("plugin {name} is needed by plugins that run: {}", names.join(", ")),
+                        format!("unload them first, or all of them with `plugvisor unload {name} --cascade`"),
+                    ));
+                }
+                Cascade::Refuse => {}
+                Cascade::Dependents => {
+                    for dependent in dependents {
+                        match self.wish(Wish::Unload, dependent.as_str()).await {
+                            Ok(_) => {}
+                            // It ended meanwhile: what was wanted.
+                            Err(error) if error.code == Code::PluginNotLoaded => {}
+                            Err(error) => return Err(error),
+                        }
+                    }
+                }
+            }
+        }
+        self.wish(Wish::Unload, name).await
     }
 
     /// The plugin of this name.

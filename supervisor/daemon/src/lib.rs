@@ -26,6 +26,7 @@ mod readiness;
 pub mod run;
 pub mod runtime_directory;
 pub mod start;
+pub mod starts;
 pub mod state;
 pub mod stats;
 pub mod supervisor;

@@ -36,6 +36,7 @@ use crate::{
     logs::{LogLimits, Logs},
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
+    starts::Starts,
     state::{self, Opened},
     supervisor::Supervisor,
 };
@@ -137,6 +138,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
             plugins,
             state: store.clone(),
+            starts: Starts::new(config.supervisor.parallel_starts),
             began: began_with_the_host(),
         });
         let metrics_address = metrics.local_addr()?;

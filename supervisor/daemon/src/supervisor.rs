@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
-    driver::Shared,
+    driver::{PluginView, Shared},
     fleet::Fleet,
     metrics,
     observe::{Observed, Readiness},
@@ -109,6 +109,16 @@ impl Supervisor {
     }
 }
 
+/// Why a plugin that is critical makes the host not ready. One that an operator unloaded does not.
+fn critical(view: &PluginView) -> Option<String> {
+    let critical = view.bundle.as_ref().is_some_and(|bundle| bundle.manifest.critical);
+    if !critical || !view.wanted || view.is_serving() {
+        return None;
+    }
+    let why = view.last_error.as_ref().map(|error| format!(": {}", error.message)).unwrap_or_default();
+    Some(format!("critical plugin {} is {}{why}", view.name, view.state.name()))
+}
+
 impl Observed for Supervisor {
     async fn metrics(&self) -> String {
         metrics::page(self).await
@@ -131,6 +141,9 @@ impl Observed for Supervisor {
             if reasons.is_empty() {
                 reasons.push("the supervisor is starting".to_owned());
             }
+        }
+        for handle in self.fleet.plugins().values() {
+            reasons.extend(critical(&handle.view.borrow()));
         }
         if reasons.is_empty() { Readiness::Ready } else { Readiness::NotReady(reasons) }
     }

@@ -9,6 +9,8 @@ mod faults;
 mod floods;
 mod life;
 mod operator;
+mod order;
+mod outlives;
 mod places;
 mod polyglot;
 mod starts;

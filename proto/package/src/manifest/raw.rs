@@ -38,10 +38,10 @@ table! {
         Active license: SingleLine = "license";
         /// The plugins it needs, as `name` or `name@range`. It may call their services that are not global, too.
         Active dependencies: List<Dependency> = "dependencies";
-        /// Lower loads earlier among plugins that do not depend on each other.
-        Inactive load_order: i32 = "loadOrder";
-        /// Whether its failure makes the host not ready.
-        Inactive critical: bool = "critical";
+        /// Who starts first when several plugins could start and not all may at once: the lowest. Default: 0.
+        Active load_order: i32 = "loadOrder";
+        /// Whether the host is not ready while it is wanted and does not serve.
+        Active critical: bool = "critical";
         /// Trust, capabilities, walls.
         Group security: Security = "security";
         /// What a registry may do to a copy of the bundle.

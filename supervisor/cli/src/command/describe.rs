@@ -124,6 +124,9 @@ fn facts(answer: &DescribePluginResponse, plugin: &PluginStatus, now: SystemTime
         "State",
         status::state(plugin).add(Style::Plain, if since == "-" { String::new() } else { format!(" for {since}") }),
     );
+    if plugin.critical {
+        fact("Critical", Line::new("yes: the host is not ready while it does not serve"));
+    }
     fact("Bundle", Line::new(&answer.bundle_directory));
     fact("Digest", Line::new(if answer.content_digest.is_empty() { "-" } else { &answer.content_digest }));
     fact("Tier", Line::new(&plugin.tier));

@@ -26,8 +26,8 @@ pub(crate) async fn load(admin: &Admin, output: &Output, plugin: &str) -> Result
 }
 
 /// Stops a plugin and keeps it stopped.
-pub(crate) async fn unload(admin: &Admin, output: &Output, name: &str) -> Result<(), Failure> {
-    let question = UnloadPluginRequest { name: name.to_owned() };
+pub(crate) async fn unload(admin: &Admin, output: &Output, name: &str, cascade: bool) -> Result<(), Failure> {
+    let question = UnloadPluginRequest { name: name.to_owned(), cascade };
     let answer = admin
         .ask(&format!("unload {name}"), LIFE, question, |mut client, question| async move {
             client.unload_plugin(question).await

@@ -96,6 +96,13 @@ fn supervisor_lines(supervisor: &SupervisorStatus, wide: bool, now: SystemTime) 
     if !supervisor.metrics_address.is_empty() {
         lines.push(Line::new(format!("metrics http://{}/metrics", supervisor.metrics_address)));
     }
+    for reason in &supervisor.not_ready {
+        lines.push(Line::default().add(Style::Bad, "not ready: ").add(Style::Plain, reason));
+    }
+    if !supervisor.state_trouble.is_empty() {
+        let what = format!("state in {}: ", supervisor.state_directory);
+        lines.push(Line::default().add(Style::Bad, what).add(Style::Plain, &supervisor.state_trouble));
+    }
     if !supervisor.degraded.is_empty() {
         lines.push(
             Line::default()
@@ -132,6 +139,7 @@ pub(crate) fn state(plugin: &PluginStatus) -> Line {
     let mut text = name.strip_prefix("PLUGIN_STATE_").unwrap_or(name).to_owned();
     let details: Vec<&str> = match state {
         PluginState::Loading if !plugin.phase.is_empty() => vec![&plugin.phase],
+        PluginState::Failed if plugin.crash_loop => vec!["crash loop"],
         // Serving is what LOADED means to everyone; only what deviates is worth the room.
         PluginState::Loaded => plugin.conditions.iter().map(String::as_str).filter(|c| *c != "serving").collect(),
         _ => vec![],

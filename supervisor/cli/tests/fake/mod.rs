@@ -141,6 +141,7 @@ impl Admin for Answers {
             ],
             resident_bytes: 12_900_000,
             launcher_resident_bytes: 2_097_152,
+            ..SupervisorStatus::default()
         };
         Ok(Response::new(GetStatusResponse { supervisor: Some(supervisor), plugins: vec![markdown(), thumbnailer()] }))
     }

@@ -29,7 +29,7 @@ use crate::{
     driver::{ExitView, PluginView},
     events::Record,
     logs::{self, LogLine},
-    state::TransitionRecord,
+    state::{Health, Rebuilt, TransitionRecord, Writing},
     stats,
     supervisor::Supervisor,
 };
@@ -49,8 +49,29 @@ pub(super) fn supervisor(state: &Supervisor) -> SupervisorStatus {
         ready: matches!(crate::observe::Observed::readiness(state), crate::observe::Readiness::Ready),
         features: state.features.iter().map(feature).collect(),
         resident_bytes: stats::resident_bytes(std::process::id()).unwrap_or(0),
+        not_ready: match crate::observe::Observed::readiness(state) {
+            crate::observe::Readiness::Ready => Vec::new(),
+            crate::observe::Readiness::NotReady(reasons) => reasons,
+        },
+        state_directory: state.config.supervisor.state_directory.display().to_string(),
+        state_trouble: state_trouble(&state.shared.state.health().borrow()),
         launcher_resident_bytes: stats::resident_bytes(launcher).unwrap_or(0),
     }
+}
+
+fn state_trouble(health: &Health) -> String {
+    let mut trouble = Vec::new();
+    if let Writing::Fails { since: _, cause: _, why } = &health.writing {
+        trouble
+            .push(format!("it cannot be written ({why}): nothing can be loaded or unloaded by hand; plugins run on"));
+    }
+    if let Some(Rebuilt { moved_to, why }) = &health.rebuilt {
+        trouble.push(format!(
+            "it was damaged ({why}), moved to {} and begun anew: unload again what was unloaded by hand",
+            moved_to.display()
+        ));
+    }
+    trouble.join("; ")
 }
 
 fn feature(probed: &Probed) -> HostFeature {
@@ -105,6 +126,16 @@ pub(super) fn status(view: &PluginView, calls: &Snapshot) -> PluginStatus {
         last_error,
         hint: shown_error.map(|error| error.hint.clone()).unwrap_or_default(),
         restart_in: restart_in.and_then(wire::duration),
+        critical: view.bundle.as_ref().is_some_and(|bundle| bundle.manifest.critical),
+        crash_loop: match &view.state {
+            State::Failed(failed) => failed.restart.is_some_and(|restart| restart.crash_loop),
+            State::Unknown
+            | State::Discovered
+            | State::Loading(_)
+            | State::Loaded(_)
+            | State::Unloaded
+            | State::Quarantined => false,
+        },
     }
 }
 

@@ -69,6 +69,7 @@ fn grpc_code(code: Code) -> Grpc {
         | Code::DependencyNotReady
         | Code::DependencyVersion
         | Code::DependencyCycle
+        | Code::DependencyRequired
         | Code::TierNeverRuns
         | Code::TierTooHigh
         | Code::CapabilityNotImplemented

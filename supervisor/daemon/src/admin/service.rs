@@ -30,7 +30,7 @@ use crate::{
     broker::Snapshot,
     driver::{PluginView, would_be_granted},
     events::Subject,
-    fleet::Wish,
+    fleet::{Cascade, Wish},
     journal::Batch,
     supervisor::Supervisor,
 };
@@ -160,8 +160,11 @@ impl Admin for AdminService {
         &self,
         request: Request<UnloadPluginRequest>,
     ) -> Result<Response<UnloadPluginResponse>, Status> {
-        let UnloadPluginRequest { name } = request.into_inner();
-        let plugin = Some(self.wish(Wish::Unload, &name).await?);
+        let UnloadPluginRequest { name, cascade } = request.into_inner();
+        bounded(&name)?;
+        let cascade = if cascade { Cascade::Dependents } else { Cascade::Refuse };
+        let view = self.state.fleet.unload(&name, cascade).await.map_err(|error| status(&error))?;
+        let plugin = Some(convert::status(&view, &self.calls().await));
         Ok(Response::new(UnloadPluginResponse { plugin }))
     }
 

@@ -16,6 +16,8 @@ pub const ROOT_RUNTIME_DIRECTORY: &str = "/run/plugvisor";
 pub const ROOT_STATE_DIRECTORY: &str = "/var/lib/plugvisor";
 /// `/metrics`, `/healthz` and `/readyz`.
 pub const METRICS_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 4001);
+/// Plugins that start at once.
+pub const PARALLEL_STARTS: u32 = 8;
 /// Whom root becomes.
 pub const USER: &str = "nobody";
 /// How long an embedded launcher outlives a supervisor that died.

@@ -56,6 +56,8 @@ pub struct SupervisorConfig {
     pub metrics_address: SocketAddr,
     /// The user to become when started by root.
     pub user: String,
+    /// Plugins that start at once at most.
+    pub parallel_starts: u32,
     /// Controls that may be missing on this host.
     pub allow_degraded: BTreeSet<Control>,
 }
@@ -204,6 +206,7 @@ impl Config {
                 state_directory: surroundings.state_directory(),
                 metrics_address: defaults::METRICS_ADDRESS,
                 user: defaults::USER.to_owned(),
+                parallel_starts: defaults::PARALLEL_STARTS,
                 allow_degraded: BTreeSet::new(),
             },
             launcher: LauncherConfig::Embedded { linger: defaults::LINGER },

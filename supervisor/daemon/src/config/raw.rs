@@ -19,6 +19,8 @@ pub(super) struct Supervisor {
     pub(super) metrics_address: Option<String>,
     /// User to become when started by root. Default: nobody.
     pub(super) user: Option<String>,
+    /// Plugins that start at once at most; who waits is served by loadOrder. Default: 8.
+    pub(super) parallel_starts: Option<u32>,
     /// Controls of the walls that may be missing on this host, such as "memory-limit". Default: none.
     pub(super) allow_degraded: Option<Vec<String>>,
 }

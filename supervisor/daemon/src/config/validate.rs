@@ -57,7 +57,8 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
 }
 
 fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
-    let raw::Supervisor { runtime_directory, state_directory, metrics_address, user, allow_degraded } = &table.value;
+    let raw::Supervisor { runtime_directory, state_directory, metrics_address, user, parallel_starts, allow_degraded } =
+        &table.value;
     let settings = &mut config.supervisor;
     if let Some(path) = runtime_directory {
         settings.runtime_directory = absolute(base, path);
@@ -88,6 +89,9 @@ fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config
             problems.add(table.at("user"), table.key("user"), message);
         }
         Some(user) => settings.user = user.to_owned(),
+    }
+    if let Some(starts) = at_least(table, "parallel_starts", *parallel_starts, 1, problems) {
+        settings.parallel_starts = starts;
     }
     if let Some(names) = allow_degraded {
         let known = Control::ALL.map(|control| (control.as_str(), control));

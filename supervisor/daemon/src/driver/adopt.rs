@@ -106,6 +106,7 @@ impl Driver {
             generation,
             cancel: CancellationToken::new(),
             began: Instant::now(),
+            start: None,
             verified: None,
             process: None,
             adopted: Some(Box::new(known)),

@@ -3,11 +3,12 @@
 //! Waits for them by their views, never by looking again and again. In which order plugins are told to load is the
 //! fleet's business.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use plugvisor_core::{
     Code, Error, Generation,
     event::DependencyEvent,
+    graph::{Graph, Node},
     lifecycle::{Event, Phase, State},
 };
 use plugvisor_package::{Dependency, PluginName};
@@ -15,7 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Driver, Inward, PluginView, Shared,
+    Driver, Inward, PluginHandle, PluginView, Shared,
     load::{failed, permanent},
 };
 use crate::events::Subject;
@@ -27,12 +28,28 @@ impl Driver {
         let bundle = self.view.borrow().bundle.clone();
         self.spawn(generation, async move {
             let dependencies = bundle.as_ref().map_or(&[][..], |bundle| &bundle.manifest.dependencies);
+            let load_order = bundle.as_ref().and_then(|bundle| bundle.manifest.load_order).unwrap_or(0);
             Some(match resolve(&shared, &name, &subject, dependencies).await {
-                Ok(()) => Inward::Life(Event::PhaseDone { generation, phase: Phase::Resolve }),
+                Ok(()) => Inward::Resolved(generation, shared.starts.place(load_order).await),
                 Err(Unresolved::Failed(error)) => failed(generation, Phase::Resolve, permanent(error)),
                 Err(Unresolved::Blocked(error, by)) => Inward::Blocked(generation, error, by),
             })
         });
+    }
+
+    /// From now on it is told of each dependency that is lost, and of its return.
+    pub(super) fn watch_dependencies(&mut self, generation: Generation) {
+        let Some(bundle) = self.view.borrow().bundle.clone() else { return };
+        let plugins = self.shared.plugins.load_full();
+        for dependency in &bundle.manifest.dependencies {
+            let Some(handle) = plugins.get(dependency.name.as_str()) else { continue };
+            let (shared, view, on) = (Arc::clone(&self.shared), handle.view.clone(), dependency.name.clone());
+            let subject = Subject::Generation(self.name.clone(), generation);
+            self.spawn(generation, async move {
+                watch(shared, subject, on, view).await;
+                None
+            });
+        }
     }
 
     /// A dependency will not come by itself: the load fails, and is begun anew once somebody has loaded it.
@@ -61,6 +78,21 @@ impl Driver {
     }
 }
 
+/// Tells of each dependency that is lost, and when it is back. The plugin itself runs on: its calls to the lost one are
+/// refused, and what it does then it knows best.
+async fn watch(shared: Arc<Shared>, subject: Subject, on: PluginName, mut view: watch::Receiver<Arc<PluginView>>) {
+    loop {
+        if view.wait_for(|view| !view.is_loaded()).await.is_err() {
+            return;
+        }
+        shared.events.publish(subject.clone(), DependencyEvent::Lost { on: on.to_string() });
+        if view.wait_for(|view| view.is_loaded()).await.is_err() {
+            return;
+        }
+        shared.events.publish(subject.clone(), DependencyEvent::Satisfied {});
+    }
+}
+
 /// Why a plugin cannot be loaded now.
 enum Unresolved {
     /// Until somebody changes something.
@@ -75,7 +107,9 @@ async fn resolve(
     subject: &Subject,
     dependencies: &[Dependency],
 ) -> Result<(), Unresolved> {
-    if let Some(path) = cycle(shared, name) {
+    let path = if dependencies.is_empty() { None } else { graph(&shared.plugins.load()).circle(name) };
+    if let Some(path) = path {
+        let path: Vec<String> = path.iter().map(PluginName::to_string).collect();
         shared.events.publish(subject.clone(), DependencyEvent::CycleRejected { path: path.clone() });
         return Err(Unresolved::Failed(Error::new(
             Code::DependencyCycle,
@@ -146,24 +180,12 @@ fn will_come(view: &PluginView) -> bool {
     }
 }
 
-/// A path of dependencies from the plugin back to itself.
-fn cycle(shared: &Shared, name: &PluginName) -> Option<Vec<String>> {
-    let plugins = shared.plugins.load();
-    let mut stack = vec![vec![name.to_string()]];
-    let mut seen = std::collections::BTreeSet::new();
-    while let Some(path) = stack.pop() {
-        let Some(handle) = path.last().and_then(|last| plugins.get(last)) else { continue };
-        let view = handle.view.borrow();
-        for dependency in view.bundle.iter().flat_map(|bundle| &bundle.manifest.dependencies) {
-            let mut longer = path.clone();
-            longer.push(dependency.name.to_string());
-            if dependency.name == *name {
-                return Some(longer);
-            }
-            if seen.insert(dependency.name.clone()) {
-                stack.push(longer);
-            }
-        }
-    }
-    None
+/// Who depends on whom. Rejected bundles are not in it: they are never loaded.
+pub(crate) fn graph(plugins: &BTreeMap<String, PluginHandle>) -> Graph {
+    Graph::new(plugins.values().filter(|handle| handle.commands.is_some()).filter_map(|handle| {
+        let bundle = handle.view.borrow().bundle.clone()?;
+        let dependencies = bundle.manifest.dependencies.iter().map(|dependency| dependency.name.clone()).collect();
+        let node = Node { dependencies, load_order: bundle.manifest.load_order.unwrap_or(0) };
+        Some((bundle.manifest.name.clone(), node))
+    }))
 }

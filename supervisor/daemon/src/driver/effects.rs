@@ -59,6 +59,7 @@ impl Driver {
                     generation,
                     cancel: CancellationToken::new(),
                     began: Instant::now(),
+                    start: None,
                     verified: None,
                     process: None,
                     adopted: None,
@@ -134,6 +135,7 @@ impl Driver {
     pub(super) fn loaded(&mut self, generation: Generation) {
         let Some(worker) = self.worker(generation) else { return };
         let Some(run) = self.of(generation) else { return };
+        run.start = None;
         let (took, cgroups) = (run.began.elapsed(), run.process.as_ref().map(|p| p.view.cgroups.clone()));
         // One that was taken over was not started, and its hook was called when it was.
         let started = run.adopted.is_none();
@@ -153,6 +155,7 @@ impl Driver {
             cgroups: cgroups.unwrap_or_default(),
             inward: self.inward.clone(),
         };
+        self.watch_dependencies(generation);
         let after_load = started && self.hook_wanted(|hooks| hooks.after_load);
         self.spawn(generation, async move {
             if after_load {

@@ -48,6 +48,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
 pub use adopt::Living;
+pub(crate) use dependencies::graph;
 pub(crate) use settings::would_be_granted;
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView};
 
@@ -59,6 +60,7 @@ use crate::{
     events::Events,
     launcher::{Launcher, Process},
     logs::Logs,
+    starts::{Place, Starts},
     state::{Desired, Note, PluginRecord, Store},
 };
 
@@ -82,6 +84,8 @@ pub struct Shared {
     pub plugins: Plugins,
     /// What outlives the supervisor.
     pub state: Store,
+    /// Who may start now.
+    pub starts: Starts,
     /// When the supervisor's clock began: with the host.
     pub began: Instant,
 }
@@ -122,6 +126,8 @@ enum Inward {
     Blocked(Generation, Error, watch::Receiver<Arc<PluginView>>),
     /// It has come all the same.
     Unblocked(Generation),
+    /// Everyone that it depends on is loaded, and it is its turn.
+    Resolved(Generation, Place),
     /// A bundle was read and judged.
     Verified(Generation, Box<Verified>),
     /// A process runs.
@@ -137,6 +143,8 @@ struct Run {
     generation: Generation,
     cancel: CancellationToken,
     began: Instant,
+    /// Until it is loaded or has failed.
+    start: Option<Place>,
     verified: Option<Verified>,
     process: Option<Running>,
     /// What its process was launched as, when an earlier supervisor launched it.
@@ -307,6 +315,12 @@ impl Driver {
             }
             Inward::Blocked(generation, error, by) => self.blocked(generation, error, by).await,
             Inward::Unblocked(generation) => self.unblocked(generation).await,
+            Inward::Resolved(generation, place) => {
+                if let Some(run) = self.of(generation) {
+                    run.start = Some(place);
+                    self.done(generation, Phase::Resolve).await;
+                }
+            }
             Inward::Verified(generation, verified) => {
                 self.judged(generation, *verified).await;
             }
