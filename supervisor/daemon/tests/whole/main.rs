@@ -206,9 +206,11 @@ async fn a_plugin_lives_dies_returns_and_leaves_nothing() {
     assert_eq!((line.line.as_str(), line.generation), ("listening", 2));
     assert!(lines.message().await.unwrap().is_none(), "without follow the stream ends");
 
-    let unloaded = running.admin.unload_plugin(UnloadPluginRequest { name: "least".into() }).await.unwrap();
+    let unloaded =
+        running.admin.unload_plugin(UnloadPluginRequest { name: "least".into(), cascade: false }).await.unwrap();
     assert_eq!(unloaded.into_inner().plugin.unwrap().state(), PluginState::Unloaded);
-    let unknown = running.admin.unload_plugin(UnloadPluginRequest { name: "other".into() }).await.unwrap_err();
+    let unknown =
+        running.admin.unload_plugin(UnloadPluginRequest { name: "other".into(), cascade: false }).await.unwrap_err();
     assert_eq!(unknown.code(), tonic::Code::NotFound);
     assert_eq!(unknown.metadata().get("plugvisor-code").unwrap(), "plugin.not_found");
 
