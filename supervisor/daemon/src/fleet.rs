@@ -26,6 +26,8 @@ use crate::{
     discovery::{PluginDirectory, Rejection, Source},
     driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, graph},
     events::Subject,
+    launcher::Inventory,
+    legacy::Legacy,
     state::{Desired, PluginRecord},
 };
 
@@ -40,6 +42,8 @@ pub struct Fleet {
     adding: Mutex<()>,
     /// What earlier supervisors remembered, until it is asked for.
     remembered: std::sync::Mutex<BTreeMap<PluginName, PluginRecord>>,
+    /// What an earlier supervisor left running.
+    legacy: Legacy,
 }
 
 /// What is asked for by name.
@@ -76,11 +80,20 @@ impl Fleet {
     ) -> Self {
         let directories = directories.into_iter().map(Arc::new).collect();
         let remembered = std::sync::Mutex::new(remembered);
-        Self { shared, config, directories, drivers: TaskTracker::new(), adding: Mutex::new(()), remembered }
+        Self {
+            shared,
+            config,
+            directories,
+            drivers: TaskTracker::new(),
+            adding: Mutex::new(()),
+            remembered,
+            legacy: Legacy::default(),
+        }
     }
 
-    /// Finds every bundle and tells those to load that load by themselves. Returns when all are told.
-    pub async fn discover(&self) {
+    /// Finds every bundle, takes over what the launcher kept of an earlier supervisor's, and tells those to load that
+    /// load by themselves. Returns the names of the plugins that are being taken over when all are told.
+    pub async fn discover(&self, inventory: Inventory) -> Vec<String> {
         let mut sources = Vec::new();
         for directory in &self.directories {
             match directory.candidates() {
@@ -96,18 +109,27 @@ impl Fleet {
             });
             async move { (source, reading.await) }
         });
-        for (source, bundle) in futures_util::future::join_all(read).await {
+        let (bundles, ()) = tokio::join!(
+            futures_util::future::join_all(read),
+            self.legacy.take(&self.shared, &self.drivers, inventory)
+        );
+        for (source, bundle) in bundles {
             match bundle {
                 Ok(bundle) => drop(self.add(source, bundle)),
                 Err(panic) => tracing::error!(bundle = ?source, %panic, "reading a bundle failed"),
             }
         }
+        let taken = self.legacy.settle(&self.shared, &self.drivers);
         let plugins = self.plugins();
         let order = graph(&plugins);
         // Everyone is told before anyone starts, so that loadOrder decides and not who was told first.
         let held_back = self.shared.starts.hold_back();
         let mut told = Vec::new();
         for name in order.order() {
+            // What runs already is not started.
+            if taken.iter().any(|taken| taken == name.as_str()) {
+                continue;
+            }
             let wanted = plugins.get(name.as_str()).filter(|handle| handle.view.borrow().wanted);
             if let Some(commands) = wanted.and_then(|handle| handle.commands.as_ref()) {
                 let (reply, answer) = oneshot::channel();
@@ -118,6 +140,27 @@ impl Fleet {
         // Who takes a process over answers later and starts nothing.
         let _ = timeout(TELLING, futures_util::future::join_all(told)).await;
         drop(held_back);
+        taken
+    }
+
+    /// Waits until each of these has been taken over, or was not. Returns how many were.
+    pub async fn until_reattached(&self, names: &[String]) -> usize {
+        let mut reattached = 0;
+        for name in names {
+            let Some(mut view) = self.plugins().get(name).map(|handle| handle.view.clone()) else { continue };
+            let settled = view.wait_for(|view| view.has_begun() && view.is_settled()).await;
+            reattached += usize::from(settled.is_ok_and(|view| view.is_loaded()));
+        }
+        reattached
+    }
+
+    /// Ends the drivers and leaves the plugins running, for the next supervisor.
+    pub async fn leave(&self) {
+        for handle in self.plugins().values() {
+            tell(handle, Command::Leave).await;
+        }
+        self.drivers.close();
+        self.drivers.wait().await;
     }
 
     /// Every plugin by its name.
@@ -134,10 +177,7 @@ impl Fleet {
             if !view.borrow().wanted {
                 continue;
             }
-            match view
-                .wait_for(|view| view.generation != Generation::NONE && view.is_settled() || is_rejected(view))
-                .await
-            {
+            match view.wait_for(|view| view.has_begun() && view.is_settled() || is_rejected(view)).await {
                 Ok(view) if view.is_loaded() => loaded += 1,
                 Ok(_) | Err(_) => failed += 1,
             }
@@ -326,8 +366,10 @@ impl Fleet {
                 self.forget_rejected(&source);
                 let remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
                 let (driver, inbox, handle) = Driver::new(Arc::clone(&self.shared), source, bundle, config, remembered);
+                let wanted = handle.view.borrow().wanted;
+                let living = self.legacy.claim(&self.shared, &self.drivers, &name, wanted);
                 self.insert(name.as_str(), &handle);
-                self.drivers.spawn(driver.run(inbox));
+                self.drivers.spawn(driver.taking_over(living).run(inbox));
                 Ok(handle)
             }
             Err(rejection) => {

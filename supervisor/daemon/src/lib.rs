@@ -17,6 +17,8 @@ pub mod fleet;
 pub mod host_events;
 pub mod journal;
 pub mod launcher;
+mod legacy;
+pub mod listeners;
 pub mod logs;
 pub mod metrics;
 pub mod observe;

@@ -1,8 +1,6 @@
 //! The running supervisor: everything that was prepared is put together, served, and taken down in order.
 
-use std::{
-    collections::BTreeSet, io, net::TcpListener, os::unix::net::UnixListener, process::Child, sync::Arc, time::Duration,
-};
+use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use plugvisor_core::{
@@ -11,7 +9,6 @@ use plugvisor_core::{
     lifecycle::Haste,
     route::{HostModule, Reason, Refusal},
 };
-use plugvisor_sandbox::seqpacket::Seqpacket;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
@@ -26,13 +23,14 @@ use crate::{
         StartError,
     },
     calls::Calls,
-    config::Config,
+    config::{Config, LauncherConfig},
     discovery::PluginDirectory,
     driver::{Plugins, Shared},
     events::{Events, Subject},
     fleet::Fleet,
     host_events::{HostEvents, PublishLimits},
-    launcher::{Launcher, LauncherEnd, LauncherError},
+    launcher::{Inventory, Launcher, LauncherEnd, LauncherError, Link, Tie},
+    listeners::{self, Holding, ListenError, Listeners},
     logs::{LogLimits, Logs},
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
@@ -43,6 +41,9 @@ use crate::{
 
 /// How long calls that no plugin's drain has ended may take to be cut.
 const BROKER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long calls in flight may take to end when plugins run on without this supervisor.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long answers under way may take once everything has stopped.
 const EDGE_PATIENCE: Duration = Duration::from_secs(1);
@@ -57,22 +58,14 @@ pub struct Prepared {
     pub config: Config,
     /// Locked.
     pub runtime_directory: RuntimeDirectory,
-    /// `admin.sock`.
-    pub admin: UnixListener,
-    /// `calls.sock`.
-    pub calls: UnixListener,
-    /// The metrics page.
-    pub metrics: TcpListener,
     /// Users that may use the sockets.
     pub allowed: BTreeSet<u32>,
     /// The configured directories.
     pub directories: Vec<PluginDirectory>,
     /// What earlier supervisors remembered.
     pub state: Opened,
-    /// The launcher's process.
-    pub launcher: Child,
-    /// The connection to it.
-    pub connection: Seqpacket,
+    /// The plugins' parent.
+    pub launcher: Link,
 }
 
 /// Why the supervisor ended other than by being asked to.
@@ -87,6 +80,9 @@ pub enum RunError {
     /// The broker did not start.
     #[error(transparent)]
     Broker(#[from] StartError),
+    /// The sockets that others know.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// `calls.sock` cannot be served.
     #[error(transparent)]
     Calls(#[from] AddError),
@@ -95,20 +91,21 @@ pub enum RunError {
     LauncherLost(String),
 }
 
-/// Runs until it is asked to stop or cannot go on. Leaves no process, cgroup, socket or file behind.
+/// Runs until it is asked to stop or cannot go on. Leaves no process, cgroup, socket or file behind, unless the launcher
+/// was started elsewhere: then plugins run on, and the sockets stay for the next supervisor.
 pub async fn run(prepared: Prepared) -> Result<(), RunError> {
     let Prepared {
         config,
-        runtime_directory,
-        admin,
-        calls: calls_listener,
-        metrics,
+        mut runtime_directory,
         allowed,
         directories,
         state: opened,
-        mut launcher,
-        connection,
+        launcher: Link { connection, tie, since },
     } = prepared;
+    let holding = match (&config.launcher, &tie) {
+        (LauncherConfig::Embedded { linger }, Tie::Started(_)) if linger.is_zero() => Holding::NotHeld,
+        (LauncherConfig::Embedded { .. } | LauncherConfig::External { .. }, _) => Holding::Held,
+    };
     let mut signals = Signals::new()?;
     let (store, remembered, closing_state) = opened.start()?;
     let result = async {
@@ -116,6 +113,12 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let client = Launcher::start(connection)
             .await
             .map_err(|error| RunError::LauncherLost(format!("it did not answer the first request: {error}")))?;
+        let inventory = match holding {
+            Holding::Held => client.inventory().await?,
+            Holding::NotHeld => Inventory::default(),
+        };
+        let Listeners { admin, calls: calls_listener, metrics } =
+            listeners::listeners(&client, &mut runtime_directory, &config.supervisor, holding).await?;
         let events = Arc::new(Events::new());
         let started = SupervisorEvent::Started { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() };
         events.publish(Subject::Supervisor, started);
@@ -176,7 +179,11 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let starting = tokio::spawn({
             let state = Arc::clone(&state);
             async move {
-                state.fleet.discover().await;
+                let found = state.fleet.discover(inventory).await;
+                if !found.is_empty() {
+                    let plugins = state.fleet.until_reattached(&found).await;
+                    state.set_reattached(plugins, since.elapsed());
+                }
                 state.fleet.until_ready().await;
                 state.set_ready(true);
             }
@@ -205,19 +212,29 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             }
         };
         events.publish(Subject::Supervisor, SupervisorEvent::Stopping { why });
-        let (haste, hasten) = watch::channel(if lost.is_some() { Haste::Now } else { Haste::Gentle });
-        let stopped = state.fleet.stop(hasten);
-        tokio::pin!(stopped);
-        tokio::select! {
-            () = &mut stopped => {}
-            () = signals.stop() => {
-                tracing::warn!("told twice to stop: plugins are killed now");
-                haste.send_replace(Haste::Now);
-                stopped.await;
+        let patience = if lost.is_some() || tie.ends_with_us() {
+            let (haste, hasten) = watch::channel(if lost.is_some() { Haste::Now } else { Haste::Gentle });
+            let stopped = state.fleet.stop(hasten);
+            tokio::pin!(stopped);
+            tokio::select! {
+                () = &mut stopped => {}
+                () = signals.stop() => {
+                    tracing::warn!("told twice to stop: plugins are killed now");
+                    haste.send_replace(Haste::Now);
+                    stopped.await;
+                }
             }
-        }
+            BROKER_PATIENCE
+        } else {
+            tracing::info!("plugins run on: their launcher was started elsewhere and goes on without a supervisor");
+            LEAVE_PATIENCE
+        };
         state.stopped.cancel();
-        let cut = broker.stop(BROKER_PATIENCE).await.unwrap_or(0);
+        let cut = tokio::select! {
+            cut = broker.stop(patience) => cut.unwrap_or(0),
+            () = signals.stop() => broker.stop(Duration::ZERO).await.unwrap_or(0),
+        };
+        state.fleet.leave().await;
         if cut > 0 {
             tracing::warn!(cut, "calls in flight were cut");
         }
@@ -225,6 +242,12 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         edges.close();
         if timeout(EDGE_PATIENCE, edges.wait()).await.is_err() {
             tracing::debug!("a client kept an answer open; its connection is closed");
+        }
+        if holding == Holding::Held && tie.ends_with_us() && lost.is_none() {
+            // Whatever its linger: that is for a supervisor that did not stop but died.
+            if let Err(error) = client.end_with_us().await {
+                tracing::warn!(%error, "the launcher was not told to end; it does so when its linger has passed");
+            }
         }
         client.close();
         match lost {
@@ -235,15 +258,27 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
     .await;
     // Everything has been noted by now: no driver is left.
     let _ = tokio::task::spawn_blocking(move || closing_state.close()).await;
-    // By now nothing holds the connection, whatever happened above; the launcher ends by itself.
-    let waiting = tokio::task::spawn_blocking(move || launcher.wait());
-    match timeout(LAUNCHER_PATIENCE, waiting).await {
-        Ok(Ok(Ok(status))) if status.success() => {}
-        Ok(Ok(Ok(status))) => tracing::warn!(%status, "the launcher did not end cleanly"),
-        Ok(other) => tracing::warn!(?other, "the launcher's end is not known"),
-        Err(_late) => tracing::error!("the launcher still runs; see its messages above"),
-    }
-    if let Err(error) = runtime_directory.remove() {
+    // By now nothing holds the connection, whatever happened above. A launcher that outlives this supervisor keeps the
+    // sockets, and plugins if there are any; any other ends by itself.
+    let ended = match &result {
+        Ok(()) => tie.ends_with_us(),
+        Err(RunError::LauncherLost(_)) => true,
+        Err(_) => holding == Holding::NotHeld,
+    };
+    let removed = if ended {
+        match tokio::task::spawn_blocking(move || tie.wait(LAUNCHER_PATIENCE)).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(status))) => tracing::warn!(%status, "the launcher did not end cleanly"),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {
+                tracing::error!("the launcher still runs; see its messages above");
+            }
+            other => tracing::warn!(?other, "the launcher's end is not known"),
+        }
+        runtime_directory.remove()
+    } else {
+        runtime_directory.leave()
+    };
+    if let Err(error) = removed {
         tracing::warn!(%error, "the runtime directory was not cleaned up");
     }
     tracing::info!("plugvisord has stopped");

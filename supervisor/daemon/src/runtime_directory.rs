@@ -160,6 +160,36 @@ impl RuntimeDirectory {
         Ok(listener)
     }
 
+    /// Takes over a socket that was bound here and held elsewhere, when clients still reach it by its name.
+    pub fn adopt(&mut self, name: &'static str, listener: UnixListener) -> Option<UnixListener> {
+        let stat = rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+            return None;
+        }
+        // Nobody else of this directory holds its lock, so whoever listens at the name is this listener. The
+        // connection waits in its queue and ends at once.
+        match self.probe(name) {
+            Ok(()) | Err(Errno::AGAIN) => {}
+            Err(_) => return None,
+        }
+        listener.set_nonblocking(true).ok()?;
+        self.sockets.push(name);
+        Some(listener)
+    }
+
+    fn probe(&self, name: &str) -> Result<(), Errno> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&probe, &SocketAddrUnix::new(self.through_descriptor(name))?)
+    }
+
+    /// Lets go of the directory and leaves the sockets to who holds them: only the lock is removed.
+    pub fn leave(mut self) -> io::Result<()> {
+        self.sockets.clear();
+        self.created = false;
+        self.unlink()
+    }
+
     fn remove_stale(&self, name: &str, path: &Path) -> Result<(), RuntimeDirectoryError> {
         let in_the_way = |why| RuntimeDirectoryError::InTheWay { path: path.to_owned(), why };
         let failed =
@@ -172,11 +202,7 @@ impl RuntimeDirectory {
         if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
             return Err(in_the_way("it is not a socket"));
         }
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-            .map_err(|error| failed("probe", error))?;
-        let address = SocketAddrUnix::new(self.through_descriptor(name)).map_err(|error| failed("probe", error))?;
-        match rustix::net::connect(&probe, &address) {
+        match self.probe(name) {
             // Nobody listens any more: the file is a leftover.
             Err(Errno::CONNREFUSED) => {
                 rustix::fs::unlinkat(&self.directory, name, AtFlags::empty()).map_err(|error| failed("remove", error))

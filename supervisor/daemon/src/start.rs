@@ -4,13 +4,11 @@
 use std::{collections::BTreeSet, path::PathBuf};
 
 use clap::Parser;
-use plugvisor_sandbox::options::Options;
 
 use crate::{
-    config::{Config, ConfigError, Surroundings},
+    config::{Config, ConfigError, LauncherConfig, Surroundings},
     discovery::{DirectoryError, PluginDirectory},
-    launcher::{self, SpawnError},
-    observe::{self, BindError},
+    launcher::{self, Link, LinkError, SpawnError},
     open_files,
     privileges::{self, PrivilegeError},
     run::Prepared,
@@ -35,6 +33,9 @@ pub struct Args {
     /// The launcher's program [default: plugvisor-launcher beside this program].
     #[arg(long, value_name = "PROGRAM")]
     pub launcher: Option<PathBuf>,
+    /// Socket of a launcher that was started elsewhere, instead of starting one; plugins outlive this program then.
+    #[arg(long, value_name = "SOCKET", conflicts_with = "launcher")]
+    pub launcher_socket: Option<PathBuf>,
 }
 
 /// Why the supervisor did not start.
@@ -51,10 +52,10 @@ pub enum StartError {
     StateDirectory(#[from] StateDirectoryError),
     /// What is in it.
     State(#[from] StateError),
-    /// The metrics address.
-    Bind(#[from] BindError),
+    /// The launcher's program.
+    Program(#[from] SpawnError),
     /// The launcher.
-    Launcher(#[from] SpawnError),
+    Launcher(#[from] LinkError),
     /// Privileges.
     Privileges(#[from] PrivilegeError),
 }
@@ -77,7 +78,7 @@ impl StartError {
                 | StateDirectoryError::InTheWay { .. },
             )
             | Self::State(StateError::Locked { .. } | StateError::Io { .. })
-            | Self::Bind(_)
+            | Self::Program(_)
             | Self::Launcher(_)
             | Self::Privileges(PrivilegeError::Refused { .. } | PrivilegeError::Left { .. }) => 74,
         }
@@ -86,7 +87,7 @@ impl StartError {
 
 /// Prepares everything. Must be called while the process has one thread.
 pub fn prepare(args: Args) -> Result<Prepared, StartError> {
-    let Args { config, runtime_directory, state_directory, launcher } = args;
+    let Args { config, runtime_directory, state_directory, launcher, launcher_socket } = args;
     open_files::raise();
     let surroundings = Surroundings::of_process();
     let mut config = Config::load(config.as_deref(), &surroundings)?;
@@ -96,37 +97,34 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     if let Some(path) = state_directory {
         config.supervisor.state_directory = std::path::absolute(&path).unwrap_or(path);
     }
+    if let Some(path) = launcher_socket {
+        config.launcher = LauncherConfig::External { socket: std::path::absolute(&path).unwrap_or(path) };
+    }
     let owner = if surroundings.uid == 0 { Some(privileges::find(&config.supervisor.user)?) } else { None };
     let directories = config.directories.iter().map(PluginDirectory::open).collect::<Result<Vec<_>, _>>()?;
     let program = launcher.map_or_else(launcher::beside_this_program, Ok)?;
 
     // From here on others see something; each guard takes its own away again when a later step fails.
-    let mut runtime_directory = RuntimeDirectory::open(&config.supervisor.runtime_directory, owner)?;
+    let runtime_directory = RuntimeDirectory::open(&config.supervisor.runtime_directory, owner)?;
     let state_directory = StateDirectory::open(&config.supervisor.state_directory, owner)?;
-    let (metrics, _) = observe::bind(config.supervisor.metrics_address)?;
-    let admin = runtime_directory.bind("admin.sock", owner)?;
-    let calls = runtime_directory.bind("calls.sock", owner)?;
-    let roots = directories.iter().map(|directory| directory.path().to_owned()).collect();
-    // The launcher wants a path without links; the directory itself was opened without following one.
-    let runtime_path = runtime_directory.path().canonicalize().unwrap_or_else(|_| runtime_directory.path().to_owned());
-    let spawned = launcher::spawn(&program, |socket| Options::new(socket, runtime_path, roots))?;
+    let launcher = match &config.launcher {
+        LauncherConfig::Embedded { linger } => {
+            let roots = directories.iter().map(|directory| directory.path().to_owned()).collect();
+            // The launcher wants a path without links; the directory itself was opened without following one.
+            let path = runtime_directory.path();
+            let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+            Ok(Link::embedded(&program, &path, roots, *linger)?)
+        }
+        LauncherConfig::External { socket } => Err(socket.clone()),
+    };
     let mut allowed = BTreeSet::from([0, surroundings.uid]);
     if let Some(owner) = owner {
         privileges::drop_to(&config.supervisor.user, owner)?;
         allowed.insert(owner.uid);
     }
+    // One that was started elsewhere lets in the user that the supervisor runs as.
+    let launcher = launcher.or_else(|socket| Link::external(&socket))?;
     // Read by an unprivileged process. What does not start here stops nothing: no plugin was launched or told to end.
     let state = Opened::open(state_directory, &state::boot_id())?;
-    Ok(Prepared {
-        config,
-        runtime_directory,
-        admin,
-        calls,
-        metrics,
-        allowed,
-        directories,
-        state,
-        launcher: spawned.child,
-        connection: spawned.connection,
-    })
+    Ok(Prepared { config, runtime_directory, allowed, directories, state, launcher })
 }

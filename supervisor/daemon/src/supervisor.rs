@@ -5,10 +5,10 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use plugvisor_core::breaker::Transition;
@@ -46,6 +46,9 @@ pub struct Supervisor {
     /// Every plugin has been stopped. Long answers last until then, so that who follows sees the stop itself.
     pub stopped: CancellationToken,
     ready: AtomicBool,
+    /// Plugins that were found living at the start, and how long it took from the connection to the launcher until
+    /// they took calls again.
+    reattached: OnceLock<(usize, Duration)>,
     breaker_transitions: Mutex<BTreeMap<(PluginName, &'static str), u64>>,
 }
 
@@ -71,6 +74,7 @@ impl Supervisor {
             closing: CancellationToken::new(),
             stopped: CancellationToken::new(),
             ready: AtomicBool::new(false),
+            reattached: OnceLock::new(),
             breaker_transitions: Mutex::default(),
         }
     }
@@ -78,6 +82,18 @@ impl Supervisor {
     /// Every plugin that loads by itself is loaded or has failed.
     pub fn set_ready(&self, ready: bool) {
         self.ready.store(ready, Ordering::Release);
+    }
+
+    /// Every plugin that an earlier supervisor left is taken over.
+    pub fn set_reattached(&self, plugins: usize, took: Duration) {
+        tracing::info!(plugins, took_ms = took.as_millis(), "plugins of an earlier supervisor were taken over");
+        let _ = self.reattached.set((plugins, took));
+    }
+
+    /// How many plugins were taken over at the start, and in which time; `None` when none was there.
+    #[must_use]
+    pub fn reattached(&self) -> Option<(usize, Duration)> {
+        self.reattached.get().copied()
     }
 
     /// Controls that the operator allows to be missing and that are missing.

@@ -42,6 +42,14 @@ pub struct Living {
     pub gap: Duration,
 }
 
+/// A launch that a driver is to take over.
+#[derive(Debug)]
+pub(super) struct Inherited {
+    living: Living,
+    /// The last supervisor had not loaded it yet, or was about to end it.
+    halfway: bool,
+}
+
 impl Living {
     /// Whether a process of it runs.
     #[must_use]
@@ -83,12 +91,19 @@ impl Driver {
     /// Has the driver take a process over as the first thing that it does.
     #[must_use]
     pub fn taking_over(mut self, living: Option<Living>) -> Self {
-        self.living = living.map(Box::new);
+        // Nothing is remembered when the state was lost; then only its health can tell.
+        let last = self.view.borrow().transitions.back().map(|transition| transition.to.clone());
+        let halfway = last.is_some_and(|state| !["LOADED", "LOADED (degraded)"].contains(&state.as_ref()));
+        self.living = living.map(|living| Box::new(Inherited { living, halfway }));
         self
     }
 
-    pub(super) async fn take_over(&mut self, living: Living) {
+    pub(super) async fn take_over(&mut self, inherited: Inherited) {
+        let Inherited { living, halfway } = inherited;
         let generation = Generation(living.known.generation);
+        if halfway && living.is_up() {
+            return self.reap_and_load(living, "it was not loaded, or on its way out".to_owned()).await;
+        }
         if generation < self.life.generation() || generation == Generation::NONE {
             let why = format!("it is of generation {generation}, and {} has begun since", self.life.generation());
             return self.reap_and_load(living, why).await;
@@ -154,12 +169,9 @@ impl Driver {
 
     async fn reap_and_load(&mut self, living: Living, why: String) {
         let (launcher, events) = (self.shared.launcher.clone(), self.shared.events.clone());
-        let was_up = living.is_up();
         let subject = Subject::Generation(self.name.clone(), Generation(living.known.generation));
         living.reap(&launcher, &events, subject, why).await;
-        if was_up {
-            let _ = self.apply(Event::LoadRequested).await;
-        }
+        let _ = self.apply(Event::LoadRequested).await;
     }
 
     /// Tells the launcher that it need not keep what it kept of this launch.

@@ -47,6 +47,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
+use self::adopt::Inherited;
 pub use adopt::Living;
 pub(crate) use dependencies::graph;
 pub(crate) use settings::would_be_granted;
@@ -115,6 +116,8 @@ pub enum Command {
     Restart(oneshot::Sender<Result<Generation, Error>>),
     /// The supervisor stops. The driver ends when nothing of the plugin runs.
     Stop(Haste),
+    /// The supervisor ends and the plugin runs on. The driver ends at once.
+    Leave,
 }
 
 /// What comes back to a driver from its own tasks.
@@ -176,7 +179,7 @@ pub struct Driver {
     /// The bundle as discovery read it, for the first load only.
     found: Option<Bundle>,
     /// A process to take over, for the beginning only.
-    living: Option<Box<Living>>,
+    living: Option<Box<Inherited>>,
     inward: mpsc::Sender<Inward>,
     received: mpsc::Receiver<Inward>,
     view: watch::Sender<Arc<PluginView>>,
@@ -185,6 +188,7 @@ pub struct Driver {
     route: Option<RoutePlugin>,
     start_reason: &'static str,
     stopping: bool,
+    leaving: bool,
 }
 
 impl Driver {
@@ -248,6 +252,7 @@ impl Driver {
             route: None,
             start_reason: "initial",
             stopping: false,
+            leaving: false,
         };
         (driver, DriverInbox(inbox), handle)
     }
@@ -257,10 +262,12 @@ impl Driver {
         let DriverInbox(mut commands) = inbox;
         let directory = self.source.path().display().to_string();
         let _ = self.apply(Event::Discovered { directory }).await;
-        if let Some(living) = self.living.take() {
-            self.take_over(*living).await;
+        if let Some(inherited) = self.living.take() {
+            self.take_over(*inherited).await;
         }
-        while !(self.stopping && !self.life.has_process() && !matches!(self.life.state(), State::Loading(_))) {
+        while !self.leaving
+            && !(self.stopping && !self.life.has_process() && !matches!(self.life.state(), State::Loading(_)))
+        {
             // Both are cancel-safe. Commands come first, so that a stop is not held up by a busy plugin.
             tokio::select! {
                 biased;
@@ -272,6 +279,13 @@ impl Driver {
             }
         }
         self.cancel_restart();
+        if self.leaving {
+            // What is left of its tasks reads pipes that go on.
+            if let Some(run) = &self.run {
+                run.cancel.cancel();
+            }
+            return;
+        }
         self.forget(self.life.generation()).await;
         self.tasks.close();
         self.tasks.wait().await;
@@ -282,6 +296,10 @@ impl Driver {
             Command::Load(reply) => (Event::LoadRequested, true, reply),
             Command::Unload(reply) => (Event::UnloadRequested, false, reply),
             Command::Restart(reply) => (Event::RestartRequested, true, reply),
+            Command::Leave => {
+                self.leaving = true;
+                return;
+            }
             Command::Stop(haste) => {
                 self.stopping = true;
                 let _ = self.apply(Event::StopRequested(haste)).await;

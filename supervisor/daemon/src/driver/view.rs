@@ -109,6 +109,12 @@ pub struct Figures {
 }
 
 impl PluginView {
+    /// Whether anything was asked of it, or of the supervisor for it, since the supervisor started.
+    #[must_use]
+    pub const fn has_begun(&self) -> bool {
+        !matches!(self.state, State::Unknown | State::Discovered)
+    }
+
     /// Whether nothing changes before somebody or some time does something.
     #[must_use]
     pub fn is_settled(&self) -> bool {

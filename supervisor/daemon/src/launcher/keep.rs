@@ -110,6 +110,11 @@ impl Launcher {
         self.done(Request::Acknowledge { launch }, Vec::new()).await
     }
 
+    /// Says that no supervisor is expected after this one: when the connection closes, the launcher ends.
+    pub async fn end_with_us(&self) -> Result<(), LauncherError> {
+        self.done(Request::End, Vec::new()).await
+    }
+
     /// Has the launcher hold a listening socket, so that who connects waits while no supervisor is there.
     pub async fn hold(&self, name: &str, socket: OwnedFd) -> Result<(), LauncherError> {
         self.done(Request::HoldFd { name: name.to_owned() }, vec![socket]).await

@@ -5,8 +5,10 @@
 
 mod client;
 mod keep;
+mod link;
 mod spawn;
 
 pub use client::{Gone, Launcher, LauncherEnd, LauncherError, Process, describe_exit, signal_name};
 pub use keep::{Found, Inventory, Output, Reattachment};
+pub use link::{Link, LinkError, Tie};
 pub use spawn::{PROGRAM, SpawnError, Spawned, beside_this_program, spawn};
