@@ -2,6 +2,13 @@
 //!
 //! One thread, no async runtime, few dependencies. Its policy is its command line (`plugvisor_sandbox::options`); what
 //! comes through the socket is checked against it and never believed. It knows no gRPC, no manifests and no states.
+//!
+//! ```text
+//! supervisor ── door ──▶ serve ──▶ check ──▶ launch ──▶ child: mounts, creds, landlock, seccomp, exec
+//!                         │ ▲                  │
+//!                         │ └── output, held   └── cgroup
+//!                         └── closer: what came from outside is closed outside of the loop
+//! ```
 #![deny(unsafe_code)]
 
 mod bpf;
