@@ -28,6 +28,9 @@ pub struct Options {
     pub bundle_roots: Vec<PathBuf>,
     /// `--max-plugins N`: how many may run at once.
     pub max_plugins: u32,
+    /// `--spares N`: how many children are made ready ahead of launches, so that these are quick; used when the launcher
+    /// is root. Each costs a process, a network namespace and a group in each cgroup hierarchy. 0 to 16.
+    pub spares: u32,
     /// `--runtime-directory DIR`: an existing private directory in which the launcher makes `launcher/` for its
     /// sockets. Absolute.
     pub runtime_directory: PathBuf,
@@ -73,7 +76,7 @@ pub enum Linger {
 pub enum OptionsError {
     /// A flag that does not exist.
     #[error(
-        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --max-plugins and --runtime-directory"
+        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --max-plugins, --spares and --runtime-directory"
     )]
     Unknown(String),
     /// A flag without its value.
@@ -110,6 +113,10 @@ const UIDS: &str = "--uid-range";
 const CGROUP: &str = "--cgroup-root";
 const BUNDLES: &str = "--bundle-root";
 const MAX: &str = "--max-plugins";
+/// See [`Options::spares`].
+const SPARES: &str = "--spares";
+/// Spares when the starter says nothing: one for a launch, one for the next.
+const DEFAULT_SPARES: u32 = 2;
 const RUNTIME: &str = "--runtime-directory";
 
 impl Options {
@@ -123,6 +130,7 @@ impl Options {
             cgroup_root: format!("plugvisor-{}", std::process::id()),
             bundle_roots,
             max_plugins: 64,
+            spares: DEFAULT_SPARES,
             runtime_directory,
         }
     }
@@ -139,7 +147,7 @@ impl Options {
     /// The arguments after the program's name.
     #[must_use]
     pub fn to_args(&self) -> Vec<OsString> {
-        let Self { supervisor, uids, cgroup_root, bundle_roots, max_plugins, runtime_directory } = self;
+        let Self { supervisor, uids, cgroup_root, bundle_roots, max_plugins, spares, runtime_directory } = self;
         let mut args: Vec<OsString> = Vec::new();
         let mut push = |flag: &str, value: &OsStr| args.extend([OsString::from(flag), value.to_owned()]);
         match supervisor {
@@ -159,6 +167,7 @@ impl Options {
         push(UIDS, format!("{}-{}", uids.start(), uids.end()).as_ref());
         push(CGROUP, cgroup_root.as_ref());
         push(MAX, max_plugins.to_string().as_ref());
+        push(SPARES, spares.to_string().as_ref());
         push(RUNTIME, runtime_directory.as_os_str());
         for root in bundle_roots {
             push(BUNDLES, root.as_os_str());
@@ -170,7 +179,7 @@ impl Options {
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, OptionsError> {
         let mut args = args.into_iter();
         let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
-        let (mut uids, mut cgroup, mut max, mut runtime) = (None, None, None, None);
+        let (mut uids, mut cgroup, mut max, mut spares, mut runtime) = (None, None, None, None, None);
         let mut bundle_roots = Vec::new();
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
@@ -181,6 +190,7 @@ impl Options {
                 LINGER => once(LINGER, &mut linger, parse_linger(&value(LINGER)?)?)?,
                 UIDS => once(UIDS, &mut uids, parse_uids(&value(UIDS)?)?)?,
                 CGROUP => once(CGROUP, &mut cgroup, parse_group(&value(CGROUP)?)?)?,
+                SPARES => once(SPARES, &mut spares, parse_spares(&value(SPARES)?)?)?,
                 MAX => once(MAX, &mut max, parse_max(&value(MAX)?)?)?,
                 RUNTIME => once(RUNTIME, &mut runtime, parse_dir(RUNTIME, &value(RUNTIME)?)?)?,
                 BUNDLES => bundle_roots.push(parse_dir(BUNDLES, &value(BUNDLES)?)?),
@@ -205,6 +215,7 @@ impl Options {
             cgroup_root: cgroup.ok_or(OptionsError::Missing(CGROUP))?,
             bundle_roots,
             max_plugins: max.unwrap_or(64),
+            spares: spares.unwrap_or(DEFAULT_SPARES),
             runtime_directory: runtime.ok_or(OptionsError::Missing(RUNTIME))?,
         })
     }
@@ -267,6 +278,11 @@ fn parse_max(value: &OsStr) -> Result<u32, OptionsError> {
     max.ok_or_else(|| refuse(MAX, value, "it must be a number from 1 to 1024"))
 }
 
+fn parse_spares(value: &OsStr) -> Result<u32, OptionsError> {
+    let spares = value.to_str().and_then(|text| text.parse().ok()).filter(|spares| *spares <= 16);
+    spares.ok_or_else(|| refuse(SPARES, value, "it must be a number from 0 to 16"))
+}
+
 fn parse_dir(flag: &'static str, value: &OsStr) -> Result<PathBuf, OptionsError> {
     let path = Path::new(value);
     let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
@@ -290,6 +306,7 @@ mod tests {
         let options = Options {
             uids: 5000..=5999,
             max_plugins: 3,
+            spares: 5,
             ..Options::new(9, "/run/plugvisor".into(), vec!["/srv/a b".into(), "/opt/plugins".into()])
         };
         assert_eq!(Options::parse(options.to_args()), Ok(options.clone()));
@@ -311,6 +328,7 @@ mod tests {
             (["--uid-range", "9-5"], "--uid-range"),
             (["--uid-range", "60000-70000"], "--uid-range"),
             (["--max-plugins", "0"], "--max-plugins"),
+            (["--spares", "17"], "--spares"),
             (["--bundle-root", "relative"], "--bundle-root"),
             (["--bundle-root", "/a/../b"], "--bundle-root"),
             (["--socket-fd", "4"], "--socket-fd"),

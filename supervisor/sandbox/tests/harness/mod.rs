@@ -69,6 +69,8 @@ pub struct Harness {
     pub as_: As,
     pub directory: tempfile::TempDir,
     pub cgroup: String,
+    /// How many spares it makes: none without privileges.
+    pub spares: usize,
     notices: Vec<Notice>,
     last: u64,
 }
@@ -265,7 +267,8 @@ impl Harness {
         let process = command.spawn().expect("the launcher starts");
         drop(command);
         drop(copying);
-        Self { process, connection, as_, directory, cgroup, notices: Vec::new(), last: 0 }
+        let spares = if as_ == As::Root { usize::try_from(options.spares).expect("few") } else { 0 };
+        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0 }
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {
@@ -416,8 +419,31 @@ impl Harness {
         children.split_whitespace().any(|child| {
             let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
             let name = name.trim();
-            name == "plugvisor-close" || (!only_named && name != "plugvisor-init")
+            name == "plugvisor-close" || (!only_named && name != "plugvisor-init" && name != "plugvisor-spare")
         })
+    }
+
+    /// The processes that wait for a launch.
+    pub fn waiting(&self) -> Vec<i32> {
+        let pid = self.process.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("its children");
+        let spare = |pid: &i32| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "plugvisor-spare")
+        };
+        children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(spare).collect()
+    }
+
+    /// Waits until there are as many spares as there should be. There is no event for it.
+    pub fn await_spares(&self) -> Vec<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let waiting = self.waiting();
+            if waiting.len() == self.spares {
+                return waiting;
+            }
+            assert!(Instant::now() < deadline, "{waiting:?} are not {} spares", self.spares);
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Signals the launcher.
@@ -443,6 +469,7 @@ impl Harness {
         // the turn that reaps it lets go of it too.
         let turn = |harness: &mut Self| assert!(matches!(harness.ask(&Request::Probe, &[]).0, Reply::Probe(_)));
         turn(self);
+        self.await_spares();
         // One child may follow another: none runs when there is none after a turn that began with none.
         loop {
             while self.closing(false) {

@@ -11,11 +11,12 @@ use rustix::{
         set_capabilities, set_capabilities_secure_bits, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{child::Failure, kernel, step::Step};
 
 /// How the plugin gets its identity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Identity {
     /// The launcher is root: a uid, and the gid of the same number, that only this plugin has.
     Own {

@@ -2,8 +2,9 @@
 #![allow(unsafe_code, reason = "raw system calls, one operation per block, each with its reasons")]
 
 use std::{
-    ffi::{CStr, CString, c_char},
+    ffi::{CStr, CString, c_char, c_void},
     io,
+    marker::PhantomData,
     mem::size_of,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
@@ -51,6 +52,49 @@ pub(crate) fn clone3(flags: u64, group: Option<BorrowedFd<'_>>) -> io::Result<Cl
         0 => Ok(Cloned::Child),
         pid => Ok(Cloned::Parent { pidfd: own(pidfd), pid: i32::try_from(pid).unwrap_or(-1) }),
     }
+}
+
+/// Starts a process that shares the caller's memory, which waits meanwhile, until the process executes a program or ends
+/// (vfork(2)): no page is copied, and none is torn down by the exec. Gives its number in the caller's PID namespace.
+///
+/// What the process does must not take anything from the memory that the caller relies on; it may be killed at any point.
+pub(crate) fn vfork(mut process: impl FnMut() -> i32) -> io::Result<i32> {
+    const STACK: usize = 256 << 10;
+    extern "C" fn enter<P: FnMut() -> i32>(process: *mut c_void) -> i32 {
+        // SAFETY: clone passes on the pointer to `process` below, whose owner waits until this process no longer runs on
+        // its memory.
+        let process = unsafe { &mut *process.cast::<P>() };
+        process()
+    }
+    fn share<P: FnMut() -> i32>(process: &mut P, stack: *mut c_void) -> i32 {
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+        // SAFETY: the stack is a mapping of its own, given by its upper end, which is aligned to a page, and it and
+        // `process` live until the process has executed a program or ended: only then does clone return. What `enter`
+        // returns ends it.
+        unsafe { libc::clone(enter::<P>, stack, flags, ptr::from_mut(process).cast()) }
+    }
+    let (read_write, anonymous) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
+    let stack = unsafe { libc::mmap(ptr::null_mut(), STACK, read_write, anonymous | libc::MAP_STACK, -1, 0) };
+    if stack == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // A stack that is too small must not run into something else.
+    // SAFETY: the lowest page of the mapping made above, which nothing uses yet.
+    if unsafe { libc::mprotect(stack, 4096, libc::PROT_NONE) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // The mapping is left to the end of the process: an init needs it once.
+    match share(&mut process, stack.wrapping_byte_add(STACK)) {
+        -1 => Err(io::Error::last_os_error()),
+        pid => Ok(pid),
+    }
+}
+
+/// Leaves the namespaces of these kinds for new ones (`CLONE_NEW*`).
+pub(crate) fn unshare(namespaces: i32) -> io::Result<()> {
+    // SAFETY: unshare takes a number; namespaces hold no memory of the process.
+    if unsafe { libc::unshare(namespaces) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Owns a descriptor that the kernel has just made for this process.
@@ -121,9 +165,10 @@ fn change_mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Sets attributes on a whole mount tree, `MOUNT_ATTR_*`; Linux 5.12.
+/// Sets attributes on a mount or a whole mount tree, `MOUNT_ATTR_*`, and lets nothing propagate to it or from it; Linux
+/// 5.12.
 pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, set: u64) -> io::Result<()> {
-    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string and attributes a valid mount_attr; both outlive the call.
     let result = unsafe {
@@ -189,18 +234,26 @@ pub(crate) fn fixed(fd: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Replaces the program by the file behind the descriptor. Returns only when that failed.
-pub(crate) fn execveat(file: RawFd, argv: &[CString], envp: &[CString]) -> io::Error {
-    let argv = pointers(argv);
-    let envp = pointers(envp);
-    // SAFETY: the path is an empty C string; both arrays end in a null pointer and point at C strings that outlive the
-    // call.
-    unsafe { libc::syscall(libc::SYS_execveat, file, c"".as_ptr(), argv.as_ptr(), envp.as_ptr(), libc::AT_EMPTY_PATH) };
-    io::Error::last_os_error()
+/// Arguments or variables as the kernel takes them.
+pub(crate) struct Strings<'a> {
+    pointers: Vec<*const c_char>,
+    _strings: PhantomData<&'a [CString]>,
 }
 
-fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+impl<'a> Strings<'a> {
+    pub(crate) fn new(strings: &'a [CString]) -> Self {
+        let pointers = strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect();
+        Self { pointers, _strings: PhantomData }
+    }
+}
+
+/// Replaces the program by the file behind the descriptor. Returns only when that failed.
+pub(crate) fn execveat(file: RawFd, argv: &Strings<'_>, envp: &Strings<'_>) -> io::Error {
+    let (argv, envp) = (argv.pointers.as_ptr(), envp.pointers.as_ptr());
+    // SAFETY: the path is an empty C string; both arrays end in a null pointer and point at C strings that outlive the
+    // call.
+    unsafe { libc::syscall(libc::SYS_execveat, file, c"".as_ptr(), argv, envp, libc::AT_EMPTY_PATH) };
+    io::Error::last_os_error()
 }
 
 /// Ends the process without running anything that the launcher registered for its own end.

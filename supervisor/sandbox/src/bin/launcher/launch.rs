@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, PermissionsExt},
     },
     path::{Path, PathBuf},
@@ -26,15 +26,16 @@ use rustix::{
 use crate::{
     cgroup::{Cgroups, Groups, MemoryWatch},
     check::{Checked, refuse},
-    child::{self, Entry, Failure, Plan},
+    child::{self, Ends, Entry, Failure, Kit, Order, Plan, Rlimits},
     creds::Identity,
     kernel::{self, Cloned},
     landlock,
-    mounts::Tree,
+    mounts::Own,
     probe::Trial,
     report::{self, Message},
     sealed::SealedEntries,
     seccomp::Filters,
+    spares::{Spare, Spares},
     step,
     timing::{self, Marks, Part},
 };
@@ -60,6 +61,7 @@ pub(crate) struct Launcher {
     /// The Landlock version in use; 0 when there is none.
     pub(crate) landlock: i32,
     pub(crate) sealed: SealedEntries,
+    pub(crate) spares: Spares,
     /// What was tried at the start.
     pub(crate) trial: Trial,
     privileged: bool,
@@ -109,6 +111,7 @@ impl Launcher {
             filters,
             landlock: landlock::version(),
             sealed: SealedEntries::default(),
+            spares: Spares::new(if privileged { usize::try_from(options.spares).unwrap_or(0) } else { 0 }),
             trial: Trial::default(),
             privileged,
             uids: HashMap::new(),
@@ -116,6 +119,11 @@ impl Launcher {
             last: 0,
             options,
         })
+    }
+
+    /// The launcher itself, readable when it is dead.
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 
     /// Whether plugins get uids of their own.
@@ -197,135 +205,178 @@ impl Launcher {
         let identity = self.identity(plugin)?;
         self.last += 1;
         let id = LaunchId(self.last);
-        let failed = |doing: &str, error: &io::Error| Refusal {
-            code: match error.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EDQUOT) => {
-                    RefusalCode::Exhausted
-                }
-                _ => RefusalCode::Kernel,
-            },
-            message: format!("{plugin} was not started: {doing} failed: {error}"),
-        };
-
-        let name = format!("{plugin}-{}-{}", request.generation, id.0);
-        let mut groups = self.cgroups.create(&name, &self.enforceable(&request.limits)).map_err(|error| Refusal {
-            code: RefusalCode::ControlUnavailable,
-            message: format!("{plugin} was not started: {} cannot be enforced: {}", error.control, error.why),
-        })?;
-        marks.done(Part::Groups);
-        let result =
-            self.fork(request, checked, identity, id, &groups, marks).map_err(|(doing, error)| failed(doing, &error));
-        match result {
-            Ok(forked) => {
-                let memory = forked.memory;
-                Ok(Running {
-                    id,
-                    plugin: plugin.to_owned(),
-                    identity,
-                    limits: request.limits.clone(),
-                    allow_degraded: request.allow_degraded.clone(),
-                    arrived,
-                    began,
-                    marks,
-                    init: forked.init,
-                    init_pid: forked.init_pid,
-                    report: forked.report,
-                    report_closed: false,
-                    exec: Some(forked.exec),
-                    program: None,
-                    executing: false,
-                    failure: None,
-                    ended: None,
-                    groups,
-                    memory,
-                    oom: false,
-                    ends: forked.ends,
-                    sha256: request.entry_sha256,
-                })
-            }
+        match self.begin(request, checked, identity, id, marks) {
+            Ok(begun) => Ok(Running {
+                id,
+                plugin: plugin.to_owned(),
+                identity,
+                limits: request.limits.clone(),
+                allow_degraded: request.allow_degraded.clone(),
+                arrived,
+                began,
+                marks,
+                init: begun.init,
+                init_pid: begun.init_pid,
+                report: begun.report,
+                report_closed: false,
+                exec: Some(begun.exec),
+                program: None,
+                executing: false,
+                failure: None,
+                ended: None,
+                groups: begun.groups,
+                memory: begun.memory,
+                oom: false,
+                ends: begun.ends,
+                sha256: request.entry_sha256,
+            }),
             Err(refusal) => {
-                groups.remove();
                 remove_sockets(id);
                 Err(refusal)
             }
         }
     }
 
-    fn fork(
-        &self,
+    fn begin(
+        &mut self,
         request: &Launch,
         checked: &Checked<'_>,
         identity: Identity,
         id: LaunchId,
-        groups: &Groups,
         mut marks: Marks,
-    ) -> Result<Forked, (&'static str, io::Error)> {
-        let sockets = Sockets::make(id, request.socket, identity).map_err(|error| ("making its sockets", error))?;
-        let memory = match request.limits.memory_bytes {
-            Some(_) => groups.watch_memory().map_err(|error| ("watching its memory", error))?,
-            None => None,
+    ) -> Result<Begun, Refusal> {
+        let failed = |(doing, error): (&'static str, io::Error)| Refusal {
+            code: match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EDQUOT) => {
+                    RefusalCode::Exhausted
+                }
+                _ => RefusalCode::Kernel,
+            },
+            message: format!("{} was not started: {doing} failed: {error}", request.plugin),
         };
+        let sockets =
+            Sockets::make(id, request.socket, identity).map_err(|error| failed(("making its sockets", error)))?;
+        let pipes = Pipes::make(identity).map_err(|error| failed(("making its pipes", error)))?;
+        marks.done(Part::Sockets);
+        let name = format!("{}-{}-{}", request.plugin, request.generation, id.0);
+        let limits = self.enforceable(&request.limits);
+        let mut order = Order {
+            identity,
+            rlimits: self.rlimits(&request.limits),
+            socket: request.socket,
+            temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
+            grants: request.grants.clone(),
+            argv: checked.argv.clone(),
+            envp: checked.envp.clone(),
+            marks,
+        };
+        let ends = Ends {
+            stdout: pipes.stdout_write.as_fd(),
+            stderr: pipes.stderr_write.as_fd(),
+            worker: sockets.listener.as_ref().map(AsFd::as_fd),
+        };
+
+        // A spare has joined its groups, so it cannot copy the entry.
+        let spare = if self.sealed.get(&request.entry_sha256).is_some() { self.spares.take() } else { None };
+        let ready = spare.and_then(|mut spare| {
+            match self.send_order(&mut spare, request, checked, id, &name, &mut order, &ends, &pipes) {
+                Ok(memory) => Some((spare, memory)),
+                Err(()) => {
+                    self.spares.discard(spare);
+                    None
+                }
+            }
+        });
+        let (init, init_pid, report, groups, memory) = match ready {
+            Some((spare, memory)) => (spare.init, spare.init_pid, spare.report, spare.groups, memory),
+            None => {
+                let mut groups = self.cgroups.create(&name, &limits).map_err(|error| Refusal {
+                    code: RefusalCode::ControlUnavailable,
+                    message: format!(
+                        "{} was not started: {} cannot be enforced: {}",
+                        request.plugin, error.control, error.why
+                    ),
+                })?;
+                order.marks.done(Part::Groups);
+                match self.fork(request, checked, id, &groups, &order, ends, &pipes) {
+                    Ok((init, init_pid, report, memory)) => (init, init_pid, report, groups, memory),
+                    Err(error) => {
+                        groups.remove();
+                        return Err(failed(error));
+                    }
+                }
+            }
+        };
+        let Pipes { stdout, stderr, exec, .. } = pipes;
+        let ends = vec![sockets.broker, sockets.worker, stdout, stderr];
+        Ok(Begun { init, init_pid, report, exec, memory, groups, ends })
+    }
+
+    /// Has a spare become this launch. On error the spare must be discarded, and the launch may begin from nothing.
+    #[expect(clippy::too_many_arguments, reason = "each is one thing of the launch")]
+    fn send_order(
+        &self,
+        spare: &mut Spare,
+        request: &Launch,
+        checked: &Checked<'_>,
+        id: LaunchId,
+        name: &str,
+        order: &mut Order,
+        ends: &Ends<'_>,
+        pipes: &Pipes,
+    ) -> Result<Option<MemoryWatch>, ()> {
+        let entry = self.sealed.get(&request.entry_sha256).ok_or(())?;
+        spare.groups.rename(name).map_err(drop)?;
+        spare.groups.set_limits(&self.enforceable(&request.limits)).map_err(drop)?;
+        let memory = watch_memory(request, &spare.groups).map_err(drop)?;
+        order.marks.done(Part::Groups);
+        let own = Own::of(checked.bundle, &id.0.to_string(), request.socket).map_err(drop)?;
+        child::spare::send(spare.report.as_fd(), order, entry, &own, ends).map_err(drop)?;
+        report::send_packet(spare.report.as_fd(), &[0], &[pipes.exec_write.as_fd()]).map_err(drop)?;
+        Ok(memory)
+    }
+
+    /// Forks a child that does everything from the beginning.
+    #[expect(clippy::too_many_arguments, reason = "each is one thing of the launch")]
+    #[expect(clippy::type_complexity, reason = "what a fork gives")]
+    fn fork(
+        &self,
+        request: &Launch,
+        checked: &Checked<'_>,
+        id: LaunchId,
+        groups: &Groups,
+        order: &Order,
+        ends: Ends<'_>,
+        pipes: &Pipes,
+    ) -> Result<(OwnedFd, i32, OwnedFd, Option<MemoryWatch>), (&'static str, io::Error)> {
+        let memory = watch_memory(request, groups).map_err(|error| ("watching its memory", error))?;
         let sealed = self.sealed.get(&request.entry_sha256);
         // A child that must copy the entry first joins afterwards, so that the copy is not charged to the plugin.
         let opening = |error| ("opening its cgroup", error);
         let born_in = if sealed.is_some() { groups.v2_directory().map_err(opening)? } else { None };
         let joins = groups.joins(born_in.is_some()).map_err(opening)?;
-        let pipe = || -> io::Result<(OwnedFd, OwnedFd)> {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-            rustix::io::ioctl_fionbio(&read, true)?;
-            if let Identity::Own { uid } = identity {
-                // So that the plugin may open /dev/stdout, which opens the pipe anew.
-                rustix::fs::fchown(&write, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
-            }
-            Ok((read, write))
-        };
-        let (stdout, stdout_write) = pipe().map_err(|error| ("making its stdout", error))?;
-        let (stderr, stderr_write) = pipe().map_err(|error| ("making its stderr", error))?;
-        let (exec, exec_write) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| ("making a pipe", error.into()))?;
         let (report, child_report) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|error| ("making a socket pair", error.into()))?;
-
+        report::send_packet(report.as_fd(), &[0], &[pipes.exec_write.as_fd()])
+            .map_err(|error| ("sending over a socket pair", error))?;
         let entry = match sealed {
             Some(entry) => Entry::Sealed(entry),
             None => Entry::Copy { file: checked.entry, name: &checked.title, sha256: &request.entry_sha256 },
         };
-        marks.done(Part::Sockets);
-        let plan = Plan {
-            entry,
-            tree: Tree {
-                bundle_path: &checked.bundle_path,
-                bundle: checked.bundle,
-                sockets: id.0.to_string(),
-                socket: request.socket,
-                temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
-            },
-            cgroups: joins.iter().map(AsFd::as_fd).collect(),
-            rlimits: self.rlimits(&request.limits),
-            identity,
+        let kit = Kit {
             launcher: self.pidfd.as_fd(),
-            stdout: stdout_write.as_fd(),
-            stderr: stderr_write.as_fd(),
-            worker: sockets.listener.as_ref().map(AsFd::as_fd),
-            exec: exec_write.as_fd(),
             report: child_report.as_fd(),
+            cgroups: joins.iter().map(AsFd::as_fd).collect(),
             landlock: self.landlock,
-            filter: self.filters.for_grants(&request.grants),
-            argv: &checked.argv,
-            envp: &checked.envp,
-            marks,
+            filters: &self.filters,
         };
+        let sockets = id.0.to_string();
+        let plan = Plan { entry, bundle_path: &checked.bundle_path, bundle: checked.bundle, sockets: &sockets, ends };
         match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd))
             .map_err(|error| ("making its namespaces (clone3)", error))?
         {
-            Cloned::Child => child::run(&plan),
-            Cloned::Parent { pidfd, pid } => Ok(Forked {
-                init: pidfd,
-                init_pid: pid,
-                report,
-                exec,
-                memory,
-                ends: vec![sockets.broker, sockets.worker, stdout, stderr],
-            }),
+            Cloned::Child => child::run(&kit, &plan, order),
+            Cloned::Parent { pidfd, pid } => Ok((pidfd, pid, report, memory)),
         }
     }
 
@@ -350,32 +401,66 @@ impl Launcher {
         flags.unsigned_abs().into()
     }
 
-    fn rlimits(&self, limits: &Limits) -> Vec<(Resource, u64)> {
+    fn rlimits(&self, limits: &Limits) -> Rlimits {
         let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
-        let files = limits.open_files.map_or(OPEN_FILES.min(hard), u64::from);
-        // 1 and not 0: the kernel starts a core handler (`|` in core_pattern) whatever the limit is, except for 1, and
-        // no core fits into one byte.
-        let mut rlimits = vec![(Resource::Core, CORE_BYTES), (Resource::Nofile, files)];
-        if let Some(bytes) = limits.file_size_bytes {
-            rlimits.push((Resource::Fsize, bytes));
-        }
-        if let Some(pids) = limits.pids {
+        let processes = limits.pids.map(|pids| {
             let with_init = u64::from(pids) + 1;
             // The kernel counts per uid and user namespace. Without privileges that is this launch alone, and holds the
             // limit where there is no cgroup; with them it is every generation of the plugin, and only a backstop.
-            rlimits.push((Resource::Nproc, if self.privileged { with_init * 4 } else { with_init }));
+            if self.privileged { with_init * 4 } else { with_init }
+        });
+        Rlimits {
+            // 1 and not 0: the kernel starts a core handler (`|` in core_pattern) whatever the limit is, except for 1, and
+            // no core fits into one byte.
+            core: CORE_BYTES,
+            open_files: limits.open_files.map_or(OPEN_FILES.min(hard), u64::from),
+            file_size: limits.file_size_bytes,
+            processes,
         }
-        rlimits
     }
 }
 
-struct Forked {
+fn watch_memory(request: &Launch, groups: &Groups) -> io::Result<Option<MemoryWatch>> {
+    if request.limits.memory_bytes.is_some() { groups.watch_memory() } else { Ok(None) }
+}
+
+/// A launch whose child is under way.
+struct Begun {
     init: OwnedFd,
     init_pid: i32,
     report: OwnedFd,
     exec: OwnedFd,
     memory: Option<MemoryWatch>,
+    groups: Groups,
     ends: Vec<OwnedFd>,
+}
+
+/// The pipes of a launch.
+struct Pipes {
+    stdout: OwnedFd,
+    stdout_write: OwnedFd,
+    stderr: OwnedFd,
+    stderr_write: OwnedFd,
+    /// Closed by the exec, which is how the launcher sees it.
+    exec: OwnedFd,
+    exec_write: OwnedFd,
+}
+
+impl Pipes {
+    fn make(identity: Identity) -> io::Result<Self> {
+        let pipe = || -> io::Result<(OwnedFd, OwnedFd)> {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            rustix::io::ioctl_fionbio(&read, true)?;
+            if let Identity::Own { uid } = identity {
+                // So that the plugin may open /dev/stdout, which opens the pipe anew.
+                rustix::fs::fchown(&write, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
+            }
+            Ok((read, write))
+        };
+        let ((stdout, stdout_write), (stderr, stderr_write)) = (pipe()?, pipe()?);
+        let (exec, exec_write) = pipe_with(PipeFlags::CLOEXEC)?;
+        Ok(Self { stdout, stdout_write, stderr, stderr_write, exec, exec_write })
+    }
 }
 
 /// The sockets of a launch, in a directory of its own in the launcher's private one, which is the working directory.
@@ -435,6 +520,8 @@ impl Running {
             let (message, descriptor) = match report::receive(self.report.as_fd()) {
                 Ok(Some(received)) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // Told once, of a child that ended before it read all that was sent to it; what it said comes after.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => continue,
                 Ok(None) | Err(_) => {
                     self.report_closed = true;
                     return;
@@ -447,8 +534,9 @@ impl Running {
                         sealed.insert(self.sha256, entry);
                     }
                 }
-                Message::Started => self.program = descriptor,
+                Message::Ready => {}
                 Message::Executing { marks } => {
+                    self.program = descriptor;
                     self.executing = true;
                     self.marks = marks;
                 }

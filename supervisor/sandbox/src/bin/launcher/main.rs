@@ -31,6 +31,7 @@ mod report;
 mod sealed;
 mod seccomp;
 mod serve;
+mod spares;
 mod step;
 mod syscalls;
 mod timing;

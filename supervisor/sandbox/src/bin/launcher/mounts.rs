@@ -1,8 +1,9 @@
 //! The plugin's mount tree: what it sees of the host, and nothing else.
 //!
 //! Runs in the child, in its own mount namespace, with the launcher's private directory as working directory: there are
-//! the plugin's sockets and the mount point `root`. Everything is made on a small tmpfs which becomes the root and is
-//! then read-only; the host's tree is detached from the namespace.
+//! the plugin's sockets and the mount point `root`. Everything is made on a small tmpfs which becomes the root; the host's
+//! tree is detached from the namespace. That part is the same for all plugins and may be made ahead. Then what is one
+//! plugin's is attached, and the root becomes read-only.
 
 use std::{
     fs,
@@ -29,6 +30,9 @@ pub(crate) const BUNDLE: &str = "/plugin";
 pub(crate) const SOCKETS: &str = "/run/plugvisor";
 /// Where a plugin that binds its own socket may make it.
 pub(crate) const WORKER_DIRECTORY: &str = "/run/plugvisor/worker";
+/// The sockets, from the root.
+const BROKER: &str = "run/plugvisor/broker.sock";
+const WORKER: &str = "run/plugvisor/worker.sock";
 /// The mount point for the new root, in the launcher's directory.
 pub(crate) const ROOT: &str = "root";
 
@@ -60,47 +64,84 @@ const DEVICE_LINKS: [(&str, &str); 4] = [
 
 const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 
-/// What differs from plugin to plugin.
-pub(crate) struct Tree<'a> {
-    /// The bundle's directory, as the launcher checked it.
-    pub(crate) bundle_path: &'a Path,
-    /// The device and inode that must be found there.
-    pub(crate) bundle: BorrowedFd<'a>,
-    /// The directory with this launch's sockets, in the launcher's directory.
-    pub(crate) sockets: String,
-    pub(crate) socket: SocketMode,
-    /// The size of /tmp in bytes, when the plugin has one.
-    pub(crate) temp: Option<u64>,
+/// What differs from plugin to plugin, as copies of mounts that are attached nowhere yet.
+pub(crate) struct Own {
+    pub(crate) bundle: OwnedFd,
+    pub(crate) broker: OwnedFd,
+    /// The socket itself when it is inherited, the directory for it when the plugin binds it.
+    pub(crate) worker: OwnedFd,
 }
 
-impl Tree<'_> {
-    /// Makes the tree and changes into it. The caller is the only process in its mount namespace.
-    pub(crate) fn enter(&self) -> Result<(), Failure> {
-        // First of all: nothing made below may propagate to the host.
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        mount_change("/", private).map_err(at(Step::Propagation))?;
+impl Own {
+    /// Copies the bundle's mount, found by its descriptor: no path is looked up, which could wait for a filesystem. It must
+    /// be of the caller's mount namespace.
+    pub(crate) fn of(bundle: BorrowedFd<'_>, sockets: &str, socket: SocketMode) -> Result<Self, Failure> {
+        let bundle = detached(bundle, READ_ONLY).map_err(at(Step::Bundle))?;
+        Self::with(bundle, sockets, socket).map_err(at(Step::Sockets))
+    }
 
+    /// The same, with the bundle found by its path, without a symlink on the way: in another mount namespace than that of
+    /// its descriptor, the same directory must be there.
+    pub(crate) fn at(path: &Path, bundle: BorrowedFd<'_>, sockets: &str, socket: SocketMode) -> Result<Self, Failure> {
+        let find = || -> Result<OwnedFd, Errno> {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let found = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
+            let (found_stat, asked) = (fstat(&found)?, fstat(bundle)?);
+            if (found_stat.st_dev, found_stat.st_ino) != (asked.st_dev, asked.st_ino) {
+                return Err(Errno::STALE);
+            }
+            detached(found.as_fd(), READ_ONLY)
+        };
+        let bundle = find().map_err(at(Step::Bundle))?;
+        Self::with(bundle, sockets, socket).map_err(at(Step::Sockets))
+    }
+
+    /// The sockets are in a directory of this name in the working directory.
+    fn with(bundle: OwnedFd, sockets: &str, socket: SocketMode) -> Result<Self, Errno> {
+        let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+        let copy = |name: &str, more| {
+            let source = path_only(&Path::new(sockets).join(name))?;
+            detached(source.as_fd(), attributes | more)
+        };
+        let worker = match socket {
+            SocketMode::Inherit => copy("worker.sock", libc::MOUNT_ATTR_RDONLY)?,
+            SocketMode::Bind => copy("worker", 0)?,
+        };
+        Ok(Self { bundle, broker: copy("broker.sock", libc::MOUNT_ATTR_RDONLY)?, worker })
+    }
+}
+
+/// The part of the tree that is the same for every plugin, before anything of one is in it.
+pub(crate) struct Common {
+    root: OwnedFd,
+}
+
+/// Makes the calling process's mounts its own. First of all: nothing made later may propagate to the host.
+pub(crate) fn separate() -> Result<(), Failure> {
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private).map_err(at(Step::Propagation))
+}
+
+impl Common {
+    /// Makes it and changes into it. The caller is the only process in its mount namespace, which is separate.
+    pub(crate) fn enter() -> Result<Self, Failure> {
         let limits = c"size=1m,nr_inodes=256,mode=0755";
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         mount("tmpfs", ROOT, "tmpfs", flags, limits).map_err(at(Step::Root))?;
         let root =
             open(ROOT, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(Step::Root))?;
 
-        self.host(&root).map_err(at(Step::HostDirectories))?;
-        self.bundle(&root).map_err(at(Step::Bundle))?;
+        host(&root).map_err(at(Step::HostDirectories))?;
         devices(&root).map_err(at(Step::Devices))?;
-        self.sockets(&root).map_err(at(Step::Sockets))?;
-
+        let directory = |path: &str| mkdirat(&root, path, Mode::from_raw_mode(0o755));
+        directory(&BUNDLE[1..]).map_err(at(Step::Bundle))?;
+        directory("run").and_then(|()| directory(&SOCKETS[1..])).map_err(at(Step::Sockets))?;
+        touch(&root, BROKER).map_err(at(Step::Sockets))?;
+        directory("tmp").map_err(at(Step::Temp))?;
+        mkdirat(&root, "proc", Mode::from_raw_mode(0o555)).map_err(at(Step::Proc))?;
         rustix::process::fchdir(&root).map_err(at(Step::Pivot))?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        mkdirat(&root, "proc", Mode::from_raw_mode(0o555)).map_err(at(Step::Proc))?;
         mount("proc", "proc", "proc", flags, c"hidepid=2,subset=pid").map_err(at(Step::Proc))?;
-        mkdirat(&root, "tmp", Mode::from_raw_mode(0o755)).map_err(at(Step::Temp))?;
-        if let Some(size) = self.temp {
-            let limits = std::ffi::CString::new(format!("size={size},nr_inodes=16384,mode=1777"));
-            let limits = limits.map_err(|_| Failure::new(Step::Temp, Errno::INVAL))?;
-            mount("tmpfs", "tmp", "tmpfs", flags, limits.as_c_str()).map_err(at(Step::Temp))?;
-        }
 
         pivot_root(".", ".").map_err(at(Step::Pivot))?;
         // The old root now lies over the new one at ".".
@@ -108,56 +149,48 @@ impl Tree<'_> {
         chdir("/").map_err(at(Step::Pivot))?;
         let root =
             open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(Step::Pivot))?;
+        Ok(Self { root })
+    }
+
+    /// Puts in what is one plugin's, closes the tree for writing, and changes to the bundle. `temp` is the size of /tmp in
+    /// bytes, when the plugin has one.
+    pub(crate) fn complete(self, own: Own, socket: SocketMode, temp: Option<u64>) -> Result<(), Failure> {
+        let root = &self.root;
+        let Own { bundle, broker, worker: own_worker } = own;
+        attach(&bundle, root, &BUNDLE[1..]).map_err(at(Step::Bundle))?;
+        let worker = match socket {
+            SocketMode::Inherit => touch(root, WORKER).map(|()| WORKER),
+            SocketMode::Bind => {
+                let inside = &WORKER_DIRECTORY[1..];
+                mkdirat(root, inside, Mode::from_raw_mode(0o755)).map(|()| inside)
+            }
+        };
+        let sockets = || {
+            attach(&own_worker, root, worker?)?;
+            attach(&broker, root, BROKER)
+        };
+        sockets().map_err(at(Step::Sockets))?;
+        if let Some(size) = temp {
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            let limits = std::ffi::CString::new(format!("size={size},nr_inodes=16384,mode=1777"));
+            let limits = limits.map_err(|_| Failure::new(Step::Temp, Errno::INVAL))?;
+            mount("tmpfs", "/tmp", "tmpfs", flags, limits.as_c_str()).map_err(at(Step::Temp))?;
+        }
         kernel::mount_setattr(root.as_fd(), false, READ_ONLY).map_err(|error| Failure::io(Step::Pivot, &error))?;
         chdir(BUNDLE).map_err(at(Step::Pivot))
     }
+}
 
-    fn host(&self, root: &OwnedFd) -> Result<(), Errno> {
-        for path in HOST_DIRECTORIES {
-            show(root, Path::new(path), path.trim_start_matches('/'))?;
-        }
-        mkdirat(root, "etc", Mode::from_raw_mode(0o755))?;
-        for (name, _) in HOST_ETC {
-            let inside = format!("etc/{name}");
-            show(root, &Path::new("/etc").join(name), &inside)?;
-        }
-        Ok(())
+fn host(root: &OwnedFd) -> Result<(), Errno> {
+    for path in HOST_DIRECTORIES {
+        show(root, Path::new(path), path.trim_start_matches('/'))?;
     }
-
-    fn bundle(&self, root: &OwnedFd) -> Result<(), Errno> {
-        // The launcher checked the path behind the descriptor; here, in the new namespace, the same directory must be
-        // found by that path, without a symlink on the way.
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let found = openat2(CWD, self.bundle_path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
-        let (found_stat, asked) = (fstat(&found)?, fstat(self.bundle)?);
-        if (found_stat.st_dev, found_stat.st_ino) != (asked.st_dev, asked.st_ino) {
-            return Err(Errno::STALE);
-        }
-        mkdirat(root, &BUNDLE[1..], Mode::from_raw_mode(0o755))?;
-        bind(&found, root, &BUNDLE[1..], READ_ONLY)
+    mkdirat(root, "etc", Mode::from_raw_mode(0o755))?;
+    for (name, _) in HOST_ETC {
+        let inside = format!("etc/{name}");
+        show(root, &Path::new("/etc").join(name), &inside)?;
     }
-
-    fn sockets(&self, root: &OwnedFd) -> Result<(), Errno> {
-        mkdirat(root, "run", Mode::from_raw_mode(0o755))?;
-        mkdirat(root, &SOCKETS[1..], Mode::from_raw_mode(0o755))?;
-        let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-        let files: &[&str] = match self.socket {
-            SocketMode::Inherit => &["broker.sock", "worker.sock"],
-            SocketMode::Bind => {
-                mkdirat(root, &WORKER_DIRECTORY[1..], Mode::from_raw_mode(0o755))?;
-                let source = path_only(Path::new(&format!("{}/worker", self.sockets)))?;
-                bind(&source, root, &WORKER_DIRECTORY[1..], attributes)?;
-                &["broker.sock"]
-            }
-        };
-        for file in files {
-            let inside = format!("{}/{file}", &SOCKETS[1..]);
-            touch(root, &inside)?;
-            let source = path_only(Path::new(&format!("{}/{file}", self.sockets)))?;
-            bind(&source, root, &inside, attributes | libc::MOUNT_ATTR_RDONLY)?;
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 fn devices(root: &OwnedFd) -> Result<(), Errno> {
@@ -207,9 +240,14 @@ fn touch(root: &OwnedFd, path: &str) -> Result<(), Errno> {
     openat(root, path, OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC, Mode::from_raw_mode(0o444)).map(drop)
 }
 
-/// Mounts a copy of the tree at the source, submounts included: leaving them out would uncover what they hide, which a
-/// user namespace rightly refuses. The attributes are set before the copy is attached, so no moment without them exists.
+/// Mounts a copy of the tree at the source.
 fn bind(source: &OwnedFd, root: &OwnedFd, inside: &str, attributes: u64) -> Result<(), Errno> {
+    attach(&detached(source.as_fd(), attributes)?, root, inside)
+}
+
+/// A copy of the tree at the source, submounts included: leaving them out would uncover what they hide, which a user
+/// namespace rightly refuses. The attributes are set before the copy is attached, so no moment without them exists.
+fn detached(source: BorrowedFd<'_>, attributes: u64) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH
@@ -217,7 +255,11 @@ fn bind(source: &OwnedFd, root: &OwnedFd, inside: &str, attributes: u64) -> Resu
     let tree = open_tree(source, "", flags)?;
     kernel::mount_setattr(tree.as_fd(), true, attributes)
         .map_err(|error| error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error))?;
-    move_mount(&tree, "", root, inside, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    Ok(tree)
+}
+
+fn attach(tree: &OwnedFd, root: &OwnedFd, inside: &str) -> Result<(), Errno> {
+    move_mount(tree, "", root, inside, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 fn at(step: Step) -> impl Fn(Errno) -> Failure {

@@ -10,6 +10,7 @@ use std::{
 
 use rustix::{
     cmsg_space,
+    io::Errno,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
         recvmsg, sendmsg,
@@ -18,6 +19,8 @@ use rustix::{
 
 use crate::{step::Step, timing::Marks};
 
+/// The most descriptors in a packet to a child.
+const MOST: usize = 8;
 /// The part before the marks.
 const HEAD: usize = 6;
 /// Every message has this size.
@@ -30,9 +33,9 @@ pub(crate) enum Message {
     Failed { step: Step, errno: i32 },
     /// With the sealed entry.
     Sealed,
-    /// From the init, with the program's pidfd.
-    Started,
-    /// From the program: all walls but the last are up, seccomp and exec come next.
+    /// From a spare: it waits for its order.
+    Ready,
+    /// From the program, with its pidfd: all walls but the last are up, seccomp and exec come next.
     Executing { marks: Marks },
     /// From the init: how the program ended.
     Ended { signal: bool, value: i32 },
@@ -43,7 +46,7 @@ impl Message {
         let (tag, detail, value, marks) = match self {
             Self::Failed { step, errno } => (1, step as u8, errno, None),
             Self::Sealed => (2, 0, 0, None),
-            Self::Started => (3, 0, 0, None),
+            Self::Ready => (3, 0, 0, None),
             Self::Executing { marks } => (4, 0, 0, Some(marks)),
             Self::Ended { signal, value } => (5, u8::from(signal), value, None),
         };
@@ -61,7 +64,7 @@ impl Message {
         Some(match tag {
             1 => Self::Failed { step: Step::from_number(*detail)?, errno: value },
             2 => Self::Sealed,
-            3 => Self::Started,
+            3 => Self::Ready,
             4 => Self::Executing { marks: Marks::from_bytes(marks.try_into().ok()?) },
             5 => Self::Ended { signal: *detail != 0, value },
             _ => return None,
@@ -79,6 +82,51 @@ pub(crate) fn send(socket: BorrowedFd<'_>, message: &Message, descriptor: Option
     }
     sendmsg(socket, &[IoSlice::new(&message.encode())], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+/// Sends bytes and descriptors to a child, without waiting.
+pub(crate) fn send_packet(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
+    Ok(())
+}
+
+/// The child's side: waits for a packet; its length and descriptors, or `None` when the other end is closed.
+pub(crate) fn receive_packet(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            received => break received?,
+        }
+    };
+    let mut descriptors = Vec::new();
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = part {
+            descriptors.extend(rights);
+        }
+    }
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    Ok(Some((received.bytes, descriptors)))
+}
+
+/// The child's side: waits for a packet with one descriptor. Takes no memory.
+pub(crate) fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(socket, &mut [IoSliceMut::new(&mut [0; 1])], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let descriptor = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    descriptor.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// Receives a message without waiting; `None` when the other end is closed, `WouldBlock` when there is nothing.

@@ -1,6 +1,7 @@
 //! When each part of a launch was done, so that a slow one can be seen where it happens. It decides nothing.
 
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 macro_rules! parts {
     ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
@@ -22,12 +23,12 @@ macro_rules! parts {
 parts! {
     /// Checking the request.
     Checked = "check";
-    /// Making the cgroups and writing their limits.
-    Groups = "groups";
     /// Making the sockets and pipes.
     Sockets = "sockets";
-    /// Making the process and its namespaces, until it runs.
-    Cloned = "clone";
+    /// Making the cgroups, or taking those of a spare, and writing their limits.
+    Groups = "groups";
+    /// Making the process and its namespaces, or waking a spare, until it runs.
+    Started = "start";
     /// The entry: sealed already, or copied and hashed.
     Entry = "entry";
     /// Joining the cgroups.
@@ -49,7 +50,7 @@ parts! {
 const COUNT: usize = Part::ALL.len();
 
 /// When each part was done, by the monotonic clock, which is one for all processes; 0 for what has not been done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Marks([u64; COUNT]);
 
 impl Marks {

@@ -222,12 +222,7 @@ impl Cgroups {
                 freezer: parent.freezer,
             });
         }
-        for group in &groups.groups {
-            for control in &group.controls {
-                group.limit(*control, limits).map_err(|why| LimitError { control: *control, why })?;
-            }
-        }
-        Ok(())
+        groups.set_limits(limits)
     }
 
     /// Uses no groups from here on: they cannot be joined.
@@ -271,6 +266,26 @@ impl Groups {
     pub(crate) fn v2_directory(&self) -> io::Result<Option<OwnedFd>> {
         let group = self.groups.iter().find(|group| group.version == Version::V2);
         group.map(|group| open(&group.directory, OFlags::RDONLY | OFlags::DIRECTORY)).transpose()
+    }
+
+    /// Names the groups anew. v2 knows no renaming; there the name stays.
+    pub(crate) fn rename(&mut self, name: &str) -> io::Result<()> {
+        for group in self.groups.iter_mut().filter(|group| group.version == Version::V1) {
+            let named = group.directory.with_file_name(name);
+            fs::rename(&group.directory, &named)?;
+            group.directory = named;
+        }
+        Ok(())
+    }
+
+    /// Writes the limits that have a controller, and reads them back.
+    pub(crate) fn set_limits(&self, limits: &Limits) -> Result<(), LimitError> {
+        for group in &self.groups {
+            for control in &group.controls {
+                group.limit(*control, limits).map_err(|why| LimitError { control: *control, why })?;
+            }
+        }
+        Ok(())
     }
 
     /// The directories, for people.

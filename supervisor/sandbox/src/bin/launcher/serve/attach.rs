@@ -151,6 +151,7 @@ impl Server {
         let running = &mut slot.running;
         slot.origin.launch_exec = running.arrived.elapsed();
         running.marks.done(Part::Executed);
+        self.launcher.spares.launched();
         let exhausted = |error: std::io::Error| {
             let plugin = &running.plugin;
             gone(&format!(

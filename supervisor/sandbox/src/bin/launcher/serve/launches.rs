@@ -21,6 +21,8 @@ impl Server {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(source.token()), flags)
         };
         add(running.init.as_fd(), Source::Init(id), epoll::EventFlags::IN)?;
+        // A spare's line is waited for already.
+        let _ = epoll::delete(&self.epoll, &running.report);
         add(running.report.as_fd(), Source::Report(id), epoll::EventFlags::IN)?;
         if let Some(exec) = &running.exec {
             add(exec.as_fd(), Source::Exec(id), epoll::EventFlags::IN)?;

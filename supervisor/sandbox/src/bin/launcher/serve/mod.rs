@@ -56,6 +56,7 @@ enum Source {
     Memory(u64),
     Output(u64, Stream),
     Change(u64),
+    Spare(u64),
 }
 
 impl Source {
@@ -72,6 +73,7 @@ impl Source {
             Self::Output(id, Stream::Stdout) => id << 4 | 8,
             Self::Output(id, Stream::Stderr) => id << 4 | 9,
             Self::Change(id) => id << 4 | 10,
+            Self::Spare(number) => number << 4 | 11,
         }
     }
 
@@ -88,6 +90,7 @@ impl Source {
             (8, id) => Some(Self::Output(id, Stream::Stdout)),
             (9, id) => Some(Self::Output(id, Stream::Stderr)),
             (10, id) => Some(Self::Change(id)),
+            (11, number) => Some(Self::Spare(number)),
             _ => None,
         }
     }
@@ -188,7 +191,7 @@ impl Server {
         let mut events = Vec::with_capacity(64);
         loop {
             if let Some(since) = self.ending
-                && (self.slots.is_empty() || since.elapsed() > END_TIME)
+                && (self.slots.is_empty() && self.launcher.spares.is_empty() || since.elapsed() > END_TIME)
             {
                 self.launcher.cgroups.tear_down();
                 return self.failed.take().map_or(Ok(()), Err);
@@ -215,6 +218,7 @@ impl Server {
             self.lonely();
             self.finish_gone();
             self.flush();
+            self.make_spare()?;
             self.close_received()?;
             self.watch_connection()?;
             self.watch_door()?;
@@ -256,6 +260,11 @@ impl Server {
             Source::Door => self.accept(),
             Source::Output(id, stream) => self.drain(id, stream),
             Source::Change(id) => self.changed(id),
+            Source::Spare(number) => {
+                if let Some(silent) = self.launcher.spares.reported(number) {
+                    let _ = epoll::delete(&self.epoll, silent);
+                }
+            }
         }
     }
 
@@ -275,9 +284,13 @@ impl Server {
         let mute = self.greets_within().filter(|_| self.ending.is_none());
         let rest = self.door.as_ref().and_then(|door| door.rests_until);
         let rest = rest.map(|until| until.saturating_duration_since(now));
+        let spares = self.launcher.spares.due().filter(|_| self.ending.is_none() && !self.launching());
+        let spares = spares.into_iter().chain(self.launcher.spares.deadlines(RETRY));
+        let spares = spares.map(|at| at.saturating_duration_since(now));
         let next = starting
             .chain(changing)
             .chain(retry)
+            .chain(spares)
             .chain(ending)
             .chain(closing)
             .chain(lonely)
@@ -346,6 +359,7 @@ impl Server {
         for slot in self.slots.values() {
             slot.running.kill();
         }
+        self.launcher.spares.end();
     }
 
     /// Ends because of this.
@@ -357,6 +371,25 @@ impl Server {
         }
     }
 
+    /// Whether a child is being set up.
+    fn launching(&self) -> bool {
+        self.slots.values().any(|slot| matches!(slot.phase, Phase::Starting { .. }))
+    }
+
+    /// Makes a spare when one is missing and nothing else is to be done.
+    fn make_spare(&mut self) -> io::Result<()> {
+        self.launcher.spares.tidy();
+        let due = self.launcher.spares.due().is_some_and(|at| at <= Instant::now());
+        if !due || self.ending.is_some() || self.launching() {
+            return Ok(());
+        }
+        if let Some((number, line)) = self.launcher.make_spare() {
+            let data = epoll::EventData::new_u64(Source::Spare(number).token());
+            epoll::add(&self.epoll, line, data, epoll::EventFlags::IN)?;
+        }
+        Ok(())
+    }
+
     /// Has what came from the supervisor closed.
     fn close_received(&mut self) -> io::Result<()> {
         if let Err(error) = self.closer.check() {
@@ -365,7 +398,7 @@ impl Server {
         if self.ending.is_some() {
             return Ok(());
         }
-        let launching = self.slots.values().any(|slot| matches!(slot.phase, Phase::Starting { .. }));
+        let launching = self.launching();
         if let Some(child) = self.closer.start(launching) {
             let data = epoll::EventData::new_u64(Source::Closer.token());
             epoll::add(&self.epoll, child, data, epoll::EventFlags::IN)?;

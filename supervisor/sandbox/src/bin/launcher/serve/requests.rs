@@ -123,6 +123,7 @@ impl Server {
             );
         }
         self.launcher.require(request)?;
+        self.launcher.spares.launched();
         let running = self.launcher.start(request, &checked, arrived)?;
         let number = running.id.0;
         let slot = Slot {

@@ -1,0 +1,354 @@
+//! The child's side of a launch: from clone3 to exec, in the one order that works.
+//!
+//! Two processes come out of it. The first is PID 1 of the plugin's namespace and stays this program: a tiny init that
+//! holds the parent-death signal, reaps, and tells the launcher how the plugin ended. The second becomes the plugin.
+//! Without the init, the plugin would be PID 1 itself, and the kernel would drop every signal that it has no handler
+//! for: SIGTERM would do nothing, and abort(3) would look like a segmentation fault.
+//!
+//! Everything that can be prepared is prepared by the launcher; what fails here is told as a (step, errno) pair.
+
+pub(crate) mod spare;
+
+use std::{
+    ffi::{CStr, CString},
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd},
+    path::Path,
+};
+
+use plugvisor_sandbox::protocol::{Grant, SocketMode};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags},
+    io::Errno,
+    process::{
+        DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, getpid, getrlimit,
+        parent_process_death_signal, pidfd_open, set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
+        setsid, umask, wait,
+    },
+};
+use seccompiler::BpfProgram;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    creds::{self, Identity},
+    entry,
+    kernel::{self, Strings},
+    landlock, mounts,
+    report::{self, Message},
+    seccomp::Filters,
+    step::Step,
+    timing::{Marks, Part},
+};
+
+/// Why the child could not become the plugin.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failure {
+    pub(crate) step: Step,
+    pub(crate) errno: i32,
+}
+
+impl Failure {
+    pub(crate) fn new(step: Step, errno: Errno) -> Self {
+        Self { step, errno: errno.raw_os_error() }
+    }
+
+    pub(crate) fn io(step: Step, error: &io::Error) -> Self {
+        Self { step, errno: error.raw_os_error().unwrap_or(libc::EIO) }
+    }
+}
+
+/// Where the entry's bytes come from.
+pub(crate) enum Entry<'a> {
+    /// Sealed memory with the right digest, from an earlier launch.
+    Sealed(BorrowedFd<'a>),
+    /// A file to copy, hash and compare.
+    Copy { file: BorrowedFd<'a>, name: &'a CStr, sha256: &'a [u8; 32] },
+}
+
+/// What a child has of the launcher, whatever it becomes.
+pub(crate) struct Kit<'a> {
+    /// The launcher's pidfd, readable when it is dead.
+    pub(crate) launcher: BorrowedFd<'a>,
+    /// To the launcher.
+    pub(crate) report: BorrowedFd<'a>,
+    /// Member lists of cgroups open for writing, one for each hierarchy to join.
+    pub(crate) cgroups: Vec<BorrowedFd<'a>>,
+    /// The Landlock version; 0 where there is none and the operator allows that.
+    pub(crate) landlock: i32,
+    pub(crate) filters: &'a Filters,
+}
+
+/// What becomes of a child: everything but descriptors.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub(crate) identity: Identity,
+    pub(crate) rlimits: Rlimits,
+    pub(crate) socket: SocketMode,
+    /// The size of /tmp in bytes, when the plugin has one.
+    pub(crate) temp: Option<u64>,
+    pub(crate) grants: Vec<Grant>,
+    pub(crate) argv: Vec<CString>,
+    pub(crate) envp: Vec<CString>,
+    /// What the launcher has done by now.
+    pub(crate) marks: Marks,
+}
+
+/// The limits that a process carries itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Rlimits {
+    pub(crate) core: u64,
+    pub(crate) open_files: u64,
+    pub(crate) file_size: Option<u64>,
+    pub(crate) processes: Option<u64>,
+}
+
+/// What the program holds when it starts.
+pub(crate) struct Ends<'a> {
+    pub(crate) stdout: BorrowedFd<'a>,
+    pub(crate) stderr: BorrowedFd<'a>,
+    /// The listening worker socket, when the plugin does not make it.
+    pub(crate) worker: Option<BorrowedFd<'a>>,
+}
+
+/// A launch for a child that begins from nothing.
+pub(crate) struct Plan<'a> {
+    pub(crate) entry: Entry<'a>,
+    /// The bundle's directory, as the launcher checked it, and the device and inode that must be found there.
+    pub(crate) bundle_path: &'a Path,
+    pub(crate) bundle: BorrowedFd<'a>,
+    /// The directory with this launch's sockets, in the launcher's directory.
+    pub(crate) sockets: &'a str,
+    pub(crate) ends: Ends<'a>,
+}
+
+/// The numbers of the descriptors when the program starts. Those up to `ENTRY` may stay open across exec.
+const WORKER: RawFd = 3;
+const ENTRY: RawFd = 4;
+const REPORT: RawFd = 5;
+/// Descriptors are first lifted above this number, so that placing one cannot close another.
+const LIFTED: RawFd = 32;
+
+/// Runs a child with everything there is to know. Never returns to the launcher's code.
+pub(crate) fn run(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order) -> ! {
+    kernel::set_name(NAME);
+    let mut marks = order.marks;
+    marks.done(Part::Started);
+    let failure = match set_up(kit, plan, order, &mut marks) {
+        Ok(()) => start(kit, order, marks),
+        Err(failure) => failure,
+    };
+    fail(kit, failure)
+}
+
+/// What an init is called in `ps`, when it is one's.
+const NAME: &CStr = c"plugvisor-init";
+
+/// Tells why and ends.
+fn fail(kit: &Kit<'_>, failure: Failure) -> ! {
+    // On either number is the report socket: before the descriptors were arranged, or after.
+    let message = Message::Failed { step: failure.step, errno: failure.errno };
+    if report::send(kit.report, &message, None).is_err() {
+        drop(report::send(kernel::fixed(REPORT), &message, None));
+    }
+    kernel::exit_now(1)
+}
+
+/// Everything up to the fork of the program.
+fn set_up(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
+    umask(Mode::empty());
+    creds::map_user(&order.identity)?;
+    let entry = match plan.entry {
+        Entry::Sealed(entry) => {
+            // Rootless, an earlier launch owned it too and may have made a script unreadable to this one.
+            rustix::fs::fchmod(entry, Mode::from_raw_mode(0o755)).map_err(at(Step::EntryRead))?;
+            entry
+        }
+        Entry::Copy { file, name, sha256 } => {
+            let sealed = entry::seal(file, name, sha256)?;
+            report::send(kit.report, &Message::Sealed, Some(sealed.as_fd()))
+                .map_err(|error| Failure::io(Step::EntryRead, &error))?;
+            // Owned by nobody from here on: it is closed with all others when the descriptors are arranged.
+            kernel::fixed(sealed.into_raw_fd())
+        }
+    };
+    marks.done(Part::Entry);
+    join(kit)?;
+    marks.done(Part::Joined);
+    setsid().map_err(at(Step::Session))?;
+    mounts::separate()?;
+    let own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
+    let common = mounts::Common::enter()?;
+    common.complete(own, order.socket, order.temp)?;
+    marks.done(Part::Tree);
+    wall_in(kit, entry, &plan.ends, order, marks)
+}
+
+fn join(kit: &Kit<'_>) -> Result<(), Failure> {
+    for group in &kit.cgroups {
+        // 0 is the writer itself.
+        rustix::io::write(group, b"0").map_err(at(Step::Cgroup))?;
+    }
+    Ok(())
+}
+
+/// From the finished mount tree on.
+fn wall_in(
+    kit: &Kit<'_>,
+    entry: BorrowedFd<'_>,
+    ends: &Ends<'_>,
+    order: &Order,
+    marks: &mut Marks,
+) -> Result<(), Failure> {
+    let script = entry::is_script(entry);
+    let Rlimits { core, open_files, file_size, processes } = order.rlimits;
+    set_limit(Resource::Core, core)?;
+    // Only raised for now: the child holds what the launcher has open, under numbers beyond a low limit.
+    let most = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX).max(open_files);
+    set_limit(Resource::Nofile, most)?;
+    if let Some(bytes) = file_size {
+        set_limit(Resource::Fsize, bytes)?;
+    }
+    if let Some(processes) = processes {
+        set_limit(Resource::Nproc, processes)?;
+    }
+    creds::drop_privileges(&order.identity)?;
+    // Only now: the kernel clears the parent-death signal when credentials change.
+    tie_to(kit)?;
+    rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivs))?;
+    marks.done(Part::Identity);
+    arrange(kit, entry, ends, script).map_err(|error| Failure::io(Step::Descriptors, &error))?;
+    marks.done(Part::Descriptors);
+    if kit.landlock > 0 {
+        landlock::restrict(kit.landlock, order.socket, order.temp.is_some())?;
+    }
+    set_limit(Resource::Nofile, open_files)?;
+    // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
+    umask(match order.socket {
+        SocketMode::Bind => Mode::empty(),
+        SocketMode::Inherit => Mode::WGRP | Mode::WOTH,
+    });
+    marks.done(Part::Landlock);
+    Ok(())
+}
+
+/// Ties the calling process's life to the launcher's, and shows its memory to nobody.
+fn tie_to(kit: &Kit<'_>) -> Result<(), Failure> {
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(at(Step::ParentDeath))?;
+    if parent_process_death_signal() != Ok(Some(Signal::KILL)) {
+        return Err(Failure::new(Step::ParentDeath, Errno::INVAL));
+    }
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(at(Step::ParentDeath))?;
+    if readable(kit.launcher).map_err(at(Step::LauncherGone))? {
+        return Err(Failure::new(Step::LauncherGone, Errno::SRCH));
+    }
+    Ok(())
+}
+
+/// Starts the program and becomes its init. Returns only when it could not be started.
+fn start(kit: &Kit<'_>, order: &Order, marks: Marks) -> Failure {
+    let filter = kit.filters.for_grants(&order.grants);
+    let (argv, envp) = (Strings::new(&order.argv), Strings::new(&order.envp));
+    // It shares this process's memory until it executes, and takes nothing from it.
+    let program = kernel::vfork(|| {
+        let failure = execute(filter, &argv, &envp, marks);
+        let message = Message::Failed { step: failure.step, errno: failure.errno };
+        drop(report::send(kernel::fixed(REPORT), &message, None));
+        kernel::exit_now(1)
+    });
+    match program {
+        Ok(pid) => init(pid),
+        Err(error) => Failure::io(Step::Fork, &error),
+    }
+}
+
+/// The program: returns why it could not be executed.
+fn execute(filter: &BpfProgram, argv: &Strings<'_>, envp: &Strings<'_>, mut marks: Marks) -> Failure {
+    marks.done(Part::Forked);
+    // Its own session, so that the program's process group is not its init's.
+    if let Err(errno) = setsid() {
+        return Failure::new(Step::Session, errno);
+    }
+    if let Err(error) = kernel::reset_signals() {
+        return Failure::io(Step::Signals, &error);
+    }
+    let report = kernel::fixed(REPORT);
+    // What the launcher sees closed when the program is executed. The program alone has it: an init that the machine has
+    // no time for would hold it open.
+    match report::receive_descriptor(report) {
+        // Never closed by hand: the launcher must hear of a failure first.
+        Ok(exec) => drop(exec.into_raw_fd()),
+        Err(error) => return Failure::io(Step::Exec, &error),
+    }
+    let told = pidfd_open(getpid(), PidfdFlags::empty())
+        .map_err(io::Error::from)
+        .and_then(|own| report::send(report, &Message::Executing { marks }, Some(own.as_fd())));
+    if let Err(error) = told {
+        return Failure::io(Step::Exec, &error);
+    }
+    if let Err(error) = seccompiler::apply_filter(filter) {
+        let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
+        return source.map_or(Failure::new(Step::Seccomp, Errno::INVAL), |error| Failure::io(Step::Seccomp, error));
+    }
+    let error = kernel::execveat(ENTRY, argv, envp);
+    Failure::io(Step::Exec, &error)
+}
+
+/// PID 1 of the plugin's namespace: reaps until the program ends, tells how, and ends; the kernel then kills whatever
+/// the program left behind. It has no privileges, no descriptor but its line to the launcher, and no handlers, so that
+/// nothing inside the namespace can signal it.
+fn init(pid: i32) -> ! {
+    for fd in [0, 1, 2, WORKER, ENTRY] {
+        // What the program holds must end with it. A number that is not open is no harm.
+        kernel::close(fd);
+    }
+    loop {
+        let status = match wait(WaitOptions::empty()) {
+            Ok(Some((ended, status))) if ended.as_raw_nonzero().get() == pid => status,
+            Ok(_) | Err(Errno::INTR) => continue,
+            Err(_) => kernel::exit_now(1),
+        };
+        let message = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Message::Ended { signal: false, value: code },
+            (None, signal) => Message::Ended { signal: true, value: signal.unwrap_or(libc::SIGKILL) },
+        };
+        drop(report::send(kernel::fixed(REPORT), &message, None));
+        kernel::exit_now(0)
+    }
+}
+
+/// Gives each descriptor its number and closes all others.
+fn arrange(kit: &Kit<'_>, entry: BorrowedFd<'_>, ends: &Ends<'_>, script: bool) -> io::Result<()> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let (null, stdout, stderr) = (lift(kernel::fixed(null.into_raw_fd()))?, lift(ends.stdout)?, lift(ends.stderr)?);
+    let worker = ends.worker.map(lift).transpose()?;
+    let (entry, report) = (lift(entry)?, lift(kit.report)?);
+    for (from, to) in [(null, 0), (stdout, 1), (stderr, 2)] {
+        kernel::place(from, to, true)?;
+    }
+    match worker {
+        Some(worker) => kernel::place(worker, WORKER, true)?,
+        None => kernel::place(null, WORKER, false)?,
+    }
+    // The entry stays open only for a script: its interpreter opens it again by number.
+    kernel::place(entry, ENTRY, script)?;
+    kernel::place(report, REPORT, false)?;
+    kernel::close_from(REPORT + 1)
+}
+
+fn lift(fd: BorrowedFd<'_>) -> io::Result<RawFd> {
+    kernel::lift(fd.as_raw_fd(), LIFTED)
+}
+
+fn set_limit(resource: Resource, limit: u64) -> Result<(), Failure> {
+    setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }).map_err(at(Step::Rlimits))
+}
+
+fn readable(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map(|ready| ready > 0)
+}
+
+fn at(step: Step) -> impl Fn(Errno) -> Failure {
+    move |errno| Failure::new(step, errno)
+}
