@@ -195,7 +195,8 @@ impl Server {
 
     /// Answers the supervisor that asked, if it is still there.
     fn answer(&mut self, visit: u64, request: u64, reply: &Reply) {
-        if self.visits == visit && self.connection.is_some() {
+        // A visit is counted at its Hello: whoever has not said it yet is another one than the last.
+        if self.visits == visit && self.connection.as_ref().is_some_and(|connection| connection.greeted) {
             self.reply(request, reply, vec![]);
         }
     }
