@@ -166,6 +166,12 @@ impl World {
         self.directory.path().join("plugins")
     }
 
+    /// Where what plugins print is kept.
+    #[must_use]
+    pub fn log_directory(&self) -> PathBuf {
+        self.state().join("logs")
+    }
+
     /// The built binaries.
     #[must_use]
     pub fn binaries(&self) -> &Binaries {

@@ -57,7 +57,24 @@ pub async fn page(supervisor: &Supervisor) -> String {
     usage(&mut page, &rows);
     calls(&mut page, &snapshot);
     breakers(&mut page, &snapshot, supervisor, &rows);
+    logs(&mut page, supervisor, &rows);
     page.into_text() + &supervisor.shared.events.render_counters()
+}
+
+fn logs(page: &mut Page, supervisor: &Supervisor, rows: &[Row]) {
+    let figures: Vec<_> = rows
+        .iter()
+        .filter_map(|Row { view, .. }| Some((view, supervisor.shared.logs.figures(&view.name.parse().ok()?))))
+        .collect();
+    page.family("plugvisor_log_lines_total", Kind::Counter, "Lines that plugins printed and that were kept.");
+    for (view, figures) in &figures {
+        page.sample(&[("plugin", &view.name)], figures.kept());
+    }
+    page.family("plugvisor_log_lines_dropped_total", Kind::Counter, "Lines over the rate, and lines not kept on disk.");
+    for (view, figures) in &figures {
+        page.sample(&[("plugin", &view.name), ("reason", "rate")], figures.over_rate());
+        page.sample(&[("plugin", &view.name), ("reason", "disk")], figures.not_on_disk());
+    }
 }
 
 fn rows(plugins: &BTreeMap<String, PluginHandle>) -> Vec<Row> {

@@ -31,7 +31,7 @@ use crate::{
     host_events::{HostEvents, PublishLimits},
     launcher::{Inventory, Launcher, LauncherEnd, LauncherError, Link, Tie},
     listeners::{self, Holding, ListenError, Listeners},
-    logs::{LogLimits, Logs},
+    logs::{LogDirectory, LogFiles, Logs},
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
     starts::Starts,
@@ -64,6 +64,8 @@ pub struct Prepared {
     pub directories: Vec<PluginDirectory>,
     /// What earlier supervisors remembered.
     pub state: Opened,
+    /// Where what plugins print is kept, if it is.
+    pub logs: Option<LogDirectory>,
     /// The plugins' parent.
     pub launcher: Link,
 }
@@ -100,6 +102,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         allowed,
         directories,
         state: opened,
+        logs,
         launcher: Link { connection, tie, since },
     } = prepared;
     let holding = match (&config.launcher, &tie) {
@@ -133,11 +136,14 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let local = LocalSpec { listener: calls_listener.into(), allowed_uids: allowed.iter().copied().collect() };
         broker.add_local(local).await?;
 
+        let files =
+            logs.map(|directory| LogFiles::start(directory, config.logs.files, Arc::clone(&events))).transpose()?;
+        let logs = Arc::new(Logs::new(config.logs.lines, Arc::clone(&events), files));
         let shared = Arc::new(Shared {
             launcher: client.clone(),
             calls: Calls::start(broker.clone()),
             events: Arc::clone(&events),
-            logs: Arc::new(Logs::new(LogLimits::default(), Arc::clone(&events))),
+            logs: Arc::clone(&logs),
             allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
             plugins,
             state: store.clone(),
@@ -238,6 +244,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         if cut > 0 {
             tracing::warn!(cut, "calls in flight were cut");
         }
+        logs.close().await;
         edges_end.cancel();
         edges.close();
         if timeout(EDGE_PATIENCE, edges.wait()).await.is_err() {

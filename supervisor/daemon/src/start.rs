@@ -9,6 +9,7 @@ use crate::{
     config::{Config, ConfigError, LauncherConfig, Surroundings},
     discovery::{DirectoryError, PluginDirectory},
     launcher::{self, Link, LinkError, SpawnError},
+    logs::{LogDirectory, LogDirectoryError},
     open_files,
     privileges::{self, PrivilegeError},
     run::Prepared,
@@ -58,6 +59,8 @@ pub enum StartError {
     Launcher(#[from] LinkError),
     /// Privileges.
     Privileges(#[from] PrivilegeError),
+    /// The directory of logs that the configuration names.
+    Logs(#[from] LogDirectoryError),
 }
 
 impl StartError {
@@ -69,6 +72,7 @@ impl StartError {
             | Self::Directory(_)
             | Self::StateDirectory(StateDirectoryError::Unsafe { .. })
             | Self::State(StateError::Incompatible { .. })
+            | Self::Logs(_)
             | Self::Privileges(PrivilegeError::NoUser(_) | PrivilegeError::Root(_)) => 78,
             Self::Config(ConfigError::Unreadable { .. })
             | Self::Runtime(_)
@@ -93,9 +97,11 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     let mut config = Config::load(config.as_deref(), &surroundings)?;
     if let Some(path) = runtime_directory {
         config.supervisor.runtime_directory = std::path::absolute(&path).unwrap_or(path);
+        config.note_flag("supervisor.runtime_directory", "--runtime-directory");
     }
     if let Some(path) = state_directory {
         config.supervisor.state_directory = std::path::absolute(&path).unwrap_or(path);
+        config.note_flag("supervisor.state_directory", "--state-directory");
     }
     if let Some(path) = launcher_socket {
         config.launcher = LauncherConfig::External { socket: std::path::absolute(&path).unwrap_or(path) };
@@ -107,6 +113,8 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     // From here on others see something; each guard takes its own away again when a later step fails.
     let runtime_directory = RuntimeDirectory::open(&config.supervisor.runtime_directory, owner)?;
     let state_directory = StateDirectory::open(&config.supervisor.state_directory, owner)?;
+    let log_directory = Some(config.log_directory()).filter(|_| config.logs.files.files > 0);
+    let logs = log_directory.map(|path| LogDirectory::open(&path, owner)).transpose()?;
     let launcher = match &config.launcher {
         LauncherConfig::Embedded { linger } => {
             let roots = directories.iter().map(|directory| directory.path().to_owned()).collect();
@@ -126,5 +134,5 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     let launcher = launcher.or_else(|socket| Link::external(&socket))?;
     // Read by an unprivileged process. What does not start here stops nothing: no plugin was launched or told to end.
     let state = Opened::open(state_directory, &state::boot_id())?;
-    Ok(Prepared { config, runtime_directory, allowed, directories, state, launcher })
+    Ok(Prepared { config, runtime_directory, allowed, directories, state, logs, launcher })
 }

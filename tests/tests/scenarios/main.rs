@@ -3,6 +3,7 @@
 //! Each test starts a daemon of its own, awaits what it says, and stops it with nothing left behind.
 
 mod alone;
+mod answers;
 mod bundles;
 mod calls;
 mod faults;

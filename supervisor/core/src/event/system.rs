@@ -238,6 +238,11 @@ pub enum ResourceEvent {
         /// Lines dropped since the last such event.
         lines: u64,
     },
+    /// A disk has no room for what should be kept.
+    DiskLow {
+        /// The directory.
+        place: String,
+    },
 }
 
 /// Events of type `io.plugvisor.config.*`.
@@ -362,6 +367,8 @@ group!(ResourceEvent {
         "raise maxMemory, or make the plugin use less";
     Self::LogsDropped { .. } => "resource.logs_dropped", Severity::Warning, "rate",
         "make the plugin print less";
+    Self::DiskLow { .. } => "resource.disk_low", Severity::Error, "no_room",
+        "free space there; log lines that come meanwhile are counted and lost";
 });
 group!(ConfigEvent {
     Self::Loaded { .. } => "config.loaded", Severity::Info, "read", "";

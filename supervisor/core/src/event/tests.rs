@@ -83,6 +83,7 @@ fn samples() -> Vec<Event> {
         BrokerEvent::LoopRejected { path: text() }.into(),
         BrokerEvent::OverloadShed { calls: 1 }.into(),
         BreakerEvent::HalfOpened {}.into(),
+        ResourceEvent::DiskLow { place: "/var/lib/plugvisor/logs".into() }.into(),
         BreakerEvent::Closed { open_ms: 1 }.into(),
         BreakerEvent::Forced { actor: "uid 1000".into(), from: "open" }.into(),
         BreakerEvent::Opened { cause: "failure_rate", rate: 0.5, slow_rate: 0.0, calls: 20, open_ms: 1 }.into(),

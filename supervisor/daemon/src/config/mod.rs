@@ -9,6 +9,7 @@ mod raw;
 mod reader;
 #[cfg(feature = "schema")]
 mod schema;
+mod show;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -29,6 +30,9 @@ pub(crate) use problem::nearest;
 pub use problem::{ConfigError, Problem};
 #[cfg(feature = "schema")]
 pub use schema::schema;
+pub use show::{Origin, Setting};
+
+use crate::logs::{FileLimits, LogLimits};
 
 /// The whole configuration, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,10 +43,15 @@ pub struct Config {
     pub supervisor: SupervisorConfig,
     /// The plugins' parent.
     pub launcher: LauncherConfig,
+    /// What is kept of what plugins print.
+    pub logs: LogsConfig,
     /// Where bundles are looked for, in the order given.
     pub directories: Vec<DirectoryConfig>,
     /// Settings of single plugins; a plugin that is not here has [`PluginConfig::default`].
     pub plugins: BTreeMap<PluginName, PluginConfig>,
+    places: show::Places,
+    /// Keys that a flag has set, with the flag.
+    flags: BTreeMap<&'static str, &'static str>,
 }
 
 /// The supervisor's own settings.
@@ -75,6 +84,17 @@ pub enum LauncherConfig {
         /// Absolute.
         socket: PathBuf,
     },
+}
+
+/// What is kept of what plugins print.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogsConfig {
+    /// Absolute; `None` stands for `logs` in the state directory.
+    pub directory: Option<PathBuf>,
+    /// Bounds on disk.
+    pub files: FileLimits,
+    /// Bounds of what is read and kept in memory.
+    pub lines: LogLimits,
 }
 
 /// One directory of bundles.
@@ -210,8 +230,11 @@ impl Config {
                 allow_degraded: BTreeSet::new(),
             },
             launcher: LauncherConfig::Embedded { linger: defaults::LINGER },
+            logs: LogsConfig { directory: None, files: FileLimits::default(), lines: LogLimits::default() },
             directories: Vec::new(),
             plugins: BTreeMap::new(),
+            places: show::Places::default(),
+            flags: BTreeMap::new(),
         }
     }
 
@@ -244,6 +267,17 @@ impl Config {
     pub fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
         validate::parse(text, path, surroundings)
             .map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
+    }
+
+    /// Where what plugins print is kept.
+    #[must_use]
+    pub fn log_directory(&self) -> PathBuf {
+        self.logs.directory.clone().unwrap_or_else(|| self.supervisor.state_directory.join("logs"))
+    }
+
+    /// Notes that a flag has set a key.
+    pub fn note_flag(&mut self, key: &'static str, flag: &'static str) {
+        self.flags.insert(key, flag);
     }
 
     /// The settings of one plugin.

@@ -38,6 +38,25 @@ pub(super) struct Launcher {
     pub(super) linger: Option<String>,
 }
 
+/// `[logs]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Logs {
+    /// Directory of the files that keep what plugins print. Default: logs in the state directory.
+    pub(super) directory: Option<PathBuf>,
+    /// Bytes of one file, beyond which it is rotated. Default: 4194304.
+    pub(super) file_bytes: Option<u64>,
+    /// Files of one plugin, rotated ones included; 0 keeps nothing on disk. Default: 4.
+    pub(super) files: Option<u32>,
+    /// Bytes of all files together. Default: 268435456.
+    pub(super) total_bytes: Option<u64>,
+    /// Lines that a plugin's stdout and stderr may each have in a second; more are dropped and counted. Default: 500.
+    pub(super) lines_per_second: Option<u32>,
+    /// Bytes of a line, beyond which it is kept in pieces. Default: 8192.
+    pub(super) line_bytes: Option<usize>,
+}
+
 /// `[[directory]]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

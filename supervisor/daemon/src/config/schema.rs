@@ -16,6 +16,8 @@ struct File {
     supervisor: Option<raw::Supervisor>,
     /// The plugins' parent.
     launcher: Option<raw::Launcher>,
+    /// What plugins print: how much is kept, and where.
+    logs: Option<raw::Logs>,
     /// Where bundles are looked for.
     directory: Option<Vec<raw::Directory>>,
     /// Settings of single plugins, by name.

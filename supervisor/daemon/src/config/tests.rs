@@ -114,7 +114,7 @@ liveness_timeout_ms = 0
   line 21: plugin.gallery.limits.memory_bytes: invalid type: string "64M", expected u64
   line 22: plugin.gallery.limits.cpu_percent: 0 is too small; the least is 1
   line 24: plugin.gallery.health.liveness_timeout_ms: must be between 1 ms and one day (86400000)
-  line 26: plugins: unknown key; the tables are [supervisor], [launcher], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
+  line 26: plugins: unknown key; the tables are [supervisor], [launcher], [logs], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
     assert_eq!(problems(text), expected);
 }
 
@@ -163,4 +163,41 @@ fn the_file_may_be_absent_only_when_nobody_named_it() {
     let missing = directory.path().join("missing.toml");
     let error = Config::load(Some(&missing), &surroundings).unwrap_err().to_string();
     assert!(error.contains("missing.toml") && error.contains("check the path"), "{error}");
+}
+
+#[test]
+fn settings_say_where_they_were_set() {
+    let text = "[supervisor]\nuser = \"daemon\"\nallow_degraded = [\n  \"cpu-limit\",\n]\n\n[logs]\nfiles = 2\n\n\
+                [[directory]]\npath = \"here\"\n\n[plugin.gallery]\nload = \"manual\"\n\
+                config = { apiKey = \"x\", size = 3 }\n[plugin.gallery.limits]\nmemory_bytes = 2_000_000\n";
+    let mut config = parse(text).unwrap();
+    config.note_flag("supervisor.runtime_directory", "--runtime-directory");
+    let settings = config.settings();
+    let of = |key: &str| {
+        let found = settings.iter().find(|setting| setting.key == key).unwrap_or_else(|| panic!("no {key}"));
+        (found.value.as_str(), found.origin.clone())
+    };
+    assert_eq!(of("supervisor.user"), ("\"daemon\"", Origin::Line(2)));
+    assert_eq!(of("supervisor.allow_degraded"), ("[\"cpu-limit\"]", Origin::Line(3)));
+    assert_eq!(of("supervisor.metrics_address"), ("\"127.0.0.1:4001\"", Origin::Default));
+    assert_eq!(of("supervisor.runtime_directory").1, Origin::Flag("--runtime-directory"));
+    assert_eq!(of("logs.files"), ("2", Origin::Line(8)));
+    assert_eq!(of("logs.file_bytes"), ("4194304", Origin::Default));
+    assert_eq!(of("directory[0].path"), ("\"/etc/plugvisor/here\"", Origin::Line(11)), "as it is used");
+    assert_eq!(of("directory[0].tier"), ("\"untrusted\"", Origin::Default));
+    assert_eq!(of("plugin.gallery.limits.memory_bytes"), ("2_000_000", Origin::Line(17)));
+    assert_eq!(of("plugin.gallery.config.size"), ("3", Origin::Line(15)));
+    assert_eq!(of("plugin.gallery.config.apiKey"), ("(hidden)", Origin::Line(15)));
+}
+
+#[test]
+fn what_is_kept_of_logs_is_bounded() {
+    let config = parse("[logs]\ndirectory = \"logs\"\nfiles = 0\nlines_per_second = 5\n").unwrap();
+    assert_eq!(config.logs.directory.as_deref(), Some(Path::new("/etc/plugvisor/logs")));
+    assert!(config.logs.files.files == 0 && config.logs.lines.lines_per_second == 5);
+    let error = parse("[logs]\nfile_bytes = 1\nfiles = 101\nline_bytes = 5\nlins = 1\n").unwrap_err().to_string();
+    for part in ["line 2: logs.file_bytes: 1 is not between", "line 3: logs.files", "line 4: logs.line_bytes", "line 5"]
+    {
+        assert!(error.contains(part), "no {part}: {error}");
+    }
 }

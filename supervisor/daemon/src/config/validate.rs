@@ -21,7 +21,9 @@ use super::{
     problem::{Problems, nearest},
     raw,
     reader::{Section, into_table, section},
+    show::Places,
 };
+use crate::logs::FileLimits;
 
 const TIERS: [TrustTier; 5] =
     [TrustTier::Internal, TrustTier::Verified, TrustTier::Community, TrustTier::Untrusted, TrustTier::Quarantined];
@@ -39,16 +41,19 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
     if !errors.is_empty() {
         return problems.finish(config);
     }
+    config.places = Places::of(text, document.get_ref());
     let base = path.parent().unwrap_or(Path::new("."));
     for (key, value) in document.into_inner() {
         match key.get_ref().as_ref() {
             "supervisor" => supervisor(&section("supervisor", value, &mut problems), base, &mut config, &mut problems),
+            "logs" => logs(&section("logs", value, &mut problems), base, &mut config, &mut problems),
             "launcher" => launcher(&section("launcher", value, &mut problems), base, &mut config, &mut problems),
             "directory" => config.directories = directories(value, base, &mut problems),
             "plugin" => config.plugins = plugins(value, &mut problems),
             other => {
-                let suggestion = nearest(other, ["supervisor", "launcher", "directory", "plugin"]);
-                let message = "unknown key; the tables are [supervisor], [launcher], [[directory]] and [plugin.NAME]";
+                let suggestion = nearest(other, ["supervisor", "launcher", "logs", "directory", "plugin"]);
+                let message =
+                    "unknown key; the tables are [supervisor], [launcher], [logs], [[directory]] and [plugin.NAME]";
                 problems.suggest(&key.span(), other, message, suggestion);
             }
         }
@@ -133,6 +138,32 @@ fn whole_seconds(text: &str) -> Option<Duration> {
     // No sign: `u64` would take a "+".
     let number = number.bytes().all(|byte| byte.is_ascii_digit()).then_some(number)?;
     Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(seconds)?))
+}
+
+fn logs(table: &Section<raw::Logs>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
+    let raw::Logs { directory, file_bytes, files, total_bytes, lines_per_second, line_bytes } = &table.value;
+    let settings = &mut config.logs;
+    if let Some(path) = directory {
+        settings.directory = Some(absolute(base, path));
+    }
+    let between = |key, value: Option<u64>, least: u64, most: u64, problems: &mut Problems<'_>| {
+        let value = value?;
+        if (least..=most).contains(&value) {
+            return Some(value);
+        }
+        problems.add(table.at(key), table.key(key), format!("{value} is not between {least} and {most}"));
+        None
+    };
+    let usual = settings.files;
+    let file_bytes = between("file_bytes", *file_bytes, 64 * 1024, 1 << 30, problems).unwrap_or(usual.file_bytes);
+    let count = between("files", files.map(u64::from), 0, 100, problems).and_then(|count| u32::try_from(count).ok());
+    let total_bytes = between("total_bytes", *total_bytes, 64 * 1024, 1 << 40, problems).unwrap_or(usual.total_bytes);
+    settings.files = FileLimits { file_bytes, files: count.unwrap_or(usual.files), total_bytes, ..usual };
+    let rate = between("lines_per_second", lines_per_second.map(u64::from), 1, 100_000, problems);
+    let bytes = between("line_bytes", line_bytes.map(|bytes| bytes as u64), 128, 64 * 1024, problems);
+    let lines = &mut settings.lines;
+    lines.lines_per_second = rate.and_then(|rate| u32::try_from(rate).ok()).unwrap_or(lines.lines_per_second);
+    lines.line_bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(lines.line_bytes);
 }
 
 fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems<'_>) -> Vec<DirectoryConfig> {

@@ -13,11 +13,11 @@ impl Logs {
         if lost == 0 && bytes.is_empty() {
             return;
         }
-        let journal = self.journal(plugin);
+        let log = self.of(plugin);
         let add = |line: String, continues| {
             let at = SystemTime::now();
             let line = LogLine { at, plugin: plugin.clone(), generation, stream, line, continues, dropped_before: 0 };
-            journal.push(line.line.len() + 128, |_| line);
+            self.add(&log, line);
         };
         if lost > 0 {
             add(
@@ -29,7 +29,6 @@ impl Logs {
         let mut keep = |line: &[u8], continues| add(String::from_utf8_lossy(line).into_owned(), continues);
         lines.feed(bytes, &mut keep);
         lines.finish(&mut keep);
-        self.changed.send_replace(());
     }
 }
 
@@ -42,7 +41,7 @@ mod tests {
 
     #[test]
     fn what_was_kept_follows_a_note_of_what_was_not() {
-        let logs = Logs::new(LogLimits::default(), Arc::new(Events::new()));
+        let logs = Logs::new(LogLimits::default(), Arc::new(Events::new()), None);
         let plugin: PluginName = "quiet".parse().unwrap();
         logs.kept(&plugin, 4, LogStream::Stdout, b"", 0);
         assert!(logs.plugins().is_empty());
