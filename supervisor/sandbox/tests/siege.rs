@@ -8,7 +8,7 @@ mod harness;
 use std::{
     fs::File,
     io::{self, Read, Write},
-    net::{TcpListener, UdpSocket},
+    net::{TcpListener, TcpStream, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::{UnixDatagram, UnixListener, UnixStream},
@@ -22,8 +22,8 @@ use harness::{As, Harness, PATIENCE, Plugin, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher, HEADER_LEN},
     options::Linger,
-    protocol::{Condition, Hello, LaunchId, Limits, MAX_HELD, MAX_PACKET, RefusalCode, Reply, Request, VERSION},
-    seqpacket::{Received, Seqpacket},
+    protocol::{Condition, Exit, Hello, LaunchId, Limits, MAX_HELD, MAX_PACKET, RefusalCode, Reply, Request, VERSION},
+    seqpacket::{MOST_DESCRIPTORS, Received, Seqpacket},
 };
 use rustix::{
     net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with},
@@ -363,6 +363,44 @@ fn knock(harness: &Harness) -> Seqpacket {
         assert!(Instant::now() < deadline, "nobody is let in");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+#[test]
+fn who_is_turned_away_leaves_nothing_that_is_closed_in_the_loop() {
+    let mut harness = Harness::start_listening(As::possible()[0], Linger::Forever);
+    let request = harness.request(&["pause"]);
+    let launch = harness.launch(request).launched.launch;
+    // Its last close waits for as long as the listener lives.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let mut stream = TcpStream::connect(listener.local_addr().expect("its address")).expect("connects");
+    stream.set_nonblocking(true).expect("O_NONBLOCK");
+    while stream.write(&[0; 64 << 10]).is_ok() {}
+    stream.set_nonblocking(false).expect("O_NONBLOCK");
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::from_secs(1000))).expect("SO_LINGER");
+
+    harness.signal(Signal::STOP);
+    let second = harness.knock();
+    let mut sent = 0;
+    for _ in 0..12 {
+        let many = vec![stream.as_fd(); MOST_DESCRIPTORS];
+        let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&many)));
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        // How many descriptors an ordinary user may have on the way depends on its limit on open files.
+        let Ok(_) = rustix::net::sendmsg(&second, &[io::IoSlice::new(b"x")], &mut control, flags) else { break };
+        sent += MOST_DESCRIPTORS;
+    }
+    println!("{sent} descriptors on the way");
+    assert!(sent > 0);
+    drop(stream);
+    harness.signal(Signal::CONT);
+    harness.await_closing();
+    assert_eq!(harness.ask(&Request::Kill { launch }, &[]).0, Reply::Done);
+    assert_eq!(harness.exit_of(launch).0, Exit::Signal(9), "while the close hangs");
+    drop(listener);
+    drop(second);
+    assert!(harness.list().launches.iter().all(|known| !matches!(known.condition, Condition::Up { .. })));
 }
 
 // Floods.

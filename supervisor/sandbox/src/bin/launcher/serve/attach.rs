@@ -158,16 +158,22 @@ impl Server {
                 "{plugin} was not started: its output cannot be kept: {error}; raise the limit on open files"
             ))
         };
-        let [broker, worker, stdout, stderr] = <[OwnedFd; 4]>::try_from(std::mem::take(&mut running.ends))
-            .map_err(|_| gone("the launch has no descriptors"))?;
         let pidfd = running.program.as_ref().ok_or_else(|| gone("the launch has no process"))?;
+        let [broker, worker, stdout, stderr] = running.ends.as_slice() else {
+            return Err(gone("the launch has no descriptors"));
+        };
         let streams = Streams {
             stdout: Output::of(stdout.as_fd(), output::ROOM).map_err(exhausted)?,
             stderr: Output::of(stderr.as_fd(), output::ROOM).map_err(exhausted)?,
             attended: true,
         };
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(exhausted);
-        let descriptors = vec![copy(pidfd)?, copy(&broker)?, copy(&worker)?, stdout, stderr];
+        let mut descriptors = vec![copy(pidfd)?, copy(broker)?, copy(worker)?];
+        let mut ends = running.ends.drain(..);
+        let (Some(broker), Some(worker)) = (ends.next(), ends.next()) else {
+            return Err(gone("the launch has no descriptors"));
+        };
+        descriptors.extend(ends);
         slot.ends = Some(Ends { broker, worker, streams });
         slot.phase = Phase::Up;
         let launched = self.launched(id).ok_or_else(|| gone("the launch is gone"))?;

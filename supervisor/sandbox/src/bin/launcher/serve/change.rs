@@ -37,8 +37,8 @@ const WHY: usize = 2048;
 /// A change of limits that a child is making.
 pub(super) struct Change {
     request: u64,
-    /// Which supervisor asked.
-    visit: u64,
+    /// Which connection it came by.
+    connection: u64,
     limits: Limits,
     before: Vec<(PathBuf, String)>,
     pidfd: OwnedFd,
@@ -118,7 +118,7 @@ impl Server {
         let data = epoll::EventData::new_u64(Source::Change(launch.0).token());
         let watched = epoll::add(&self.epoll, &pidfd, data, epoll::EventFlags::IN);
         let deadline = Instant::now() + CHANGE_TIME;
-        let change = Change { request, visit: self.visits, limits, before, pidfd, pid, why, deadline };
+        let change = Change { request, connection: self.connections, limits, before, pidfd, pid, why, deadline };
         if let Err(error) = watched {
             change.kill();
             cgroup::restore(&change.before);
@@ -136,7 +136,7 @@ impl Server {
         let Some(ended) = slot.change.as_ref().and_then(Change::ended) else { return };
         let Some(change) = slot.change.take() else { return };
         let _ = epoll::delete(&self.epoll, &change.pidfd);
-        let Change { request, visit, limits, before, .. } = change;
+        let Change { request, connection, limits, before, .. } = change;
         let plugin = slot.running.plugin.clone();
         let result = ended.and_then(|()| {
             for kept in [&mut slot.running.limits, &mut slot.origin.limits] {
@@ -168,7 +168,7 @@ impl Server {
                 Reply::Refused(Refusal { code: RefusalCode::ControlUnavailable, message })
             }
         };
-        self.answer(visit, request, &reply);
+        self.answer(connection, request, &reply);
     }
 
     /// A launch has ended while a child was changing its limits.
@@ -178,7 +178,7 @@ impl Server {
         change.kill();
         // Unless it is dead already it is reaped as a stranger, when the kernel tells of it.
         let _ = change.ended();
-        self.answer(change.visit, change.request, &Reply::Refused(no_launch(LaunchId(id))));
+        self.answer(change.connection, change.request, &Reply::Refused(no_launch(LaunchId(id))));
     }
 
     /// Ends the changes that take too long; their own events follow.
@@ -194,9 +194,8 @@ impl Server {
     }
 
     /// Answers the supervisor that asked, if it is still there.
-    fn answer(&mut self, visit: u64, request: u64, reply: &Reply) {
-        // A visit is counted at its Hello: whoever has not said it yet is another one than the last.
-        if self.visits == visit && self.connection.as_ref().is_some_and(|connection| connection.greeted) {
+    fn answer(&mut self, connection: u64, request: u64, reply: &Reply) {
+        if self.connections == connection && self.connection.is_some() {
             self.reply(request, reply, vec![]);
         }
     }

@@ -26,8 +26,9 @@ const MAX_QUEUED: usize = 64;
 const READ_TIME: Duration = Duration::from_millis(10);
 /// How many connections are answered before the others have their turn.
 const KNOCKS: usize = 16;
-/// How many packets of somebody who is turned away are taken out, so that closing the rest costs nobody anything.
-const UNREAD: usize = 16;
+/// How long, and how many of them, those who are turned away have to read why.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
+const LEAVING: usize = 32;
 /// How long somebody who was let in may keep the others out without a Hello.
 const HELLO_TIME: Duration = Duration::from_secs(5);
 /// How long nobody is let in after there was no descriptor for one.
@@ -65,7 +66,7 @@ impl Server {
         epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(Source::Supervisor.token()), interest)?;
         self.connection =
             Some(Connection { socket, queue: VecDeque::new(), greeted: false, greets_by: None, last: false, interest });
-        self.knocked_at = true;
+        self.connections += 1;
         Ok(())
     }
 
@@ -263,31 +264,32 @@ impl Server {
         }
     }
 
-    /// Tells somebody why and closes. It cannot send any more by then, so what it has sent is all that there is to close.
+    /// Tells somebody why, and closes the connection a moment later: closed at once, with something in it that nobody has
+    /// read, it would be reset, and the reason lost. What is in it is never received, so that whoever may not come in
+    /// takes no room.
     fn turn_away(&mut self, socket: Seqpacket, code: RefusalCode, why: &str) {
         let _ = rustix::net::shutdown(&socket, Shutdown::Read);
-        let mut id = None;
-        let mut empty = false;
-        for _ in 0..UNREAD {
-            match self.closer.receive(&socket) {
-                Ok(Received::Packet(packet)) => {
-                    id = id.or(codec::decode_request(&packet.bytes).ok().map(|(id, _)| id));
-                    self.closer.take(packet.descriptors);
-                }
-                Ok(Received::Truncated(descriptors)) => self.closer.take(descriptors),
-                Ok(Received::Closed) | Err(_) => {
-                    empty = true;
-                    break;
-                }
-            }
-        }
-        if let Some(packet) = encode(id.unwrap_or(0), &refused(code, why)) {
+        if let Some(packet) = encode(0, &refused(code, why)) {
             // Its queue is new: there is room, or nobody to read it.
             let _ = socket.try_send(&packet, &[]);
         }
-        if !empty {
+        self.leaving.push_back((socket, Instant::now() + LEAVE_TIME));
+        self.show_out();
+    }
+
+    /// Closes the connections of those who have been told.
+    pub(super) fn show_out(&mut self) {
+        while let Some((_, until)) = self.leaving.front()
+            && (self.leaving.len() > LEAVING || *until <= Instant::now())
+            && let Some((socket, _)) = self.leaving.pop_front()
+        {
             self.closer.take(vec![socket.into()]);
         }
+    }
+
+    /// When the next one is to be shown out.
+    pub(super) fn leaves_within(&self) -> Option<Duration> {
+        self.leaving.front().map(|(_, until)| until.saturating_duration_since(Instant::now()))
     }
 
     /// Listens while somebody could be answered.

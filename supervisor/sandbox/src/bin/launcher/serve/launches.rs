@@ -125,8 +125,10 @@ impl Server {
             if !slot.running.groups.remove() {
                 continue;
             }
-            let Some(slot) = self.slots.remove(&id) else { continue };
+            let Some(mut slot) = self.slots.remove(&id) else { continue };
             remove_sockets(slot.running.id);
+            // Of a launch that never came up; its program may have connected to its broker all the same.
+            self.closer.take(std::mem::take(&mut slot.running.ends));
             match slot.phase {
                 Phase::Up => {
                     let exit = slot.running.ended.unwrap_or(Exit::Signal(libc::SIGKILL));

@@ -10,7 +10,7 @@ mod launches;
 mod requests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     io,
     os::fd::OwnedFd,
     time::{Duration, Instant},
@@ -126,11 +126,13 @@ pub(crate) struct Server {
     connection: Option<Connection>,
     /// Where the next supervisor may come in; `None` when there can be only the first.
     door: Option<Door>,
+    /// Connections of those who were turned away, until they may be closed.
+    leaving: VecDeque<(Seqpacket, Instant)>,
     /// Since when there is no supervisor.
     alone: Option<Instant>,
-    /// Somebody was let in already.
-    knocked_at: bool,
-    /// How many supervisors there were.
+    /// How many were let in: the number of the one that is connected. A late answer names whom it is for.
+    connections: u64,
+    /// How many of them said Hello.
     visits: u64,
     /// How long there was none before the one that is connected.
     unattended: Option<Duration>,
@@ -165,8 +167,9 @@ impl Server {
             launcher,
             connection: None,
             door,
+            leaving: VecDeque::new(),
             alone: Some(Instant::now()),
-            knocked_at: false,
+            connections: 0,
             visits: 0,
             unattended: None,
             signals,
@@ -215,6 +218,7 @@ impl Server {
             self.overdue();
             self.overdue_changes();
             self.mute();
+            self.show_out();
             self.lonely();
             self.finish_gone();
             self.flush();
@@ -282,6 +286,7 @@ impl Server {
         let ending = self.ending.map(|since| END_TIME.saturating_sub(since.elapsed()));
         let lonely = self.lingers_for().filter(|_| self.ending.is_none());
         let mute = self.greets_within().filter(|_| self.ending.is_none());
+        let leave = self.leaves_within().filter(|_| self.ending.is_none());
         let rest = self.door.as_ref().and_then(|door| door.rests_until);
         let rest = rest.map(|until| until.saturating_duration_since(now));
         let spares = self.launcher.spares.due().filter(|_| self.ending.is_none() && !self.launching());
@@ -295,6 +300,7 @@ impl Server {
             .chain(closing)
             .chain(lonely)
             .chain(mute)
+            .chain(leave)
             .chain(rest)
             .min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
@@ -335,7 +341,7 @@ impl Server {
     fn lingers_for(&self) -> Option<Duration> {
         let alone = self.alone.filter(|_| self.connection.is_none())?;
         let linger = match self.door.as_ref()?.linger {
-            Linger::For(time) if !self.knocked_at => time.max(FIRST_TIME),
+            Linger::For(time) if self.connections == 0 => time.max(FIRST_TIME),
             Linger::For(time) => time,
             Linger::Forever => return None,
         };
