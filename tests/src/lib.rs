@@ -7,6 +7,7 @@
 
 mod binaries;
 mod bundle;
+mod census;
 mod cli;
 mod daemon;
 pub mod events;
@@ -16,8 +17,11 @@ mod process;
 mod scrape;
 mod world;
 
+use std::time::Duration;
+
 pub use binaries::Binaries;
 pub use bundle::BundleBuilder;
+pub use census::{Census, Holdings};
 pub use cli::CliOutput;
 pub use daemon::{Daemon, Remains};
 pub use events::EventLog;
@@ -28,17 +32,25 @@ pub use scrape::{Sample, Scrape};
 pub use world::{NotStarted, World};
 
 /// The longest that a scenario may take; the slowest takes a fifth of it.
-const LONGEST: std::time::Duration = std::time::Duration::from_secs(120);
+const LONGEST: Duration = Duration::from_secs(120);
 
 /// Runs a scenario to its end on a runtime of its own.
 ///
 /// # Panics
 /// When the scenario fails, with the whole chain of causes.
 pub fn run<F: Future<Output = anyhow::Result<()>>>(scenario: F) {
+    run_within(LONGEST, scenario);
+}
+
+/// Runs a scenario that may take longer than others.
+///
+/// # Panics
+/// When the scenario fails, with the whole chain of causes.
+pub fn run_within<F: Future<Output = anyhow::Result<()>>>(longest: Duration, scenario: F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
     let bounded = async {
         // A stream that never ends must fail, not hang the whole run.
-        tokio::time::timeout(LONGEST, scenario).await.unwrap_or_else(|_| anyhow::bail!("not done in {LONGEST:?}"))
+        tokio::time::timeout(longest, scenario).await.unwrap_or_else(|_| anyhow::bail!("not done in {longest:?}"))
     };
     if let Err(error) = runtime.block_on(bounded) {
         // Not its Debug: that adds a backtrace of the harness, which says nothing about the daemon.

@@ -19,6 +19,9 @@ const CARGO_DENY: &str = "0.20.2";
 /// Makes the long suites run; tests read it.
 const FULL: &str = "PLUGVISOR_FULL";
 
+/// What `--full` asks of `tests/tests/memory.rs`: loads and unloads, and calls. Without it both are short.
+const MEMORY: [(&str, &str); 2] = [("PLUGVISOR_TEST_ROUNDS", "200"), ("PLUGVISOR_TEST_CALLS", "10000000")];
+
 /// A uid without an account, so that nothing belongs to it.
 const STRANGER: u32 = 61_235;
 
@@ -64,6 +67,9 @@ pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
         if wanted(Check::Tests) {
             step("what the tests use", "run the command it names, then `cargo xtask test` again", setup::for_tests)?;
             step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
+            if full {
+                step("memory", "`cargo test -p plugvisor-tests --test memory` is the short one", memory)?;
+            }
         }
         if wanted(Check::Demo) {
             demos(&binaries)?;
@@ -148,6 +154,17 @@ fn copy_directory(from: &Path, to: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The long count of what is held on to, in a build for release: so many calls take an hour in one for development.
+fn memory() -> anyhow::Result<()> {
+    binaries(Profile::Release)?;
+    let mut command = cargo();
+    command
+        .args(["test", "--locked", "--workspace", "--all-features", "--release", "--test", "memory"])
+        .args(["--", "--test-threads", "1", "--show-output"])
+        .envs(MEMORY);
+    run(&mut command)
 }
 
 /// Runs the tests and holds what they say they skipped against the checked-in list.
