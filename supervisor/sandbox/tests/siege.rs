@@ -14,7 +14,10 @@ use std::{
         unix::net::{UnixDatagram, UnixListener, UnixStream},
     },
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -29,6 +32,13 @@ use rustix::{
     net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with},
     process::Signal,
 };
+
+/// One of these tests at a time: the kernel counts the descriptors that are on the way per user, and those of one attack
+/// would make the launches of another test fail.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn refusal(reply: Reply) -> (RefusalCode, String) {
     match reply {
@@ -64,6 +74,7 @@ fn requests(launch: LaunchId) -> Vec<Request> {
 
 #[test]
 fn requests_for_launches_that_are_not() {
+    let _alone = alone();
     for as_ in As::possible() {
         let mut harness = Harness::start_listening(as_, Linger::Forever);
         let request = harness.request(&["pause"]);
@@ -83,6 +94,7 @@ fn requests_for_launches_that_are_not() {
 
 #[test]
 fn descriptors_where_none_belong() {
+    let _alone = alone();
     let mut harness = Harness::start_listening(As::possible()[0], Linger::Forever);
     let request = harness.request(&["pause"]);
     let plugin = harness.launch(request);
@@ -106,6 +118,7 @@ fn descriptors_where_none_belong() {
 
 #[test]
 fn only_listening_sockets_are_held() {
+    let _alone = alone();
     let mut harness = Harness::start_listening(As::possible()[0], Linger::Forever);
     let request = harness.request(&["pause"]);
     let plugin = harness.launch(request);
@@ -181,6 +194,7 @@ fn only_listening_sockets_are_held() {
 
 #[test]
 fn packets_cut_and_swollen_anywhere() {
+    let _alone = alone();
     let mut harness = Harness::start_listening(As::possible()[0], Linger::Forever);
     let request = harness.request(&["pause"]);
     let plugin = harness.launch(request);
@@ -236,6 +250,7 @@ fn packets_cut_and_swollen_anywhere() {
 
 #[test]
 fn whatever_is_shared_may_be_set_blocking() {
+    let _alone = alone();
     for as_ in As::possible() {
         let mut harness = Harness::start_listening(as_, Linger::Forever);
         let request = harness.request(&["steps"]);
@@ -270,6 +285,7 @@ fn worker(plugin: &Plugin) -> UnixStream {
 
 #[test]
 fn a_supervisor_may_be_killed_at_any_moment() {
+    let _alone = alone();
     for as_ in As::possible() {
         let mut harness = Harness::start_listening(as_, Linger::Forever);
         let request = harness.request(&["steps"]);
@@ -367,6 +383,7 @@ fn knock(harness: &Harness) -> Seqpacket {
 
 #[test]
 fn who_is_turned_away_leaves_nothing_that_is_closed_in_the_loop() {
+    let _alone = alone();
     let mut harness = Harness::start_listening(As::possible()[0], Linger::Forever);
     let request = harness.request(&["pause"]);
     let launch = harness.launch(request).launched.launch;
@@ -503,6 +520,7 @@ fn barrage() -> Vec<Vec<u8>> {
 
 #[test]
 fn a_flood_of_requests_whose_answers_nobody_reads() {
+    let _alone = alone();
     let packets = barrage();
     under("requests, unread", |_, connection| {
         for packet in &packets {
@@ -516,6 +534,7 @@ fn a_flood_of_requests_whose_answers_nobody_reads() {
 
 #[test]
 fn a_flood_of_requests_with_descriptors() {
+    let _alone = alone();
     let packets = barrage();
     let null = File::open("/dev/null").expect("/dev/null");
     under("requests, read", |_, connection| {
@@ -529,6 +548,7 @@ fn a_flood_of_requests_with_descriptors() {
 
 #[test]
 fn a_flood_of_connections() {
+    let _alone = alone();
     let null = File::open("/dev/null").expect("/dev/null");
     under("connections", |harness, _| {
         // The thread becomes the supervisor's user once, and not for each connection.
@@ -555,6 +575,7 @@ fn a_flood_of_connections() {
 
 #[test]
 fn a_flood_of_held_sockets() {
+    let _alone = alone();
     let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
     under("held sockets", |_, connection| {
         for number in 0..100 {
@@ -573,6 +594,7 @@ fn a_flood_of_held_sockets() {
 
 #[test]
 fn a_flood_of_output_while_nobody_reads() {
+    let _alone = alone();
     let mut harness = Harness::start_listening(As::possible()[0], Linger::Forever);
     let plugins = victims(&mut harness);
     let peace = median(&harness, &plugins);
