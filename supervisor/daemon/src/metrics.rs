@@ -1,15 +1,15 @@
 //! The metrics page: every series of `plugvisor_*`, rendered from live state at each scrape, so that a plugin's series
 //! go with the plugin.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use plugvisor_core::breaker::Position;
+use plugvisor_core::{breaker::Position, route::Reason};
 
 use crate::{
     broker::{CallSeries, DURATION_BOUNDS, Snapshot},
     driver::{PluginHandle, PluginView},
     observe::exposition::{Kind, Page},
-    stats::{self, Usage},
+    stats::{self, Stalled, Usage},
     supervisor::Supervisor,
 };
 
@@ -43,18 +43,25 @@ const CODES: [&str; 17] = [
 struct Row {
     view: std::sync::Arc<PluginView>,
     usage: Usage,
+    open_files: Option<u64>,
 }
+
+/// How long the launcher may take to say what every launch uses.
+const STATS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The whole page.
 pub async fn page(supervisor: &Supervisor) -> String {
     let snapshot = supervisor.shared.calls.broker().snapshot().await.unwrap_or_default();
     let plugins = supervisor.fleet.plugins();
     // Reading cgroup files is reading memory of the kernel, yet it is a system call per file.
-    let rows = tokio::task::spawn_blocking(move || rows(&plugins)).await.unwrap_or_default();
+    let mut rows = tokio::task::spawn_blocking(move || rows(&plugins)).await.unwrap_or_default();
+    open_files(supervisor, &mut rows).await;
     let mut page = Page::default();
     host(&mut page, supervisor);
     lives(&mut page, &rows);
     usage(&mut page, &rows);
+    pressure(&mut page, &rows);
+    denials(&mut page, &snapshot, &rows);
     calls(&mut page, &snapshot);
     breakers(&mut page, &snapshot, supervisor, &rows);
     logs(&mut page, supervisor, &rows);
@@ -81,9 +88,19 @@ fn rows(plugins: &BTreeMap<String, PluginHandle>) -> Vec<Row> {
     let row = |handle: &PluginHandle| {
         let view = std::sync::Arc::clone(&handle.view.borrow());
         let usage = view.process.as_ref().map(|process| stats::usage(&process.cgroups)).unwrap_or_default();
-        Row { view, usage }
+        Row { view, usage, open_files: None }
     };
     plugins.values().map(row).collect()
+}
+
+/// The launcher counts descriptors: the supervisor may not look into processes of other users.
+async fn open_files(supervisor: &Supervisor, rows: &mut [Row]) {
+    let asked = rows.iter_mut().filter_map(|row| {
+        let launch = row.view.process.as_ref()?.launch;
+        let launcher = supervisor.shared.launcher.clone();
+        Some(async move { row.open_files = launcher.stats(launch).await.ok().and_then(|stats| stats.open_files) })
+    });
+    let _ = tokio::time::timeout(STATS_PATIENCE, futures_util::future::join_all(asked)).await;
 }
 
 fn host(page: &mut Page, supervisor: &Supervisor) {
@@ -147,7 +164,7 @@ fn lives(page: &mut Page, rows: &[Row]) {
 fn usage(page: &mut Page, rows: &[Row]) {
     let mut family = |name, kind, help, figure: fn(&Usage) -> Option<f64>| {
         page.family(name, kind, help);
-        for Row { view, usage } in rows {
+        for Row { view, usage, .. } in rows {
             if let Some(value) = figure(usage) {
                 page.sample(&[("plugin", &view.name)], value);
             }
@@ -176,6 +193,41 @@ fn usage(page: &mut Page, rows: &[Row]) {
     );
 }
 
+fn pressure(page: &mut Page, rows: &[Row]) {
+    page.family("plugvisor_plugin_open_fds", Kind::Gauge, "Open descriptors of the first process.");
+    for Row { view, open_files, .. } in rows {
+        if let Some(count) = open_files {
+            page.sample(&[("plugin", &view.name)], count);
+        }
+    }
+    page.family(
+        "plugvisor_plugin_pressure_stalled_seconds_total",
+        Kind::Counter,
+        "Time for which some task of the present launch waited for want of a resource.",
+    );
+    for Row { view, usage, .. } in rows {
+        let Stalled { cpu, memory, io } = usage.stalled;
+        for (resource, time) in [("cpu", cpu), ("memory", memory), ("io", io)] {
+            if let Some(time) = time {
+                page.sample(&[("plugin", &view.name), ("resource", resource)], time.as_secs_f64());
+            }
+        }
+    }
+}
+
+/// What plugins asked for and were not given. The kernel's own refusals (seccomp, Landlock) are errors of system calls
+/// that only the plugin sees, so they are not counted.
+fn denials(page: &mut Page, snapshot: &Snapshot, rows: &[Row]) {
+    page.family("plugvisor_security_denials_total", Kind::Counter, "Calls and capabilities that a plugin was refused.");
+    for Row { view, .. } in rows {
+        let not_allowed = Reason::CallerNotAllowed.as_str();
+        let refused = snapshot.rejected.iter().filter(|r| r.caller == view.name && r.reason == not_allowed);
+        let calls: u64 = refused.map(|rejected| rejected.count).sum();
+        page.sample(&[("plugin", &view.name), ("kind", "call")], calls);
+        page.sample(&[("plugin", &view.name), ("kind", "capability")], view.figures.capabilities_denied);
+    }
+}
+
 fn calls(page: &mut Page, snapshot: &Snapshot) {
     page.family("plugvisor_rpc_calls_total", Kind::Counter, "Finished calls that reached a provider.");
     for series in &snapshot.calls {
@@ -196,6 +248,10 @@ fn calls(page: &mut Page, snapshot: &Snapshot) {
     page.family("plugvisor_rpc_inflight", Kind::Gauge, "Calls in flight.");
     for provider in &snapshot.providers {
         page.sample(&[("callee", provider.identity.name.as_str())], provider.in_flight);
+    }
+    page.family("plugvisor_rpc_limit", Kind::Gauge, "Calls that may be in flight at once.");
+    for provider in &snapshot.providers {
+        page.sample(&[("callee", provider.identity.name.as_str())], provider.limits.max_concurrent);
     }
     page.family("plugvisor_rpc_rejected_total", Kind::Counter, "Calls that the broker refused.");
     for rejected in &snapshot.rejected {
@@ -238,7 +294,7 @@ const fn position(position: Position) -> &'static str {
 #[derive(Default)]
 struct Durations {
     buckets: [u64; DURATION_BOUNDS.len() + 1],
-    sum: std::time::Duration,
+    sum: Duration,
 }
 
 impl Durations {

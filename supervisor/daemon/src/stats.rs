@@ -21,6 +21,19 @@ pub struct Usage {
     pub throttled: Option<Duration>,
     /// Processes and threads.
     pub pids: Option<u64>,
+    /// For how long at least one of its tasks waited for want of a resource; only the kernel's v2 groups count it.
+    pub stalled: Stalled,
+}
+
+/// Time lost to want of each resource (`*.pressure` of the kernel's cgroup v2, the line `some`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stalled {
+    /// A CPU.
+    pub cpu: Option<Duration>,
+    /// Memory.
+    pub memory: Option<Duration>,
+    /// Input and output.
+    pub io: Option<Duration>,
 }
 
 /// Reads what a launch uses now.
@@ -38,6 +51,11 @@ pub fn usage(cgroups: &[PathBuf]) -> Usage {
             .or_else(|| number("cpuacct.usage").map(Duration::from_nanos)),
         throttled: throttled(cgroups),
         pids: number("pids.current"),
+        stalled: Stalled {
+            cpu: stalled(cgroups, "cpu.pressure"),
+            memory: stalled(cgroups, "memory.pressure"),
+            io: stalled(cgroups, "io.pressure"),
+        },
     }
 }
 
@@ -56,6 +74,14 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=12345`, in microseconds.
+fn stalled(cgroups: &[PathBuf], file: &str) -> Option<Duration> {
+    let text = find(cgroups, file)?;
+    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+    let total = some.split_ascii_whitespace().find_map(|field| field.strip_prefix("total="))?;
+    total.parse().ok().map(Duration::from_micros)
 }
 
 fn find(cgroups: &[PathBuf], name: &str) -> Option<String> {
@@ -86,6 +112,9 @@ mod tests {
         fs::write(v1.join("cpu.stat"), "nr_periods 4\nthrottled_time 1500\n").unwrap();
         fs::write(v1.join("cpuacct.usage"), "2000\n").unwrap();
         fs::write(v2.join("pids.current"), "3\n").unwrap();
+        let pressure =
+            "some avg10=0.00 avg60=0.10 avg300=0.02 total=12345\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=9\n";
+        fs::write(v2.join("memory.pressure"), pressure).unwrap();
         let both = usage(&[v1.clone(), v2.clone()]);
         let expected = Usage {
             memory_bytes: Some(4096),
@@ -93,6 +122,7 @@ mod tests {
             cpu: Some(Duration::from_nanos(2000)),
             throttled: Some(Duration::from_nanos(1500)),
             pids: Some(3),
+            stalled: Stalled { memory: Some(Duration::from_micros(12_345)), ..Stalled::default() },
         };
         assert_eq!(both, expected);
         fs::write(v2.join("cpu.stat"), "usage_usec 7\nthrottled_usec 2\n").unwrap();

@@ -66,6 +66,7 @@ impl Driver {
         let (info, verdict) = (Arc::clone(&verified.info), Arc::clone(&verified.verdict));
         self.emit(PluginEvent::Validated { version: info.manifest.version.to_string(), digest: info.digest });
         self.emit(SecurityEvent::TrustAssessed { tier: verdict.tier.as_str(), level: verdict.level.as_str() });
+        let mut denied = 0;
         for capability in &verdict.capabilities {
             let name = capability.capability.as_str();
             match capability.why_not {
@@ -73,6 +74,7 @@ impl Driver {
                 // The operator gave more than was asked for: shown in the description, denied to nobody.
                 Some(WhyNot::NotAsked) => {}
                 Some(why) => {
+                    denied += 1;
                     self.emit(SecurityEvent::CapabilityDenied { capability: name, why: why.describe() });
                 }
             }
@@ -81,6 +83,7 @@ impl Driver {
             let view: &mut PluginView = Arc::make_mut(view);
             view.bundle = Some(info);
             view.verdict = Some(verdict);
+            view.figures.capabilities_denied += denied;
         });
     }
 }

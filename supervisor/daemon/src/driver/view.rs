@@ -104,6 +104,8 @@ pub struct Figures {
     pub starts: BTreeMap<&'static str, u64>,
     /// Exits by cause: code, signal, oom, unknown.
     pub exits: BTreeMap<&'static str, u64>,
+    /// Capabilities asked for and not granted, each time that a bundle was verified.
+    pub capabilities_denied: u64,
     /// How long the last load took.
     pub start_duration: Option<Duration>,
 }

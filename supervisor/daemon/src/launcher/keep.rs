@@ -8,7 +8,7 @@ use std::{
 };
 
 use plugvisor_sandbox::protocol::{
-    Kept, Known, LaunchId, Listed, Over, ReattachState, Reattached, RefusalCode, Reply, Request,
+    Kept, Known, LaunchId, Listed, Over, ReattachState, Reattached, RefusalCode, Reply, Request, Stats,
 };
 use tokio::sync::mpsc;
 
@@ -102,6 +102,14 @@ impl Launcher {
         match self.ask(Request::Reattach { launch }, Vec::new(), PATIENCE).await? {
             Answer::Reattached(reattachment) => Ok(*reattachment),
             Answer::Plain(_) | Answer::Launched(_) | Answer::Socket(_) => Err(LauncherError::Mismatch),
+        }
+    }
+
+    /// What the launch uses now.
+    pub async fn stats(&self, launch: LaunchId) -> Result<Stats, LauncherError> {
+        match self.ask(Request::Stats { launch }, Vec::new(), PATIENCE).await? {
+            Answer::Plain(Reply::Stats(stats)) => Ok(stats),
+            _ => Err(LauncherError::Mismatch),
         }
     }
 
