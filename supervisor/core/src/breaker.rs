@@ -19,7 +19,9 @@ mod types;
 
 use std::time::Duration;
 
-pub use self::types::{Mode, OpenCause, Outcome, Permit, Position, Refused, Settings, Snapshot, Transition, Window};
+pub use self::types::{
+    Memory, Mode, OpenCause, Outcome, Permit, Position, Refused, Settings, Snapshot, Transition, Window,
+};
 use crate::{Jitter, Time};
 
 const BUCKETS: usize = 10;
@@ -69,6 +71,36 @@ impl Breaker {
             opened_at: Time::ZERO,
             random: seed,
         }
+    }
+
+    /// What of it a breaker of the same plugin generation goes on from, in another supervisor.
+    #[must_use]
+    pub fn memory(&self, now: Time) -> Memory {
+        let Snapshot { position, consecutive_failures, window: _, retry_after } = self.snapshot(now);
+        Memory { position, open_left: retry_after, reopened: self.reopened, consecutive: consecutive_failures }
+    }
+
+    /// A breaker that goes on from a memory. The window of calls begins empty, and half-open begins anew: the calls that
+    /// it had let through ended with the supervisor that made them.
+    #[must_use]
+    pub fn resume(settings: Settings, seed: u64, memory: Memory, now: Time) -> Self {
+        let Memory { position, open_left, reopened, consecutive } = memory;
+        let mut this = Self::new(settings, seed);
+        if this.settings.mode == Mode::Off {
+            return this;
+        }
+        // What was written on a disk opens it no longer than it could have opened itself.
+        let longest = this.settings.recovery_cap.max(this.settings.recovery).saturating_mul(2);
+        match position {
+            Position::Closed => this.consecutive = consecutive.min(this.settings.failure_threshold.saturating_sub(1)),
+            Position::Open => this.enter(Inner::Open { until: now + open_left.min(longest) }),
+            Position::HalfOpen => this.enter(Inner::HalfOpen { since: now, lent: 0, successes: 0 }),
+        }
+        if position != Position::Closed {
+            this.reopened = reopened;
+            this.opened_at = now;
+        }
+        this
     }
 
     /// Asks to make a call.

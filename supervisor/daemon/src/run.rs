@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use plugvisor_core::{
-    Code, Error,
+    Code, Error, Time,
     event::{BreakerEvent, BrokerEvent as DomainEvent, ConfigEvent, SupervisorEvent},
     lifecycle::Haste,
     route::{HostModule, Reason, Refusal},
@@ -35,7 +35,7 @@ use crate::{
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
     starts::Starts,
-    state::{self, Opened},
+    state::{self, BreakerRecord, Note, Opened},
     supervisor::Supervisor,
 };
 
@@ -336,7 +336,10 @@ async fn pump(state: Arc<Supervisor>, mut noticed: mpsc::Receiver<BrokerEvent>) 
     let events = &state.shared.events;
     while let Some(event) = noticed.recv().await {
         match event {
-            BrokerEvent::BreakerChanged { provider, transition } => {
+            BrokerEvent::BreakerChanged { provider, transition, memory } => {
+                let now = Time::after_start(state.shared.began.elapsed());
+                let record = BreakerRecord::of(provider.generation, memory, now);
+                state.shared.state.note(&provider.name, Note::Breaker(record));
                 state.note_breaker(&provider.name, &transition);
                 events.publish(of(&provider), BreakerEvent::from(transition));
             }

@@ -60,6 +60,50 @@ fn the_seed_defaults_are_those_of_the_contract() {
 }
 
 #[test]
+fn another_supervisor_goes_on_where_it_stood() {
+    // Open: the rest of the open time, and the doubling goes on.
+    let mut breaker = open();
+    for permit in [at(60_000), at(180_000)] {
+        assert!(opened(call(&mut breaker, Outcome::Failure, permit)).is_some());
+    }
+    let memory = breaker.memory(at(180_000));
+    assert_eq!((memory.position, memory.open_left, memory.reopened), (Position::Open, ms(240_000), 2));
+    let mut again = Breaker::resume(steady(), 2, memory, at(7));
+    assert!(again.admit(at(240_006)).is_err());
+    assert_eq!(
+        opened(call(&mut again, Outcome::Failure, at(240_007))),
+        Some((OpenCause::HalfOpenFailure, ms(480_000)))
+    );
+
+    // Half-open begins anew.
+    let mut breaker = open();
+    let lent = breaker.admit(at(60_000)).unwrap();
+    let mut again = Breaker::resume(steady(), 2, breaker.memory(at(60_001)), at(9));
+    assert_eq!(again.snapshot(at(9)).position, Position::HalfOpen);
+    for _ in 0..2 {
+        assert_eq!(call(&mut again, Outcome::Success, at(9)), None);
+    }
+    assert!(matches!(call(&mut again, Outcome::Success, at(9)), Some(Transition::Closed { .. })));
+    drop(lent);
+
+    // Closed: failures in a row are not forgotten, and never open it by themselves.
+    let mut breaker = Breaker::new(steady(), 1);
+    for _ in 0..4 {
+        call(&mut breaker, Outcome::Failure, at(0));
+    }
+    let memory = breaker.memory(at(0));
+    let mut again = Breaker::resume(steady(), 2, memory, at(0));
+    assert!(opened(call(&mut again, Outcome::Failure, at(0))).is_some());
+    let strict = Settings { failure_threshold: 2, ..steady() };
+    assert_eq!(Breaker::resume(strict, 2, memory, at(0)).snapshot(at(0)).position, Position::Closed);
+
+    // One that never opens has nothing to go on from.
+    let off = Settings { mode: Mode::Off, ..steady() };
+    let mut again = Breaker::resume(off, 2, open().memory(at(0)), at(0));
+    assert_eq!(call(&mut again, Outcome::Failure, at(0)), None);
+}
+
+#[test]
 fn status_codes_mean_what_the_table_says() {
     let table = [
         (0, Outcome::Success),

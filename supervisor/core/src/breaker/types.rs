@@ -216,6 +216,19 @@ fn share(part: u32, whole: u32) -> f64 {
     if whole == 0 { 0.0 } else { f64::from(part) / f64::from(whole) }
 }
 
+/// What of a breaker outlives the supervisor that owns it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Where it stands.
+    pub position: Position,
+    /// How much longer it refuses calls; zero unless open.
+    pub open_left: Duration,
+    /// How often in a row half-open led back to open.
+    pub reopened: u32,
+    /// Failures in a row.
+    pub consecutive: u32,
+}
+
 /// A breaker as reports show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot {

@@ -116,7 +116,9 @@ async fn set_up(broker: &BrokerHandle, arguments: &Arguments) -> anyhow::Result<
         let limits = CallLimits::default();
         let mode = if arguments.no_breakers { breaker::Mode::Off } else { breaker::Mode::On };
         let breaker = breaker::Settings { mode, ..breaker::Settings::default() };
-        broker.add_provider(ProviderSpec { identity: identity.clone(), socket, breaker, limits }).await?;
+        broker
+            .add_provider(ProviderSpec { identity: identity.clone(), socket, breaker, breaker_memory: None, limits })
+            .await?;
         plugins.push(Plugin {
             name: identity.name,
             generation: identity.generation,

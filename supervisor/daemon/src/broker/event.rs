@@ -1,6 +1,9 @@
 //! What the broker noticed by itself and tells the supervisor. It decides nothing: drivers do.
 
-use plugvisor_core::{breaker::Transition, route::Refusal};
+use plugvisor_core::{
+    breaker::{Memory, Transition},
+    route::Refusal,
+};
 
 use super::identity::{CallerIdentity, PluginIdentity};
 
@@ -14,6 +17,8 @@ pub enum BrokerEvent {
         provider: PluginIdentity,
         /// How, and why.
         transition: Transition,
+        /// Where it stands now, to be remembered.
+        memory: Memory,
     },
     /// The connection to a provider ended, or could not be made, while the provider was expected to serve.
     ProviderLost {

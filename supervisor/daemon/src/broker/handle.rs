@@ -87,6 +87,8 @@ pub struct ProviderSpec {
     pub socket: OwnedFd,
     /// Its breaker's figures.
     pub breaker: breaker::Settings,
+    /// Where the breaker of this same generation stood in an earlier supervisor.
+    pub breaker_memory: Option<breaker::Memory>,
     /// The bounds of its calls.
     pub limits: CallLimits,
 }

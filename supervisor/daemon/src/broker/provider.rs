@@ -67,7 +67,7 @@ pub(super) struct Provider {
 
 impl Provider {
     pub(super) fn new(spec: ProviderSpec, shared: &Shared) -> Self {
-        let ProviderSpec { identity, socket, breaker, limits } = spec;
+        let ProviderSpec { identity, socket, breaker, breaker_memory, limits } = spec;
         let seed = identity.name.as_str().bytes().fold(identity.generation.0, |seed, byte| {
             seed.rotate_left(7).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ u64::from(byte)
         });
@@ -76,7 +76,10 @@ impl Provider {
             identity,
             limits,
             socket,
-            breaker: RefCell::new(Breaker::new(breaker, seed)),
+            breaker: RefCell::new(match breaker_memory {
+                None => Breaker::new(breaker, seed),
+                Some(memory) => Breaker::resume(breaker, seed, memory, shared.time(Instant::now())),
+            }),
             admission: Cell::new(Admission::NotReady),
             in_flight: Cell::new(0),
             emptied: Notify::new(),
@@ -197,7 +200,8 @@ impl Provider {
 
     fn tell_transition(&self, shared: &Shared, transition: Option<Transition>) {
         if let Some(transition) = transition {
-            shared.tell(BrokerEvent::BreakerChanged { provider: self.identity.clone(), transition });
+            let memory = self.breaker.borrow().memory(shared.time(Instant::now()));
+            shared.tell(BrokerEvent::BreakerChanged { provider: self.identity.clone(), transition, memory });
         }
     }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use plugvisor_core::{
-    Code, Error, Generation,
+    Code, Error, Generation, Time,
     event::BrokerEvent,
     lifecycle::{Event, Failure, Permanence, Phase},
     route::PluginCaller,
@@ -117,12 +117,21 @@ impl Driver {
         };
         let identity = self.identity(generation);
         let breaker = self.config.breaker.clone();
+        // Of a generation that was taken over. That of one launched here is new, and the record of another one.
+        let now = Time::after_start(self.shared.began.elapsed());
+        let breaker_memory = self.breaker.take().and_then(|record| record.memory(generation, now));
         let provider = self.run.as_ref().filter(|run| run.generation == generation).and_then(|run| {
             let (verified, running) = (run.verified.as_ref()?, run.process.as_ref()?);
             let socket = running.socket.as_ref()?.try_clone();
             let breaker = settings::breaker(&verified.info.manifest, &breaker);
             let limits = CallLimits { max_deadline: verified.verdict.limits.call_time, ..CallLimits::default() };
-            Some(socket.map(|socket| ProviderSpec { identity: identity.clone(), socket, breaker, limits }))
+            Some(socket.map(|socket| ProviderSpec {
+                identity: identity.clone(),
+                socket,
+                breaker,
+                breaker_memory,
+                limits,
+            }))
         });
         let provider =
             provider.ok_or_else(|| gone("its process is gone"))?.map_err(|error| gone(&error.to_string()))?;

@@ -62,7 +62,7 @@ use crate::{
     launcher::{Launcher, Process},
     logs::Logs,
     starts::{Place, Starts},
-    state::{Desired, Note, PluginRecord, Store},
+    state::{BreakerRecord, Desired, Note, PluginRecord, Store},
 };
 
 /// How long one hook may take.
@@ -185,6 +185,8 @@ pub struct Driver {
     view: watch::Sender<Arc<PluginView>>,
     tasks: TaskTracker,
     restart: Option<CancellationToken>,
+    /// The breaker of the last generation that an earlier supervisor ran.
+    breaker: Option<BreakerRecord>,
     route: Option<RoutePlugin>,
     start_reason: &'static str,
     stopping: bool,
@@ -204,8 +206,7 @@ impl Driver {
         let (commands, inbox) = mpsc::channel(16);
         let (inward, received) = mpsc::channel(64);
         let info = verify::info(&bundle);
-        let PluginRecord { desired, generation, sdk, restarts, breaker: _, transitions } =
-            remembered.unwrap_or_default();
+        let PluginRecord { desired, generation, sdk, restarts, breaker, transitions } = remembered.unwrap_or_default();
         let wanted = match desired {
             Some(desired) => desired == Desired::Loaded,
             None => config.load == LoadMode::Auto,
@@ -249,6 +250,7 @@ impl Driver {
             view,
             tasks: TaskTracker::new(),
             restart: None,
+            breaker,
             route: None,
             start_reason: "initial",
             stopping: false,

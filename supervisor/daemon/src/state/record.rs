@@ -6,7 +6,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use plugvisor_core::{Generation, Time, breaker::Position, restart::RestartHistory};
+use plugvisor_core::{
+    Generation, Time,
+    breaker::{Memory, Position},
+    restart::RestartHistory,
+};
 
 /// Transitions that are remembered of one plugin.
 pub const TRANSITIONS_KEPT: usize = 32;
@@ -68,6 +72,24 @@ pub struct TransitionRecord {
     pub to: Cow<'static, str>,
     /// What caused it.
     pub cause: String,
+}
+
+impl BreakerRecord {
+    /// What to remember of a breaker at `now`; `None` when there is nothing that a new one would not be.
+    #[must_use]
+    pub fn of(generation: Generation, memory: Memory, now: Time) -> Option<Self> {
+        let Memory { position, open_left, reopened, consecutive } = memory;
+        let new = position == Position::Closed && consecutive == 0;
+        (!new).then_some(Self { generation, position, at: now, open_left, reopened, consecutive })
+    }
+
+    /// Where it stands at `now`, if it is of this generation: the next one's breaker is new.
+    #[must_use]
+    pub fn memory(&self, generation: Generation, now: Time) -> Option<Memory> {
+        let Self { generation: of, position, at, open_left, reopened, consecutive } = *self;
+        let open_left = open_left.saturating_sub(now - at);
+        (of == generation).then_some(Memory { position, open_left, reopened, consecutive })
+    }
 }
 
 /// One thing to remember.

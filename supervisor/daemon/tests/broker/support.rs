@@ -98,7 +98,10 @@ impl World {
         let path = self.path(&format!("{name}.worker"));
         let listener = UnixListener::bind(&path).unwrap();
         let socket = rustix::fs::open(&path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap();
-        self.broker.add_provider(ProviderSpec { identity: identity(name), socket, breaker, limits }).await.unwrap();
+        self.broker
+            .add_provider(ProviderSpec { identity: identity(name), socket, breaker, breaker_memory: None, limits })
+            .await
+            .unwrap();
         self.offer(name, service, Export::Shared { global: true, capabilities: CapabilitySet::default() }).await;
         self.broker.set_ready(&identity(name), true).await.unwrap();
         listener
