@@ -124,6 +124,22 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: BreakerCommand,
     },
+    /// Say what this host can enforce, what it lacks, and the fix; exit code 3 when something is lacking.
+    Doctor {
+        /// Look at a host without asking a supervisor that runs.
+        #[arg(long)]
+        offline: bool,
+    },
+    /// Check or show the supervisor's configuration.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Print the completions of a shell, to be put where it looks for them.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
     /// Work on plugins as their author.
     Plugin {
         #[command(subcommand)]
@@ -204,6 +220,24 @@ pub(crate) enum BreakerCommand {
     Reset {
         /// The plugin's name; without it, every plugin's breaker.
         plugin: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Check a file without a supervisor; every problem is listed, exit code 8.
+    Validate {
+        /// The file [default: the one that plugvisord would read].
+        file: Option<PathBuf>,
+    },
+    /// Show every setting that holds: of the running supervisor, or of one that would be started now.
+    Show {
+        /// Show where each setting was set.
+        #[arg(long)]
+        origin: bool,
+        /// Show what this file would bring about, whatever runs.
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
     },
 }
 

@@ -2,7 +2,9 @@
 
 pub(crate) mod breaker;
 pub(crate) mod call;
+pub(crate) mod config;
 pub(crate) mod describe;
+pub(crate) mod doctor;
 pub(crate) mod events;
 pub(crate) mod explain;
 pub(crate) mod follow;

@@ -9,17 +9,18 @@ mod args;
 mod codec;
 mod command;
 mod failure;
+mod inspect;
 mod output;
 mod quantity;
 mod text;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::admin::Admin;
-use crate::args::{BreakerCommand, Cli, Command, ExplainCommand, PluginCommand};
-use crate::command::{breaker, call, describe, events, explain, life, logs, run, status, validate};
+use crate::args::{BreakerCommand, Cli, Command, ConfigCommand, ExplainCommand, PluginCommand};
+use crate::command::{breaker, call, config, describe, doctor, events, explain, life, logs, run, status, validate};
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
 
@@ -42,14 +43,40 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Plugin { command: PluginCommand::Validate { path } } => {
             validate::validate(&Output::new(&cli.global)?, &path)
         }
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "plugvisor", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Config { command: ConfigCommand::Validate { file } } => {
+            config::validate(&Output::new(&cli.global)?, file.as_deref())
+        }
+        Command::Config { command: ConfigCommand::Show { origin, file: Some(file) } } => {
+            config::show(&Output::new(&cli.global)?, &config::would_hold(Some(&file))?, origin)
+        }
+        Command::Doctor { offline: true } => {
+            doctor::report(&Output::new(&cli.global)?, &inspect::ask("examine-host", None)?)
+        }
         command => {
             let output = Output::new(&cli.global)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
                 Failure::new(Outcome::Failed, format!("cannot start: {error}"), "is the system out of descriptors?")
             })?;
             runtime.block_on(async {
-                let admin = Admin::connect(cli.global.socket.as_deref(), cli.global.timeout).await?;
-                ask(command, &admin, &output, cli.global.timeout).await
+                let admin = Admin::connect(cli.global.socket.as_deref(), cli.global.timeout).await;
+                // These two have an answer without a supervisor; a socket that was named is meant, though.
+                let down = |failure: &Failure| failure.outcome == Outcome::DaemonDown && cli.global.socket.is_none();
+                match (&command, admin) {
+                    (Command::Doctor { .. }, Err(failure)) if down(&failure) => {
+                        doctor::report(&output, &inspect::ask("examine-host", None)?)
+                    }
+                    (Command::Config { command: ConfigCommand::Show { origin, .. } }, Err(failure))
+                        if down(&failure) =>
+                    {
+                        eprintln!("no supervisor runs; this is what one would go by that is started now");
+                        config::show(&output, &config::would_hold(None)?, *origin)
+                    }
+                    (_, admin) => ask(command, &admin?, &output, cli.global.timeout).await,
+                }
             })
         }
     }
@@ -62,7 +89,14 @@ async fn ask(
     timeout: Option<std::time::Duration>,
 ) -> Result<(), Failure> {
     match command {
-        Command::Run { .. } | Command::Plugin { .. } => unreachable!("done without a supervisor"),
+        Command::Run { .. }
+        | Command::Plugin { .. }
+        | Command::Completion { .. }
+        | Command::Config { command: ConfigCommand::Validate { .. } } => unreachable!("done without a supervisor"),
+        Command::Doctor { .. } => doctor::report(output, &doctor::ask(admin).await?),
+        Command::Config { command: ConfigCommand::Show { origin, .. } } => {
+            config::show(output, &config::ask(admin).await?, origin)
+        }
         Command::Status => status::status(admin, output).await,
         Command::Describe { name } => describe::describe(admin, output, &name).await,
         Command::Events { follow, plugin, type_prefix, after } => {

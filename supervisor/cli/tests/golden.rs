@@ -126,6 +126,26 @@ fn explain() {
 }
 
 #[test]
+fn doctor() {
+    hold_commands("doctor.txt", &[&["doctor"], &["doctor", "-o", "name"]]);
+}
+
+#[test]
+fn config_show() {
+    hold_commands("config.txt", &[&["config", "show"], &["config", "show", "--origin"]]);
+}
+
+#[test]
+fn completions_know_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let text = run_with(Path::new("/nowhere"), &["completion", shell], "").replace('\t', " ");
+        for word in ["breaker", "doctor", "explain", "--since"] {
+            assert!(text.contains(word), "{shell} does not know {word}");
+        }
+    }
+}
+
+#[test]
 fn breaker() {
     hold_commands(
         "breaker.txt",

@@ -22,7 +22,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    config::Config,
+    config::{Config, nearest},
     discovery::{PluginDirectory, Rejection, Source},
     driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, graph},
     events::Subject,
@@ -261,7 +261,14 @@ impl Fleet {
 
     /// The plugin of this name.
     pub fn find(&self, name: &str) -> Result<PluginHandle, Error> {
-        self.plugins().get(name).cloned().ok_or_else(|| not_found(name))
+        let plugins = self.plugins();
+        plugins.get(name).cloned().ok_or_else(|| {
+            let mut error = not_found(name);
+            if let Some(meant) = nearest(name, plugins.keys().map(String::as_str)) {
+                error.hint = format!("did you mean {meant}?");
+            }
+            error
+        })
     }
 
     /// Stops every plugin: first those that nobody running depends on. Returns when nothing of any runs.

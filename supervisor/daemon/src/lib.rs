@@ -13,6 +13,7 @@ mod directory_lock;
 pub mod discovery;
 pub mod driver;
 pub mod events;
+pub mod examine;
 pub mod fleet;
 pub mod host_events;
 pub mod journal;

@@ -3,8 +3,9 @@
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
-use clap::Parser as _;
+use clap::{Parser, Subcommand};
 use plugvisor_daemon::{
+    examine::{self, Look},
     run,
     start::{self, Args},
 };
@@ -14,8 +15,36 @@ use tracing_subscriber::EnvFilter;
 const BUG: u8 = 70;
 const HOST: u8 = 74;
 
+/// Starts plugins as walled processes and routes their calls.
+#[derive(Debug, Parser)]
+#[command(name = "plugvisord", version)]
+struct Program {
+    #[command(flatten)]
+    args: Args,
+    #[command(subcommand)]
+    look: Option<LookCommand>,
+}
+
+/// For `plugvisor`, in place of a start. Each writes a message of `plugvisor.admin.v1` in protobuf's binary form.
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum LookCommand {
+    /// What this host can do; `plugvisor doctor` shows it.
+    #[command(hide = true)]
+    ExamineHost,
+    /// Whether the configuration holds; `plugvisor config validate` shows it.
+    #[command(hide = true)]
+    CheckConfig,
+}
+
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let Program { args, look } = Program::parse();
+    if let Some(look) = look {
+        let look = match look {
+            LookCommand::ExamineHost => Look::Host,
+            LookCommand::CheckConfig => Look::Configuration,
+        };
+        return examine::run(look, args);
+    }
     log_to_stderr();
     std::panic::catch_unwind(|| supervise(args)).unwrap_or_else(|_| {
         eprintln!("plugvisord: this is a bug; please report the message above");

@@ -44,7 +44,7 @@ fn print(output: &Output, answer: &DescribePluginResponse) -> Result<(), Failure
         let mut table = Table::new(&["  CONTROL", "ASKED", "ENFORCED", "READ FROM"]);
         for control in &answer.controls {
             let enforced = if control.enforced.is_empty() {
-                Line::default().add(Style::Warning, format!("NO: {}", control.unavailable))
+                Line::default().add(Style::Warning, "no")
             } else {
                 Line::default().add(Style::Good, &control.enforced)
             };
@@ -56,6 +56,13 @@ fn print(output: &Output, answer: &DescribePluginResponse) -> Result<(), Failure
             ]);
         }
         output.lines(&table.lines())?;
+        for control in answer.controls.iter().filter(|control| !control.unavailable.is_empty()) {
+            output.line(
+                &Line::new("  ")
+                    .add(Style::Warning, format!("not enforced: {}", control.name))
+                    .add(Style::Plain, format!(": {}", control.unavailable)),
+            )?;
+        }
     }
     if !answer.capabilities.is_empty() {
         output.title("Capabilities")?;

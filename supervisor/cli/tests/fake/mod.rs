@@ -7,12 +7,12 @@ use std::time::{Duration, SystemTime};
 use plugvisor_proto::admin::v1::admin_server::{Admin, AdminServer};
 use plugvisor_proto::admin::v1::{
     BreakerStatus, CallStep, CapabilityState, Control, DescribePluginRequest, DescribePluginResponse,
-    ExplainCallRequest, ExplainCallResponse, GetStatusRequest, GetStatusResponse, HostFeature, LastExit,
-    ListBreakersRequest, ListBreakersResponse, LoadPluginRequest, LoadPluginResponse, LogStream, PluginState,
-    PluginStatus, ReadLogsRequest, ReadLogsResponse, ResetBreakersRequest, ResetBreakersResponse,
-    ResolveServiceRequest, ResolveServiceResponse, RestartPluginRequest, RestartPluginResponse, ServiceState,
-    StepOutcome, SupervisorStatus, Transition, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest,
-    WatchEventsResponse,
+    ExamineHostRequest, ExamineHostResponse, ExplainCallRequest, ExplainCallResponse, GetStatusRequest,
+    GetStatusResponse, HostControl, HostFeature, HostPlace, LastExit, ListBreakersRequest, ListBreakersResponse,
+    LoadPluginRequest, LoadPluginResponse, LogStream, PluginState, PluginStatus, ReadLogsRequest, ReadLogsResponse,
+    ResetBreakersRequest, ResetBreakersResponse, ResolveServiceRequest, ResolveServiceResponse, RestartPluginRequest,
+    RestartPluginResponse, ServiceState, Setting, ShowConfigurationRequest, ShowConfigurationResponse, StepOutcome,
+    SupervisorStatus, Transition, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest, WatchEventsResponse,
 };
 use plugvisor_proto::event::v1::{Event, Severity};
 use plugvisor_proto::host::v1::events_server::{Events, EventsServer};
@@ -346,6 +346,52 @@ impl Admin for Answers {
                 hint: "add api:internal-calls to its grants".into(),
                 ..answer
             }
+        }))
+    }
+
+    async fn show_configuration(
+        &self,
+        _: Request<ShowConfigurationRequest>,
+    ) -> Result<Response<ShowConfigurationResponse>, Status> {
+        let setting = |key: &str, value: &str, origin: &str| Setting {
+            key: key.into(),
+            value: value.into(),
+            origin: origin.into(),
+        };
+        let settings = vec![
+            setting("supervisor.user", "\"nobody\"", "default"),
+            setting("supervisor.metrics_address", "\"127.0.0.1:0\"", "/etc/plugvisor/plugvisor.toml:2"),
+        ];
+        Ok(Response::new(ShowConfigurationResponse { file: "/etc/plugvisor/plugvisor.toml".into(), settings }))
+    }
+
+    async fn examine_host(&self, _: Request<ExamineHostRequest>) -> Result<Response<ExamineHostResponse>, Status> {
+        let works =
+            |name: &str, works: &str| HostControl { name: name.into(), works: works.into(), ..HostControl::default() };
+        let lacks = |name: &str, allowed| HostControl {
+            name: name.into(),
+            why: "no delegated cgroup".into(),
+            fix: "start it by systemd with Delegate=yes".into(),
+            allowed,
+            ..HostControl::default()
+        };
+        let place = |name: &str, path: &str, detail: &str, trouble: &str, fix: &str| HostPlace {
+            name: name.into(),
+            path: path.into(),
+            detail: detail.into(),
+            trouble: trouble.into(),
+            fix: fix.into(),
+        };
+        Ok(Response::new(ExamineHostResponse {
+            uid: 1000,
+            user: String::new(),
+            kernel: "Linux 6.18.0".into(),
+            controls: vec![works("seccomp", "a filter"), lacks("memory-limit", true), lacks("cpu-limit", false)],
+            places: vec![
+                place("state directory", "/var/lib/plugvisor", "there", "", ""),
+                place("plugin directory", "/srv/plugins", "", "No such file", "create it"),
+            ],
+            running: true,
         }))
     }
 

@@ -170,7 +170,9 @@ pub(super) fn describe(
     let bundle = view.bundle.as_deref();
     let services = bundle.map(|bundle| calls::offers(&bundle.services)).unwrap_or_default();
     let mut controls: Vec<Control> = controls.iter().map(control).collect();
-    controls.extend(view.verdict.iter().flat_map(|verdict| limit_notes(verdict)));
+    if let Some(verdict) = &view.verdict {
+        note_limits(&mut controls, verdict);
+    }
     DescribePluginResponse {
         status: Some(status(view, calls)),
         bundle_directory: view.directory.display().to_string(),
@@ -208,15 +210,20 @@ fn control(state: &ControlState) -> Control {
     }
 }
 
-/// Where a limit is not the one that the manifest asked for, that is part of the truth too.
-fn limit_notes(verdict: &Verdict) -> impl Iterator<Item = Control> {
-    verdict.limit_notes.iter().map(|note| Control {
-        name: note.limit.to_owned(),
-        requested: note.why.clone(),
-        enforced: "see the control that holds it".to_owned(),
-        read_from: "policy".to_owned(),
-        unavailable: String::new(),
-    })
+/// Where a limit is not the one that the manifest asked for, the control that holds it says so too.
+fn note_limits(controls: &mut [Control], verdict: &Verdict) {
+    for note in &verdict.limit_notes {
+        let holder = match note.limit {
+            "maxMemory" => "memory-limit",
+            "maxCPU" => "cpu-limit",
+            "pids" => "pids-limit",
+            // File sizes and open files are rlimits; the longest call is the broker's, and has no control.
+            _ => "rlimits",
+        };
+        if let Some(control) = controls.iter_mut().find(|control| control.name == holder) {
+            control.requested = format!("{} ({}: {})", control.requested, note.limit, note.why);
+        }
+    }
 }
 
 fn capabilities(verdict: &Verdict) -> Vec<CapabilityState> {

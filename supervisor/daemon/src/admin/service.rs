@@ -11,11 +11,12 @@ use plugvisor_core::{
 };
 use plugvisor_package::PluginName;
 use plugvisor_proto::admin::v1::{
-    DescribePluginRequest, DescribePluginResponse, ExplainCallRequest, ExplainCallResponse, GetStatusRequest,
-    GetStatusResponse, ListBreakersRequest, ListBreakersResponse, LoadPluginRequest, LoadPluginResponse, PluginStatus,
-    ReadLogsRequest, ReadLogsResponse, ResetBreakersRequest, ResetBreakersResponse, ResolveServiceRequest,
-    ResolveServiceResponse, RestartPluginRequest, RestartPluginResponse, UnloadPluginRequest, UnloadPluginResponse,
-    WatchEventsRequest, WatchEventsResponse, admin_server::Admin,
+    DescribePluginRequest, DescribePluginResponse, ExamineHostRequest, ExamineHostResponse, ExplainCallRequest,
+    ExplainCallResponse, GetStatusRequest, GetStatusResponse, ListBreakersRequest, ListBreakersResponse,
+    LoadPluginRequest, LoadPluginResponse, PluginStatus, ReadLogsRequest, ReadLogsResponse, ResetBreakersRequest,
+    ResetBreakersResponse, ResolveServiceRequest, ResolveServiceResponse, RestartPluginRequest, RestartPluginResponse,
+    ShowConfigurationRequest, ShowConfigurationResponse, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest,
+    WatchEventsResponse, admin_server::Admin,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -29,7 +30,8 @@ use super::{
 use crate::{
     broker::Snapshot,
     driver::{PluginView, would_be_granted},
-    events::Subject,
+    events::{Record, Subject},
+    examine,
     fleet::{Cascade, Wish},
     journal::Batch,
     supervisor::Supervisor,
@@ -187,6 +189,11 @@ impl Admin for AdminService {
         bounded(&plugin)?;
         bounded(&type_prefix)?;
         let events = Arc::clone(&self.state.shared.events);
+        // One that is gone may still have events; a name that nobody ever had is a slip.
+        let told = |(_, record): &(u64, Arc<Record>)| record.subject.plugin() == Some(plugin.as_str());
+        if !plugin.is_empty() && !events.read(0, usize::MAX).entries.iter().any(told) {
+            self.state.fleet.find(&plugin).map_err(|error| status(&error))?;
+        }
         let mut newest = events.newest();
         // Without a sequence a follower begins now; 0 begins with the oldest kept.
         let mut after = after_sequence.unwrap_or(if follow { *newest.borrow() } else { 0 });
@@ -319,5 +326,17 @@ impl Admin for AdminService {
             self.state.shared.events.publish(subject, BreakerEvent::Forced { actor: actor.clone(), from });
         }
         Ok(Response::new(ResetBreakersResponse { before: before.iter().map(convert::breaker).collect() }))
+    }
+
+    async fn show_configuration(
+        &self,
+        _: Request<ShowConfigurationRequest>,
+    ) -> Result<Response<ShowConfigurationResponse>, Status> {
+        Ok(Response::new(examine::shown(&self.state.config)))
+    }
+
+    async fn examine_host(&self, _: Request<ExamineHostRequest>) -> Result<Response<ExamineHostResponse>, Status> {
+        let uid = rustix::process::geteuid().as_raw();
+        Ok(Response::new(examine::report(&self.state.config, &self.state.features, uid, None, true)))
     }
 }

@@ -1,0 +1,91 @@
+//! `plugvisor doctor`: what this host can enforce, what it lacks, and what to do about it.
+
+use plugvisor_proto::admin::v1::{ExamineHostRequest, ExamineHostResponse, HostControl, HostPlace};
+
+use crate::admin::{Admin, QUESTION};
+use crate::args::Format;
+use crate::failure::{Failure, Outcome};
+use crate::output::Output;
+use crate::text::{Line, Style, Table};
+
+/// Asks the running supervisor.
+pub(crate) async fn ask(admin: &Admin) -> Result<ExamineHostResponse, Failure> {
+    admin
+        .ask("doctor", QUESTION, ExamineHostRequest {}, |mut client, question| async move {
+            client.examine_host(question).await
+        })
+        .await
+}
+
+/// Prints the report; [`Outcome::Degraded`] when something is lacking.
+pub(crate) fn report(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
+    match output.format {
+        Format::Table | Format::Wide => print(output, answer)?,
+        Format::Json | Format::Jsonl => {
+            output.json(&output.to_json("plugvisor.admin.v1.ExamineHostResponse", answer)?)?;
+        }
+        Format::Name => lacking(answer).try_for_each(|control| output.line(&Line::new(&control.name)))?,
+    }
+    let well = lacking(answer).next().is_none() && answer.places.iter().all(|place| place.trouble.is_empty());
+    if well { Ok(()) } else { Err(Failure::silent(Outcome::Degraded)) }
+}
+
+fn lacking(answer: &ExamineHostResponse) -> impl Iterator<Item = &HostControl> {
+    answer.controls.iter().filter(|control| control.works.is_empty())
+}
+
+fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
+    let who = match answer.user.as_str() {
+        "" => format!("uid {}", answer.uid),
+        user => format!("uid {}, becoming {user}", answer.uid),
+    };
+    let how = if answer.running {
+        "as the running supervisor found"
+    } else {
+        "no supervisor runs; its launcher was started for a trial"
+    };
+    output.line(&Line::new(format!("{}, {who}: {how}", answer.kernel)))?;
+    output.title("Walls")?;
+    let mut table = Table::new(&[]);
+    for HostControl { name, works, why: _, fix: _, allowed } in &answer.controls {
+        let (style, mark) = match (works.is_empty(), allowed) {
+            (false, _) => (Style::Good, "works"),
+            (true, true) => (Style::Warning, "lacks, allowed"),
+            (true, false) => (Style::Bad, "LACKS"),
+        };
+        table.row(vec![Line::new(format!("  {name}")), Line::default().add(style, mark), Line::new(works)]);
+    }
+    output.lines(&table.lines()[1..])?;
+    output.title("Places")?;
+    for HostPlace { name, path, detail, trouble, fix } in &answer.places {
+        let at = if path.is_empty() { String::new() } else { format!(" {path}") };
+        if trouble.is_empty() {
+            output.line(&Line::new(format!("  {name}{at}: ")).add(Style::Good, detail))?;
+        } else {
+            output.line(&Line::new(format!("  {name}{at}: ")).add(Style::Bad, trouble))?;
+            output.line(&Line::new("    fix: ").add(Style::Plain, fix))?;
+        }
+    }
+    let missing: Vec<&HostControl> = lacking(answer).collect();
+    if missing.is_empty() {
+        output.line(&Line::default())?;
+        return output.line(&Line::default().add(Style::Good, "Every wall can be enforced here."));
+    }
+    output.title("What is lacking")?;
+    // Several controls often fail for one reason; it is said once.
+    let mut told: Vec<(&str, &str)> = Vec::new();
+    for control in &missing {
+        let reason = (control.why.as_str(), control.fix.as_str());
+        if told.contains(&reason) {
+            continue;
+        }
+        told.push(reason);
+        let same = missing.iter().filter(|other| (other.why.as_str(), other.fix.as_str()) == reason);
+        let names = same.map(|other| other.name.as_str()).collect::<Vec<_>>().join(", ");
+        output.line(&Line::new("  ").add(Style::Title, names).add(Style::Plain, format!(": {}", control.why)))?;
+        output.line(&Line::new("    fix: ").add(Style::Plain, &control.fix))?;
+    }
+    output.title("To run plugins without them all the same, in plugvisor.toml under [supervisor]")?;
+    let names = missing.iter().map(|control| format!("\"{}\"", control.name)).collect::<Vec<_>>().join(", ");
+    output.line(&Line::new(format!("  allow_degraded = [{names}]")))
+}

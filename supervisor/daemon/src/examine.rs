@@ -1,0 +1,322 @@
+//! What this host and this user can do: every control of the walls, and every place that the supervisor needs.
+//!
+//! Controls are what the launcher found by using them; places are tried as the supervisor would use them, and left as
+//! they were. Nothing here starts or stops a plugin.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use plugvisor_proto::admin::v1::{
+    ConfigurationCheck, ConfigurationProblem, ExamineHostResponse, HostControl, HostPlace, Setting,
+    ShowConfigurationResponse,
+};
+use plugvisor_sandbox::{
+    options::Options,
+    protocol::{ProbeState, Probed},
+};
+use prost::Message as _;
+
+use crate::{
+    config::{Config, ConfigError, Origin, Problem, Surroundings},
+    discovery::PluginDirectory,
+    launcher::{self, Launcher},
+    privileges,
+    runtime_directory::Owner,
+    start::Args,
+};
+
+/// What is looked at in place of a start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// The host, as an `ExamineHostResponse`.
+    Host,
+    /// The configuration, as a `ConfigurationCheck`.
+    Configuration,
+}
+
+/// Looks, and writes the message in protobuf's binary form to standard output, for `plugvisor`.
+pub fn run(look: Look, args: Args) -> ExitCode {
+    let bytes = match look {
+        Look::Host => host(args).encode_to_vec(),
+        Look::Configuration => check(&args).encode_to_vec(),
+    };
+    match io::Write::write_all(&mut io::stdout().lock(), &bytes) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("plugvisord: cannot write to standard output: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The configuration that a start with these arguments would use.
+fn configuration(args: &Args, surroundings: &Surroundings) -> Result<Config, ConfigError> {
+    let mut config = Config::load(args.config.as_deref(), surroundings)?;
+    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let flags = [
+        ("supervisor.runtime_directory", "--runtime-directory", &args.runtime_directory),
+        ("supervisor.state_directory", "--state-directory", &args.state_directory),
+    ];
+    for (key, flag, path) in flags {
+        if let Some(path) = path {
+            match key {
+                "supervisor.runtime_directory" => config.supervisor.runtime_directory = absolute(path),
+                _ => config.supervisor.state_directory = absolute(path),
+            }
+            config.note_flag(key, flag);
+        }
+    }
+    Ok(config)
+}
+
+fn check(args: &Args) -> ConfigurationCheck {
+    let surroundings = Surroundings::of_process();
+    let file = args.config.clone().or_else(|| surroundings.config_file());
+    let file = file.map(|file| file.display().to_string()).unwrap_or_default();
+    let config = match configuration(args, &surroundings) {
+        Ok(config) => config,
+        Err(ConfigError::Invalid { path: _, problems }) => {
+            return ConfigurationCheck {
+                file,
+                problems: problems.into_iter().map(problem).collect(),
+                configuration: None,
+            };
+        }
+        Err(error @ ConfigError::Unreadable { .. }) => {
+            let unreadable = ConfigurationProblem { message: error.to_string(), ..ConfigurationProblem::default() };
+            return ConfigurationCheck { file, problems: vec![unreadable], configuration: None };
+        }
+    };
+    // What only this host can say: the directories, and the user.
+    let settings = config.settings();
+    let line = |key: &str| match settings.iter().find(|setting| setting.key == key).map(|setting| &setting.origin) {
+        Some(Origin::Line(line)) => u32::try_from(*line).unwrap_or(u32::MAX),
+        Some(Origin::Default | Origin::Flag(_)) | None => 0,
+    };
+    let here = |key: String, message: String| ConfigurationProblem {
+        line: line(&key),
+        key,
+        message,
+        suggestion: String::new(),
+    };
+    let mut problems = Vec::new();
+    for (index, directory) in config.directories.iter().enumerate() {
+        if let Err(error) = PluginDirectory::open(directory) {
+            problems.push(here(format!("directory[{index}].path"), error.to_string()));
+        }
+    }
+    if surroundings.uid == 0
+        && let Err(error) = privileges::find(&config.supervisor.user)
+    {
+        problems.push(here("supervisor.user".to_owned(), error.to_string()));
+    }
+    let shown = problems.is_empty().then(|| shown(&config));
+    ConfigurationCheck {
+        file: config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default(),
+        problems,
+        configuration: shown,
+    }
+}
+
+fn problem(problem: Problem) -> ConfigurationProblem {
+    let Problem { line, key, message, suggestion } = problem;
+    let line = u32::try_from(line).unwrap_or(u32::MAX);
+    ConfigurationProblem { line, key, message, suggestion: suggestion.unwrap_or_default() }
+}
+
+/// Every setting of a configuration, with its origin in words.
+pub fn shown(config: &Config) -> ShowConfigurationResponse {
+    let file = config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
+    let settings = config.settings().into_iter().map(|crate::config::Setting { key, value, origin }| Setting {
+        key,
+        value,
+        origin: match origin {
+            Origin::Default => "default".to_owned(),
+            Origin::Line(line) => format!("{file}:{line}"),
+            Origin::Flag(flag) => flag.to_owned(),
+        },
+    });
+    let settings = settings.collect();
+    ShowConfigurationResponse { file, settings }
+}
+
+fn host(args: Args) -> ExamineHostResponse {
+    let surroundings = Surroundings::of_process();
+    let (config, trouble) = match configuration(&args, &surroundings) {
+        Ok(config) => (config, None),
+        Err(error) => (Config::without_file(&surroundings), Some(error)),
+    };
+    let probed = probe(args.launcher);
+    let features = probed.as_deref().unwrap_or_default();
+    let owner = if surroundings.uid == 0 { privileges::find(&config.supervisor.user).ok() } else { None };
+    let mut report = report(&config, features, surroundings.uid, owner, false);
+    if let Some(error) = trouble {
+        let file = args.config.or_else(|| surroundings.config_file()).unwrap_or_default();
+        report.places.insert(
+            0,
+            place(
+                "configuration",
+                &file,
+                "",
+                Some((error.to_string(), "correct it; `plugvisor config validate` checks it again".into())),
+            ),
+        );
+    }
+    if let Err(error) = probed {
+        report.places.push(place(
+            "launcher",
+            Path::new(launcher::PROGRAM),
+            "",
+            Some((error, "install plugvisord and plugvisor-launcher together".into())),
+        ));
+    }
+    report
+}
+
+/// Starts a launcher of our own for its probe, in a directory that is gone afterwards.
+fn probe(program: Option<PathBuf>) -> Result<Vec<Probed>, String> {
+    let program = program.map_or_else(launcher::beside_this_program, Ok).map_err(|error| error.to_string())?;
+    let directory = Scratch::make(&std::env::temp_dir()).map_err(|error| format!("no scratch directory: {error}"))?;
+    let path = directory.0.canonicalize().map_err(|error| error.to_string())?;
+    // Must come before the runtime: a descriptor is inheritable for a moment.
+    let mut spawned = launcher::spawn(&program, |socket| {
+        let mut options = Options::new(socket, path, Vec::new());
+        options.spares = 0;
+        options
+    })
+    .map_err(|error| error.to_string())?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+    let connection = spawned.connection;
+    let probed = runtime.block_on(async {
+        let launcher = Launcher::start(connection).await.map_err(|error| error.to_string())?;
+        let probed = launcher.probe().await.map_err(|error| error.to_string());
+        launcher.close();
+        probed
+    });
+    drop(runtime);
+    // Its end follows that of its connection.
+    let _ = spawned.child.wait();
+    probed
+}
+
+/// A private directory, removed with the value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn make(within: &Path) -> io::Result<Self> {
+        let path = within.join(format!("plugvisor-examine-{}", std::process::id()));
+        fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left of it is in the directory of temporary files.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The report. `uid` starts the supervisor and `owner` is whom it becomes.
+pub fn report(
+    config: &Config,
+    features: &[Probed],
+    uid: u32,
+    owner: Option<Owner>,
+    running: bool,
+) -> ExamineHostResponse {
+    let control = |probed: &Probed| {
+        let (works, why, fix) = match &probed.state {
+            ProbeState::Works(how) => (how.clone(), String::new(), String::new()),
+            ProbeState::Lacking { why, fix } => (String::new(), why.clone(), fix.clone()),
+        };
+        let allowed = config.supervisor.allow_degraded.contains(&probed.control);
+        HostControl { name: probed.control.to_string(), works, why, fix, allowed }
+    };
+    let uses = owner.map_or(uid, |owner| owner.uid);
+    let mut places = Vec::new();
+    match &config.file {
+        Some(file) => places.push(place("configuration", file, "read and valid", None)),
+        None => places.push(place("configuration", Path::new(""), "none: the defaults hold", None)),
+    }
+    places.push(writable("runtime directory", &config.supervisor.runtime_directory, uses, "runtime_directory"));
+    places.push(writable("state directory", &config.supervisor.state_directory, uses, "state_directory"));
+    if config.logs.files.files > 0 {
+        places.push(writable("log directory", &config.log_directory(), uses, "[logs] directory"));
+    }
+    for directory in &config.directories {
+        let opened = PluginDirectory::open(directory).map(std::sync::Arc::new);
+        places.push(match opened.and_then(|opened| opened.candidates()) {
+            Ok(found) => {
+                let bundles = if found.len() == 1 { "bundle" } else { "bundles" };
+                place(
+                    "plugin directory",
+                    &directory.path,
+                    &format!("{} {bundles}, tier {}", found.len(), directory.tier),
+                    None,
+                )
+            }
+            Err(error) => place(
+                "plugin directory",
+                &directory.path,
+                "",
+                Some((error.to_string(), "create it, or correct its [[directory]] path".into())),
+            ),
+        });
+    }
+    let system = rustix::system::uname();
+    ExamineHostResponse {
+        uid,
+        user: if owner.is_some() { config.supervisor.user.clone() } else { String::new() },
+        kernel: format!("{} {}", system.sysname().to_string_lossy(), system.release().to_string_lossy()),
+        controls: features.iter().map(control).collect(),
+        places,
+        running,
+    }
+}
+
+fn place(name: &str, path: &Path, detail: &str, trouble: Option<(String, String)>) -> HostPlace {
+    let (trouble, fix) = trouble.unwrap_or_default();
+    HostPlace { name: name.to_owned(), path: path.display().to_string(), detail: detail.to_owned(), trouble, fix }
+}
+
+/// A directory that `uid` must be able to write to, or to make.
+fn writable(name: &str, path: &Path, uid: u32, key: &str) -> HostPlace {
+    let fix = || format!("create it for user {uid} with mode 0700, or set {key} in plugvisor.toml");
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.is_dir() => place(name, path, "", Some(("it is no directory".to_owned(), fix()))),
+        // Root's own, empty, is handed over at the start.
+        Ok(found) if found.uid() != uid && found.uid() != 0 => {
+            place(name, path, "", Some((format!("it belongs to user {}, not to user {uid}", found.uid()), fix())))
+        }
+        Ok(found) if found.mode() & 0o022 != 0 => {
+            place(name, path, "", Some(("others may write to it".to_owned(), format!("chmod 0700 {}", path.display()))))
+        }
+        Ok(_) => match access(path) {
+            Ok(()) => place(name, path, "there", None),
+            Err(error) => place(name, path, "", Some((error.to_string(), fix()))),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let above = path.ancestors().skip(1).find(|above| above.exists()).unwrap_or(Path::new("/"));
+            match access(above) {
+                Ok(()) => place(name, path, "will be made", None),
+                Err(error) => {
+                    let why = format!("it does not exist and cannot be made in {}: {error}", above.display());
+                    place(name, path, "", Some((why, fix())))
+                }
+            }
+        }
+        Err(error) => place(name, path, "", Some((error.to_string(), fix()))),
+    }
+}
+
+/// Whether this process may make files there; the kernel's own answer, a read-only mount included.
+fn access(path: &Path) -> io::Result<()> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    Ok(accessat(CWD, path, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?)
+}
