@@ -154,6 +154,19 @@ fn logged(event: &Event) -> String {
     visible(&data.to_string()).into_owned()
 }
 
+/// Steps on the way of a load that goes well: for `plugvisor events`, and too much for a journal.
+const STEPS: [&str; 9] = [
+    ".plugin.discovered.",
+    ".plugin.validated.",
+    ".plugin.loading_progress.",
+    ".plugin.starting.",
+    ".plugin.handshake_ok.",
+    ".security.trust_assessed.",
+    ".security.capability_granted.",
+    ".broker.service_registered.",
+    ".broker.service_withdrawn.",
+];
+
 fn log(subject: &Subject, type_name: &str, event: &Event) {
     // The name of a directory may be anything.
     let (subject, reason, hint) = (subject.text(), event.reason(), event.hint());
@@ -165,6 +178,7 @@ fn log(subject: &Subject, type_name: &str, event: &Event) {
         };
     }
     match event.severity() {
+        Severity::Info if STEPS.iter().any(|step| type_name.contains(step)) => at!(debug),
         Severity::Info => at!(info),
         Severity::Warning => at!(warn),
         Severity::Error | Severity::Critical => at!(error),

@@ -244,10 +244,17 @@ pub fn report(
         Some(file) => places.push(place("configuration", file, "read and valid", None)),
         None => places.push(place("configuration", Path::new(""), "none: the defaults hold", None)),
     }
-    places.push(writable("runtime directory", &config.supervisor.runtime_directory, uses, "runtime_directory"));
-    places.push(writable("state directory", &config.supervisor.state_directory, uses, "state_directory"));
-    if config.logs.files.files > 0 {
-        places.push(writable("log directory", &config.log_directory(), uses, "[logs] directory"));
+    let runtime = &config.supervisor.runtime_directory;
+    let used = [("runtime directory", runtime), ("state directory", &config.supervisor.state_directory)];
+    if running {
+        places.extend(used.map(|(name, path)| place(name, path, "in use by this supervisor", None)));
+        places.push(place("log directory", &config.log_directory(), "in use by this supervisor", None));
+    } else {
+        places.push(runtime_place(runtime, uid, owner));
+        places.push(writable(used[1].0, used[1].1, uses, 0o022, "[supervisor] state_directory"));
+        if config.logs.files.files > 0 {
+            places.push(writable("log directory", &config.log_directory(), uses, 0o022, "[logs] directory"));
+        }
     }
     for directory in &config.directories {
         let opened = PluginDirectory::open(directory).map(std::sync::Arc::new);
@@ -285,8 +292,16 @@ fn place(name: &str, path: &Path, detail: &str, trouble: Option<(String, String)
     HostPlace { name: name.to_owned(), path: path.display().to_string(), detail: detail.to_owned(), trouble, fix }
 }
 
-/// A directory that `uid` must be able to write to, or to make.
-fn writable(name: &str, path: &Path, uid: u32, key: &str) -> HostPlace {
+/// The runtime directory: the starter's own. A sticky one that the user whom root becomes may write to is what an earlier
+/// start by root has left.
+fn runtime_place(path: &Path, uid: u32, owner: Option<Owner>) -> HostPlace {
+    let left = fs::symlink_metadata(path)
+        .is_ok_and(|found| found.mode() & 0o1000 != 0 && owner.is_some_and(|owner| owner.gid == found.gid()));
+    writable("runtime directory", path, uid, if left { 0o002 } else { 0o022 }, "[supervisor] runtime_directory")
+}
+
+/// A directory that `uid` must be able to write to, or to make; `foreign` are the mode's bits that nobody else may have.
+fn writable(name: &str, path: &Path, uid: u32, foreign: u32, key: &str) -> HostPlace {
     let fix = || format!("create it for user {uid} with mode 0700, or set {key} in plugvisor.toml");
     match fs::symlink_metadata(path) {
         Ok(found) if !found.is_dir() => place(name, path, "", Some(("it is no directory".to_owned(), fix()))),
@@ -294,7 +309,7 @@ fn writable(name: &str, path: &Path, uid: u32, key: &str) -> HostPlace {
         Ok(found) if found.uid() != uid && found.uid() != 0 => {
             place(name, path, "", Some((format!("it belongs to user {}, not to user {uid}", found.uid()), fix())))
         }
-        Ok(found) if found.mode() & 0o022 != 0 => {
+        Ok(found) if found.mode() & foreign != 0 => {
             place(name, path, "", Some(("others may write to it".to_owned(), format!("chmod 0700 {}", path.display()))))
         }
         Ok(_) => match access(path) {

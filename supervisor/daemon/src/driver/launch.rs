@@ -199,7 +199,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         RefusalCode::ControlUnavailable => (
             Code::ControlUnavailable,
             Permanence::Permanent,
-            "make the host able to enforce it, or name it in [supervisor] allow_degraded; then restart plugvisord",
+            "`plugvisor doctor` says the fix, and has the allow_degraded line to run without it; then restart plugvisord",
         ),
         RefusalCode::Entry => (Code::EntryWrongFormat, Permanence::Permanent, "build the program for this host"),
         RefusalCode::DigestMismatch => (
