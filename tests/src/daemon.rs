@@ -287,7 +287,12 @@ impl Daemon {
     /// What belongs to the daemon now.
     #[must_use]
     pub fn remains(&self) -> Remains {
-        let processes = descendants(self.process.pid);
+        // A launcher that was found, or started elsewhere, is nobody's child here.
+        let mut processes = descendants(self.process.pid);
+        let mut others = descendants(self.launcher.pid);
+        others.extend(Process::open(self.launcher.pid));
+        others.retain(|other| processes.iter().all(|process| process.pid != other.pid));
+        processes.append(&mut others);
         let cgroups = processes.iter().flat_map(Process::own_cgroups).collect();
         Remains { processes, cgroups, runtime: self.world.runtime() }
     }
@@ -327,6 +332,30 @@ impl Daemon {
         self.ended().await?;
         self.watching.abort();
         remains.gone().await?;
+        Ok(self.world)
+    }
+
+    /// Ends the daemon with SIGKILL and leaves what outlives it: the world, and what belonged to the daemon.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub async fn die(mut self) -> anyhow::Result<(World, Remains)> {
+        let remains = self.remains();
+        self.process.signal(Signal::KILL).context("SIGKILL to plugvisord")?;
+        self.ended().await?;
+        self.watching.abort();
+        Ok((self.world, remains))
+    }
+
+    /// Ends a daemon with SIGTERM whose launcher goes on, and leaves the world.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub async fn leave(mut self) -> anyhow::Result<World> {
+        self.process.signal(Signal::TERM).context("SIGTERM to plugvisord")?;
+        let code = self.ended().await?;
+        self.watching.abort();
+        ensure!(code == Some(0), "plugvisord ended with {code:?} after SIGTERM\n{}", self.printed.text());
         Ok(self.world)
     }
 

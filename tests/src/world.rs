@@ -140,6 +140,12 @@ impl World {
         self
     }
 
+    /// Uses the launcher that listens here.
+    #[must_use]
+    pub fn launcher_socket(self, socket: &Path) -> Self {
+        self.toml(&format!("[launcher]\nsocket = {socket:?}"))
+    }
+
     /// Adds text to the configuration, such as a `[plugin.NAME]` table.
     #[must_use]
     pub fn toml(mut self, text: &str) -> Self {
@@ -241,7 +247,7 @@ impl World {
 
     /// The daemon's binary with the launcher beside it. The rootless lane of a privileged run gets its own names for
     /// them, because its user may not be able to reach the target directory.
-    fn daemon_binary(&self) -> anyhow::Result<PathBuf> {
+    pub(crate) fn daemon_binary(&self) -> anyhow::Result<PathBuf> {
         let built = self.binaries.path("plugvisord")?;
         let launcher = self.binaries.path("plugvisor-launcher")?;
         if !(crate::lane::is_root() && self.lane == Lane::Rootless) {

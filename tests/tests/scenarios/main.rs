@@ -14,6 +14,7 @@ mod order;
 mod outlives;
 mod places;
 mod polyglot;
+mod restart;
 mod starts;
 
 use anyhow::{Context, ensure};

@@ -1,6 +1,6 @@
 //! `plugvisor status`: the truth about everything in one screen, and the next command.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use plugvisor_proto::admin::v1::{GetStatusRequest, GetStatusResponse, PluginState, PluginStatus, SupervisorStatus};
 
@@ -93,6 +93,11 @@ fn supervisor_lines(supervisor: &SupervisorStatus, wide: bool, now: SystemTime) 
             bytes(supervisor.launcher_resident_bytes)
         )),
     ];
+    if let Some(took) = supervisor.reattached_in {
+        let took = Duration::try_from(took).unwrap_or_default();
+        let plugins = supervisor.reattached_plugins;
+        lines.push(Line::new(format!("took over {plugins} running plugins in {} ms at its start", took.as_millis())));
+    }
     if !supervisor.metrics_address.is_empty() {
         lines.push(Line::new(format!("metrics http://{}/metrics", supervisor.metrics_address)));
     }

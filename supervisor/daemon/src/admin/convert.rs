@@ -56,6 +56,8 @@ pub(super) fn supervisor(state: &Supervisor) -> SupervisorStatus {
         state_directory: state.config.supervisor.state_directory.display().to_string(),
         state_trouble: state_trouble(&state.shared.state.health().borrow()),
         launcher_resident_bytes: stats::resident_bytes(launcher).unwrap_or(0),
+        reattached_plugins: state.reattached().map_or(0, |(plugins, _)| u32::try_from(plugins).unwrap_or(u32::MAX)),
+        reattached_in: state.reattached().and_then(|(_, took)| wire::duration(took)),
     }
 }
 

@@ -5,6 +5,7 @@
 //! was given.
 #![forbid(unsafe_code)]
 
+mod caller;
 mod connection;
 mod deed;
 mod echo;
@@ -43,6 +44,8 @@ enum Behaviour {
     HangsInHealth,
     /// `not-serving`: serves, and says NOT_SERVING for ever.
     NotServing,
+    /// `keeps-calling`: serves, and calls the echo service all the time.
+    KeepsCalling,
     /// `orphan`: not a plugin; leaves its session, starts `lingers` and ends.
     Orphan,
     /// `lingers`: not a plugin; waits for ever.
@@ -64,6 +67,7 @@ impl Behaviour {
             "ignores-sigterm" => Self::IgnoresSigterm,
             "hangs-in-health" => Self::HangsInHealth,
             "not-serving" => Self::NotServing,
+            "keeps-calling" => Self::KeepsCalling,
             "orphan" => Self::Orphan,
             "lingers" => Self::Lingers,
             _ => return None,
@@ -93,6 +97,7 @@ fn main() -> ExitCode {
         Behaviour::Echo => serve::serve(Manners::default()),
         Behaviour::FloodsLines => flood::begin(Shape::Lines).and_then(|()| serve::serve(Manners::default())),
         Behaviour::FloodsBytes => flood::begin(Shape::OneLine).and_then(|()| serve::serve(Manners::default())),
+        Behaviour::KeepsCalling => caller::begin().and_then(|()| serve::serve(Manners::default())),
         Behaviour::IgnoresSigterm => serve::serve(Manners { ignore_sigterm: true, ..Manners::default() }),
         Behaviour::HangsInHealth => serve::serve(Manners { hang_health: true, ..Manners::default() }),
         Behaviour::NotServing => serve::serve(Manners { not_serving: true, ..Manners::default() }),
