@@ -19,8 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     admin,
     broker::{
-        AddError, Broker, BrokerConfig, BrokerEvent, CallerIdentity, HostService, LocalSpec, PluginIdentity, Sender,
-        StartError,
+        Broker, BrokerConfig, BrokerEvent, CallerIdentity, HostService, LocalSpec, PluginIdentity, Sender, StartError,
     },
     calls::Calls,
     config::{Config, LauncherConfig},
@@ -41,6 +40,9 @@ use crate::{
 
 /// How long calls that no plugin's drain has ended may take to be cut.
 const BROKER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long who waited for this supervisor waits for what it takes over.
+const ADMIT_AT_THE_LATEST: Duration = Duration::from_secs(2);
 
 /// How long calls in flight may take to end when plugins run on without this supervisor.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
@@ -85,9 +87,6 @@ pub enum RunError {
     /// The sockets that others know.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// `calls.sock` cannot be served.
-    #[error(transparent)]
-    Calls(#[from] AddError),
     /// The launcher ended by itself, and every plugin with it.
     #[error("the launcher ended: {0}; every plugin has ended with it; start plugvisord again and report this as a bug")]
     LauncherLost(String),
@@ -134,7 +133,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let modules = vec![HostService::new(HostModule::Events, module)];
         let (broker, broker_events) = Broker::start(BrokerConfig::default(), modules)?;
         let local = LocalSpec { listener: calls_listener.into(), allowed_uids: allowed.iter().copied().collect() };
-        broker.add_local(local).await?;
+        let (all_reattached, reattached) = watch::channel(false);
 
         let files =
             logs.map(|directory| LogFiles::start(directory, config.logs.files, Arc::clone(&events))).transpose()?;
@@ -148,6 +147,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             plugins,
             state: store.clone(),
             starts: Starts::new(config.supervisor.parallel_starts),
+            reattached,
             began: began_with_the_host(),
         });
         let metrics_address = metrics.local_addr()?;
@@ -185,9 +185,23 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let starting = tokio::spawn({
             let state = Arc::clone(&state);
             async move {
-                let found = state.fleet.discover(inventory).await;
-                if !found.is_empty() {
-                    let plugins = state.fleet.until_reattached(&found).await;
+                let nobody_lives = inventory.launches.is_empty();
+                if nobody_lives {
+                    all_reattached.send_replace(true);
+                    admit(&state, local).await;
+                    state.fleet.discover(inventory).await;
+                } else {
+                    let found = state.fleet.discover(inventory).await;
+                    let reattached = state.fleet.until_reattached(&found);
+                    tokio::pin!(reattached);
+                    let early = timeout(ADMIT_AT_THE_LATEST, &mut reattached).await;
+                    // Who waited in the queues finds everybody there.
+                    all_reattached.send_replace(true);
+                    admit(&state, local).await;
+                    let plugins = match early {
+                        Ok(plugins) => plugins,
+                        Err(_late) => reattached.await,
+                    };
                     state.set_reattached(plugins, since.elapsed());
                 }
                 state.fleet.until_ready().await;
@@ -327,6 +341,13 @@ async fn tell_of_state(events: &Events, mut health: watch::Receiver<state::Healt
         if health.changed().await.is_err() {
             return;
         }
+    }
+}
+
+/// Serves `calls.sock`.
+async fn admit(state: &Supervisor, local: LocalSpec) {
+    if let Err(error) = state.shared.calls.broker().add_local(local).await {
+        tracing::error!(%error, "calls.sock is not served; restart plugvisord");
     }
 }
 

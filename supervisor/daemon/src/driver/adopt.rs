@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Driver, Run,
+    Driver, Inward, Run,
     exit::TAIL,
     launch::{Holding, asked_socket, kernel_grant},
     load::permanent,
@@ -172,6 +172,23 @@ impl Driver {
         let subject = Subject::Generation(self.name.clone(), Generation(living.known.generation));
         living.reap(&launcher, &events, subject, why).await;
         let _ = self.apply(Event::LoadRequested).await;
+    }
+
+    /// Lets the plugin's own calls in once others that were taken over can answer them. They wait in the queue of its
+    /// broker socket.
+    pub(super) fn admit_later(&mut self, generation: Generation) {
+        let mut reattached = self.shared.reattached.clone();
+        self.spawn(generation, async move {
+            // An error means that the supervisor is going; then it makes no difference.
+            let _ = reattached.wait_for(|all| *all).await;
+            Some(Inward::Admit(generation))
+        });
+    }
+
+    pub(super) async fn admit(&mut self, generation: Generation) {
+        if let Err(failure) = self.add_caller(generation).await {
+            tracing::error!(plugin = %self.name, error = %failure.error, "its calls are not accepted");
+        }
     }
 
     /// Tells the launcher that it need not keep what it kept of this launch.

@@ -32,7 +32,9 @@ pub(super) fn failed(generation: Generation, phase: Phase, failure: Failure) -> 
 
 impl Driver {
     pub(super) async fn begin_handshake(&mut self, generation: Generation) -> Option<Event> {
-        if let Err(failure) = self.add_caller(generation).await {
+        if self.of(generation).is_some_and(|run| run.adopted.is_some()) {
+            self.admit_later(generation);
+        } else if let Err(failure) = self.add_caller(generation).await {
             return Some(Event::PhaseFailed { generation, phase: Phase::Handshake, failure });
         }
         let name = self.name.clone();
@@ -59,7 +61,7 @@ impl Driver {
     }
 
     /// From its first instruction on the plugin may call others, as far as its grants go.
-    async fn add_caller(&mut self, generation: Generation) -> Result<(), Failure> {
+    pub(super) async fn add_caller(&mut self, generation: Generation) -> Result<(), Failure> {
         let name = self.name.clone();
         let caller = self.of(generation).and_then(|run| {
             let verified = run.verified.as_ref()?;

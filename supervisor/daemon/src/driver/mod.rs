@@ -87,6 +87,9 @@ pub struct Shared {
     pub state: Store,
     /// Who may start now.
     pub starts: Starts,
+    /// True when what was taken over takes calls, or was waited for long enough: until then nobody who waited for a
+    /// supervisor is let in, to find a provider that is not there yet.
+    pub reattached: watch::Receiver<bool>,
     /// When the supervisor's clock began: with the host.
     pub began: Instant,
 }
@@ -137,6 +140,8 @@ enum Inward {
     Launched(Generation, Box<Process>),
     /// The plugin was reached; its socket and the connection to it.
     Reached(Generation, Arc<OwnedFd>, Worker),
+    /// Who waited for a supervisor is let in.
+    Admit(Generation),
     /// Init is over; the SDK's name.
     Initialised(Generation, String),
 }
@@ -358,6 +363,7 @@ impl Driver {
                     self.done(generation, Phase::Handshake).await;
                 }
             }
+            Inward::Admit(generation) => self.admit(generation).await,
             Inward::Initialised(generation, sdk) => {
                 if self.of(generation).is_some() {
                     self.shared.state.note(&self.name, Note::Sdk(sdk.clone()));
