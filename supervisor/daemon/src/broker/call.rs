@@ -1,24 +1,35 @@
-//! One admitted call to a provider: from its first byte to what is recorded about it.
+//! One call: what is known of it from its first byte to what is recorded about it.
 //!
-//! One task polls both directions. Nothing is ever tried twice: whether a call may be repeated, only its caller knows.
+//! It knows neither sockets nor frames. Nothing is ever tried twice: whether a call may be repeated, only its caller
+//! knows.
 
 use std::{
-    future::{Future, poll_fn},
-    pin::Pin,
     rc::Rc,
-    task::Poll,
+    time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use h2::{RecvStream, client::SendRequest, server::SendResponse};
-use http::Request;
 use plugvisor_core::{
     breaker::Outcome,
     route::{Reason, Refusal},
 };
-use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{admit::CallTime, caller::Caller, deadline, headers, provider::Admitted, pump::Pump, refusal};
+use super::{
+    admit::CallTime,
+    caller::Caller,
+    fault::{self, Fault},
+    http2::{Fields, StreamId},
+    link::LinkKey,
+    message::Messages,
+    provider::Admitted,
+    shared::Shared,
+};
+
+/// The provider under which calls to host modules are counted; no plugin can have a name with a dot.
+const COUNTED_AS: &str = "plugvisor.host";
+
+/// A server that keeps the deadline itself may say so just before the broker's own clock does, by as much as timers are
+/// coarse (tokio's tick in 1 ms steps).
+const DEADLINE_SLACK: Duration = Duration::from_millis(5);
 
 /// How a call ended.
 #[derive(Debug)]
@@ -46,139 +57,159 @@ impl End {
     }
 }
 
+/// Who serves.
+#[derive(Debug)]
+pub(super) enum Callee {
+    /// A plugin.
+    Plugin(Admitted),
+    /// The supervisor itself.
+    Host,
+}
+
+/// The half of a call towards its provider.
+#[derive(Debug)]
+pub(super) enum Far {
+    /// Not begun: there is no connection, or it has no place.
+    Waiting(Box<Waiting>),
+    /// A stream of a connection.
+    Open { peer: usize, stream: StreamId },
+}
+
+/// What a call that has not begun has said.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    pub(super) head: Fields,
+    pub(super) body: Vec<u8>,
+    pub(super) trailers: Option<Fields>,
+}
+
+/// What ends a call as soon as all that waits for its caller has been passed on.
+#[derive(Debug)]
+pub(super) enum Last {
+    /// Trailers, which are on their way behind the rest.
+    Status(i32),
+    /// A message that is not allowed.
+    Fault(Fault),
+}
+
+/// One call.
 #[derive(Debug)]
 pub(super) struct Call {
     pub(super) caller: Rc<Caller>,
-    pub(super) admitted: Admitted,
+    pub(super) callee: Callee,
+    pub(super) link: LinkKey,
+    pub(super) near: (usize, StreamId),
+    pub(super) far: Far,
     pub(super) time: CallTime,
-    pub(super) respond: SendResponse<Bytes>,
+    pub(super) deadline: Instant,
+    /// `/package.Service/Method`.
+    pub(super) path: Box<str>,
+    pub(super) up: Messages,
+    pub(super) down: Messages,
+    /// When the caller had said all that it asks. Until then its provider owes no answer.
+    pub(super) asked: Option<Instant>,
+    /// When the head of the response came.
+    pub(super) answered: Option<Instant>,
+    /// Bytes of the request's and of the response's body that are still to come, where their heads say how many.
+    pub(super) lengths: (Option<u64>, Option<u64>),
+    pub(super) last: Option<Last>,
+}
+
+/// Counts a part of a body against the length that its head said; false when they do not agree.
+pub(super) fn keeps_length(left: &mut Option<u64>, size: usize, end: bool) -> bool {
+    let Some(length) = left else { return true };
+    let Some(rest) = length.checked_sub(size as u64) else { return false };
+    *length = rest;
+    !end || rest == 0
 }
 
 impl Call {
-    pub(super) async fn run(mut self, request: Request<()>, body: RecvStream) {
-        let path = request.uri().clone();
-        let mut timer = std::pin::pin!(sleep_until(self.time.deadline()));
-        let mut pump = None;
-        let end = match self.sender(timer.as_mut()).await {
-            Err(end) => end,
-            Ok(sender) => match self.open(sender, request, body) {
-                Err(end) => end,
-                Ok(opened) => self.pass(pump.insert(opened), timer).await,
-            },
+    pub(super) fn callee_name(&self) -> String {
+        match &self.callee {
+            Callee::Plugin(admitted) => format!("plugin {}", admitted.provider.identity.name),
+            Callee::Host => "the supervisor".into(),
+        }
+    }
+
+    /// The end of a call whose provider has no connection.
+    pub(super) fn unreachable(&self, why: &str) -> End {
+        let hint = match &self.callee {
+            Callee::Plugin(admitted) => {
+                let name = &admitted.provider.identity.name;
+                format!("try again shortly; `plugvisor describe {name}` says how it is")
+            }
+            Callee::Host => "see the log of plugvisord".to_owned(),
         };
-        let mut answered = None;
-        let mut asked = None;
-        let mut to_caller = None;
-        if let Some(mut pump) = pump {
-            answered = pump.answered;
-            asked = pump.asked;
-            // A provider is only as slow as it is after it has been asked in full.
-            self.admitted.began = asked.unwrap_or_else(Instant::now);
-            to_caller = pump.close(&end);
-        }
-        if let End::Cut { refusal, .. } = &end {
-            // Errors here mean that the caller is gone; there is nobody to tell.
-            match to_caller {
-                Some(mut begun) => drop(begun.send_trailers(refusal::trailers(refusal))),
-                None => drop(self.respond.send_response(refusal::response(refusal), true)),
-            }
-        }
-        self.record(path.path(), &end, asked, answered);
+        let what = format!("{} cannot be reached: {why}", self.callee_name());
+        End::cut(Refusal::new(Reason::ProviderLost, what, hint))
     }
 
-    async fn sender(&mut self, mut timer: Pin<&mut Sleep>) -> Result<SendRequest<Bytes>, End> {
-        let provider = Rc::clone(&self.admitted.provider);
-        let shared = Rc::clone(&self.admitted.shared);
-        let mut sender = std::pin::pin!(provider.sender(&shared));
-        poll_fn(|cx| {
-            if let Poll::Ready(sender) = sender.as_mut().poll(cx) {
-                return Poll::Ready(sender.map_err(|why| End::cut(self.lost(&why))));
-            }
-            if self.respond.poll_reset(cx).is_ready() {
-                return Poll::Ready(Err(End::Cancelled));
-            }
+    /// The end of a call for somebody's mistake.
+    pub(super) fn fault(&self, fault: Fault) -> End {
+        match &self.callee {
+            Callee::Plugin(admitted) => fault.end(&self.caller, admitted),
+            Callee::Host => fault::end_at_host(fault),
+        }
+    }
+
+    /// The end of a call whose time is over.
+    pub(super) fn out_of_time(&self, shared: &Shared) -> End {
+        let asked = match (&self.far, &self.callee) {
             // Without a connection only the provider can be at fault; with one, its streams may all be other callers'.
-            let asked = (!provider.is_connected()).then_some(self.time.began);
-            timer.as_mut().poll(cx).map(|()| Err(self.out_of_time(asked)))
-        })
-        .await
-    }
-
-    fn open(
-        &mut self,
-        mut sender: SendRequest<Bytes>,
-        mut request: Request<()>,
-        body: RecvStream,
-    ) -> Result<Pump, End> {
-        let left = self.time.deadline().saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(self.out_of_time(None));
-        }
-        request.headers_mut().insert(headers::TIMEOUT, deadline::format(left));
-        let no_body = body.is_end_stream();
-        match sender.send_request(request, no_body) {
-            Ok((response, to_provider)) => {
-                let limit = self.admitted.provider.limits.max_message;
-                Ok(Pump::new(body, to_provider, response, no_body, limit, self.time.deadline()))
+            (Far::Waiting(_), Callee::Plugin(admitted)) => {
+                (!admitted.provider.connected.get()).then_some(self.time.began)
             }
-            Err(error) => Err(End::cut(self.lost(&error.to_string()))),
-        }
-    }
-
-    async fn pass(&mut self, pump: &mut Pump, mut timer: Pin<&mut Sleep>) -> End {
-        let ended = poll_fn(|cx| {
-            if let Poll::Ready(ended) = pump.poll(cx, &mut self.respond) {
-                return Poll::Ready(ended);
-            }
-            timer.as_mut().poll(cx).map(|()| Ok(None))
-        })
-        .await;
-        match ended {
             // Once it has answered, how fast its response goes depends on its reader too.
-            Ok(None) => self.out_of_time(pump.asked.filter(|_| pump.answered.is_none())),
-            Ok(Some(end)) => end,
-            Err(fault) => fault.end(&self.caller, &self.admitted),
-        }
+            (Far::Open { .. }, Callee::Plugin(_)) => self.asked.filter(|_| self.answered.is_none()),
+            (_, Callee::Host) => None,
+        };
+        let refusal = self.time.over(&self.callee_name());
+        End::Cut { refusal, outcome: if self.was_fair(asked, shared) { Outcome::Failure } else { Outcome::Ignored } }
     }
 
-    fn lost(&self, why: &str) -> Refusal {
-        let name = &self.admitted.provider.identity.name;
-        Refusal::new(
-            Reason::ProviderLost,
-            format!("plugin {name} cannot be reached: {why}"),
-            format!("try again shortly; `plugvisor describe {name}` says how it is"),
-        )
-    }
-
-    /// `asked`: since when the provider alone kept the call waiting, if it did.
-    fn out_of_time(&self, asked: Option<Instant>) -> End {
-        let refusal = self.time.over(&format!("plugin {}", self.admitted.provider.identity.name));
-        End::Cut { refusal, outcome: if self.was_fair(asked) { Outcome::Failure } else { Outcome::Ignored } }
+    /// Whether a provider's status only says that the deadline passed. gRPC means `DEADLINE_EXCEEDED` (4); tonic's
+    /// server says CANCELLED (1). The caller has not cancelled: that would have ended the call before.
+    pub(super) fn is_overdue(&self, code: Option<i32>, now: Instant) -> bool {
+        matches!(code, Some(1 | 4)) && now + DEADLINE_SLACK >= self.deadline
     }
 
     /// Whether the provider had enough time for its answer; see `BrokerConfig::fair_deadline`.
-    fn was_fair(&self, asked: Option<Instant>) -> bool {
-        let had = asked.map(|asked| self.time.deadline().saturating_duration_since(asked));
-        had.is_some_and(|had| had >= self.admitted.shared.config.fair_deadline)
+    fn was_fair(&self, asked: Option<Instant>, shared: &Shared) -> bool {
+        let had = asked.map(|asked| self.deadline.saturating_duration_since(asked));
+        had.is_some_and(|had| had >= shared.config.fair_deadline)
     }
 
-    fn record(self, path: &str, end: &End, asked: Option<Instant>, answered: Option<Instant>) {
+    /// Counts the call, and gives its place back.
+    pub(super) fn record(self, end: End, shared: &Shared, now: Instant) {
         const DEADLINE_EXCEEDED: i32 = 4;
-        let now = Instant::now();
         let (code, outcome) = match end {
             // The provider watches the same deadline, and may tell of it before the broker's own clock does.
-            End::Passed { code: DEADLINE_EXCEEDED } if !self.was_fair(asked) => (DEADLINE_EXCEEDED, Outcome::Ignored),
-            End::Passed { code } => (*code, Outcome::of_grpc(*code)),
+            End::Passed { code: DEADLINE_EXCEEDED } if !self.was_fair(self.asked, shared) => {
+                (DEADLINE_EXCEEDED, Outcome::Ignored)
+            }
+            End::Passed { code } => (code, Outcome::of_grpc(code)),
             End::Cancelled => (1, Outcome::Ignored),
             End::Cut { refusal, outcome } => {
-                self.admitted.shared.metrics.rejected(self.caller.key, refusal.reason);
-                (refusal.reason.grpc_status(), *outcome)
+                shared.metrics.rejected(self.caller.key, refusal.reason);
+                (refusal.reason.grpc_status(), outcome)
             }
         };
-        let method = path.strip_prefix('/').unwrap_or(path);
-        let metrics = &self.admitted.shared.metrics;
+        let method = self.path.strip_prefix('/').unwrap_or(&self.path);
         let duration = now.duration_since(self.time.began);
-        metrics.finished(&self.admitted.provider.metrics, self.caller.key, method, code, duration);
-        self.admitted.record(outcome, answered, now);
+        match self.callee {
+            Callee::Plugin(mut admitted) => {
+                let figures = &admitted.provider.metrics;
+                shared.metrics.finished(figures, self.caller.key, method, code, duration);
+                if matches!(self.far, Far::Open { .. }) {
+                    // A provider is only as slow as it is after it has been asked in full.
+                    admitted.began = self.asked.unwrap_or(now);
+                }
+                admitted.record(outcome, self.answered, now);
+            }
+            Callee::Host => {
+                let figures = shared.metrics.provider(COUNTED_AS);
+                shared.metrics.finished(&figures, self.caller.key, method, code, duration);
+            }
+        }
     }
 }

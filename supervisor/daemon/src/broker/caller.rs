@@ -1,6 +1,5 @@
 //! A caller as its connection makes it known.
 
-use http::HeaderValue;
 use plugvisor_core::route::{self, PluginCaller};
 use plugvisor_package::PluginName;
 
@@ -16,7 +15,7 @@ pub(super) struct Caller {
     pub(super) identity: CallerIdentity,
     pub(super) key: CallerKey,
     /// `plugvisor-caller`.
-    pub(super) label: HeaderValue,
+    pub(super) label: String,
     peer: Peer,
 }
 
@@ -44,8 +43,7 @@ impl Caller {
             CallerIdentity::Local { .. } => "local",
         };
         let key = shared.metrics.caller(name);
-        // Names of plugins and numbers are always legal values; the other branch only keeps this free of panics.
-        let label = HeaderValue::from_str(&identity.label()).unwrap_or(HeaderValue::from_static("unknown"));
+        let label = identity.label();
         Self { identity, key, label, peer }
     }
 

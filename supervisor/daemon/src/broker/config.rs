@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+pub use super::http2::budget::BudgetLimits;
+
 /// Bounds of the broker as a whole.
 #[derive(Clone, Debug)]
 pub struct BrokerConfig {
@@ -65,6 +67,8 @@ pub struct ConnectionLimits {
     pub max_frame_size: u32,
     /// All metadata of one request together, in bytes as RFC 9113, section 6.5.2 counts them.
     pub max_header_list_size: u32,
+    /// What a peer may ask for without getting anywhere: calls given up, pings, settings, empty frames.
+    pub budget: BudgetLimits,
     /// How long a peer may take to begin HTTP/2, and to answer a ping on a connection without calls.
     pub handshake_timeout: Duration,
     /// How long a connection without calls stays silent before the peer is pinged.
@@ -80,6 +84,7 @@ impl Default for ConnectionLimits {
             connection_window: 8 * 1024 * 1024,
             max_frame_size: 128 * 1024,
             max_header_list_size: 32 * 1024,
+            budget: BudgetLimits::default(),
             handshake_timeout: Duration::from_secs(10),
             idle_ping: Duration::from_secs(60),
         }

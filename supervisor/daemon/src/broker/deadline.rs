@@ -2,16 +2,14 @@
 
 use std::time::Duration;
 
-use http::HeaderValue;
-
 /// A timeout that is not one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("grpc-timeout must be 1 to 8 digits and one of H, M, S, m, u, n")]
 pub(super) struct BadTimeout;
 
 /// Reads a caller's timeout.
-pub(super) fn parse(value: &HeaderValue) -> Result<Duration, BadTimeout> {
-    let (unit, digits) = value.as_bytes().split_last().ok_or(BadTimeout)?;
+pub(super) fn parse(value: &[u8]) -> Result<Duration, BadTimeout> {
+    let (unit, digits) = value.split_last().ok_or(BadTimeout)?;
     if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
         return Err(BadTimeout);
     }
@@ -29,7 +27,7 @@ pub(super) fn parse(value: &HeaderValue) -> Result<Duration, BadTimeout> {
 
 /// Writes the time that remains, in the finest unit that fits; a remainder of a unit is cut off, so that the next one
 /// on the way never gets more than there is.
-pub(super) fn format(remaining: Duration) -> HeaderValue {
+pub(super) fn format(remaining: Duration) -> Text {
     const FIT: u128 = 100_000_000;
     let (number, unit) = if remaining.as_micros() < FIT {
         (remaining.as_micros(), b'u')
@@ -50,15 +48,26 @@ pub(super) fn format(remaining: Duration) -> HeaderValue {
             break;
         }
     }
-    // Digits and a letter are always a legal value; the other branch only keeps this free of panics.
-    HeaderValue::from_bytes(&text[start..]).unwrap_or(HeaderValue::from_static("0m"))
+    Text { text, start }
+}
+
+/// The value of a `grpc-timeout`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Text {
+    text: [u8; 9],
+    start: usize,
+}
+
+impl Text {
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.text[self.start..]
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use http::HeaderValue;
     use proptest::prelude::*;
 
     use super::{format, parse};
@@ -73,28 +82,28 @@ mod tests {
             ("5u", Duration::from_micros(5)),
             ("99999999n", Duration::from_nanos(99_999_999)),
         ] {
-            assert_eq!(parse(&HeaderValue::from_static(text)), Ok(expected), "{text}");
+            assert_eq!(parse(text.as_bytes()), Ok(expected), "{text}");
         }
     }
 
     #[test]
     fn anything_else_is_refused() {
         for text in ["", "S", "1", "1s", "-1S", "1.5S", "123456789m", " 1S"] {
-            assert!(parse(&HeaderValue::from_static(text)).is_err(), "{text:?} was accepted");
+            assert!(parse(text.as_bytes()).is_err(), "{text:?} was accepted");
         }
     }
 
     #[test]
     fn what_does_not_fit_is_cut() {
-        assert_eq!(format(Duration::MAX), "99999999S");
-        assert_eq!(format(Duration::ZERO), "0u");
+        assert_eq!(format(Duration::MAX).as_bytes(), b"99999999S");
+        assert_eq!(format(Duration::ZERO).as_bytes(), b"0u");
     }
 
     proptest! {
         #[test]
         fn what_is_written_is_read_back_and_never_longer(nanos in 0u64..90_000_000_000_000_000) {
             let duration = Duration::from_nanos(nanos);
-            let read = parse(&format(duration)).unwrap();
+            let read = parse(format(duration).as_bytes()).unwrap();
             prop_assert!(read <= duration);
             prop_assert!(duration.saturating_sub(read) < Duration::from_secs(1));
         }

@@ -1,6 +1,5 @@
 //! What a peer did wrong in the middle of a call, turned into the call's end and an event.
 
-use h2::Reason as Code;
 use plugvisor_core::{
     breaker::Outcome,
     route::{Reason, Refusal},
@@ -10,7 +9,8 @@ use super::{
     call::End,
     caller::Caller,
     event::{BrokerEvent, Sender},
-    frame::Breach,
+    http2::Code,
+    message::Breach,
     provider::Admitted,
 };
 
@@ -20,8 +20,12 @@ pub(super) enum Fault {
     Breach(Sender, Breach),
     /// The provider's response is not gRPC.
     NotGrpc(String),
-    /// The provider ended the stream or the connection.
-    Lost(h2::Error),
+    /// The provider reset the stream.
+    Reset(Code),
+    /// The provider broke HTTP/2; the text says how.
+    Protocol(String),
+    /// The provider's connection ended; the text says how.
+    Lost(String),
 }
 
 impl Fault {
@@ -64,8 +68,11 @@ impl Fault {
             Self::Breach(Sender::Provider, Breach::Flag(flag)) => {
                 broken(admitted, &format!("its response has a message that begins with the byte {flag:#04x}"))
             }
-            Self::NotGrpc(what) => broken(admitted, &what),
-            Self::Lost(error) => lost(&error, admitted),
+            // It says itself that it has not looked at the call.
+            Self::Reset(code @ Code::REFUSED_STREAM) => lost(&format!("it refused the stream ({code})"), admitted),
+            Self::Reset(code) => broken(admitted, &format!("it reset the stream ({code}) without a grpc-status")),
+            Self::NotGrpc(what) | Self::Protocol(what) => broken(admitted, &what),
+            Self::Lost(how) => lost(&how, admitted),
         }
     }
 }
@@ -80,20 +87,32 @@ fn broken(admitted: &Admitted, what: &str) -> End {
     ))
 }
 
-fn lost(error: &h2::Error, admitted: &Admitted) -> End {
+fn lost(how: &str, admitted: &Admitted) -> End {
     let name = &admitted.provider.identity.name;
-    // A stream that the provider reset, or a rule of HTTP/2 that it broke. Connections that end tell of themselves.
-    let by_reset = error.is_reset() && error.is_remote() && error.reason() != Some(Code::REFUSED_STREAM);
-    if by_reset {
-        let code = error.reason().map_or_else(String::new, |code| format!(" ({code:?})"));
-        return broken(admitted, &format!("it reset the stream{code} without a grpc-status"));
-    }
-    if error.is_library() {
-        return broken(admitted, &error.to_string());
-    }
     End::cut(Refusal::new(
         Reason::ProviderLost,
-        format!("plugin {name} went away during the call: {error}"),
+        format!("plugin {name} went away during the call: {how}"),
         format!("try again if the call may run twice; `plugvisor describe {name}` says how the plugin is"),
     ))
+}
+
+/// Ends a call to a host module. The supervisor is no plugin: nothing of this is told, or counted by a breaker.
+pub(super) fn end_at_host(fault: Fault) -> End {
+    let (reason, what) = match fault {
+        Fault::Breach(_, Breach::TooLarge { size }) => {
+            (Reason::MessageTooLarge, format!("a message of {size} bytes is over the limit"))
+        }
+        Fault::Breach(Sender::Caller, Breach::Flag(flag)) => {
+            (Reason::BadRequest, format!("the request has a message that begins with the byte {flag:#04x}"))
+        }
+        Fault::Breach(Sender::Provider, Breach::Flag(_)) => {
+            (Reason::ProtocolError, "the supervisor's own service broke gRPC".to_owned())
+        }
+        Fault::NotGrpc(what) | Fault::Protocol(what) | Fault::Lost(what) => (Reason::ProtocolError, what),
+        Fault::Reset(code) => {
+            (Reason::ProtocolError, format!("the supervisor's own service reset the stream ({code})"))
+        }
+    };
+    let refusal = Refusal::new(reason, what, "see the log of plugvisord");
+    End::Cut { refusal, outcome: Outcome::Ignored }
 }

@@ -1,24 +1,22 @@
 //! The broker as others see it: how it is started, and the commands it takes.
 
-use std::{io, os::fd::OwnedFd, rc::Rc, sync::Arc, time::Duration};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use plugvisor_core::{
     breaker,
     route::{PluginCaller, RouteTable},
 };
 use plugvisor_package::PluginName;
-use tokio::{
-    sync::{mpsc, oneshot},
-    task::LocalSet,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    actor::{self, Command},
+    command::Command,
     config::{BrokerConfig, CallLimits},
     event::BrokerEvent,
-    host::HostService,
+    exchange::Exchange,
+    host::{Host, HostService},
     identity::PluginIdentity,
-    shared::Shared,
+    poll::{Poll, Wake},
     snapshot::{ProviderSnapshot, Snapshot},
 };
 
@@ -37,16 +35,22 @@ impl Broker {
     ) -> Result<(BrokerHandle, mpsc::Receiver<BrokerEvent>), StartError> {
         let (commands, received) = mpsc::channel(config.command_queue.max(1));
         let (events, told) = mpsc::channel(config.event_queue.max(1));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError)?;
-        let thread = move || {
-            let local = LocalSet::new();
-            local.block_on(&runtime, async move {
-                let shared = Rc::new(Shared::new(config, modules, events));
-                actor::run(shared, received).await;
-            });
-        };
+        let poll = Poll::new().map_err(StartError)?;
+        let wake = Arc::new(WakeAtEnd(poll.waker()));
+        let host = Host::start(modules).map_err(StartError)?;
+        let thread = move || Exchange::new(config, host, poll, received, events).run();
         std::thread::Builder::new().name("broker".into()).spawn(thread).map_err(StartError)?;
-        Ok((BrokerHandle { commands }, told))
+        Ok((BrokerHandle { commands, wake }, told))
+    }
+}
+
+/// Wakes the broker once more when the last handle is gone, so that it sees that nobody commands it any more.
+#[derive(Debug)]
+struct WakeAtEnd(Arc<Wake>);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
     }
 }
 
@@ -55,7 +59,9 @@ impl Broker {
 /// Every command waits until the broker's thread has carried it out, and fails only when the broker has stopped.
 #[derive(Clone, Debug)]
 pub struct BrokerHandle {
+    // Dropped before `wake`, in the order of the fields.
     commands: mpsc::Sender<Command>,
+    wake: Arc<WakeAtEnd>,
 }
 
 /// A plugin generation that may call.
@@ -125,6 +131,7 @@ impl BrokerHandle {
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(command(reply)).await.map_err(|_| Stopped)?;
+        self.wake.0.wake();
         answer.await.map_err(|_| Stopped)
     }
 

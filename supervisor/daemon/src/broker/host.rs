@@ -1,38 +1,38 @@
-//! Calls to the supervisor's own services: handed to a tonic server as HTTP requests, with the caller's identity.
+//! The supervisor's own services: a tonic server on a thread of its own, which the broker calls as it calls a plugin.
+//!
+//! The caller's identity goes over that connection as a field that no caller can set, since the broker drops whatever
+//! comes under its own prefix, and is handed to the service as a value.
 
 use std::{
+    collections::{HashMap, HashSet},
     convert::Infallible,
-    fmt,
-    future::{Future, poll_fn},
-    pin::Pin,
-    rc::Rc,
-    task::{Context, Poll, ready},
+    fmt, io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    sync::Arc,
 };
 
-use bytes::Bytes;
-use h2::{RecvStream, SendStream, server::SendResponse};
-use http::{Request, Response, request::Parts};
-use http_body::{Body as _, Frame};
-use plugvisor_core::route::HostModule;
-use tokio::time::{Instant, sleep_until};
+use http::{HeaderName, HeaderValue, Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use plugvisor_core::{Generation, route::HostModule};
+use tokio::{net::UnixStream, sync::mpsc, task::JoinSet};
 use tonic::body::Body;
 use tower::{Service, ServiceExt as _, util::BoxCloneSyncService};
 
-use super::{admit::CallTime, caller::Caller, refusal, shared::Shared};
+use super::{
+    headers,
+    identity::{CallerIdentity, PluginIdentity},
+};
 
-/// The provider under which calls to host modules are counted; no plugin can have a name with a dot.
-const COUNTED_AS: &str = "plugvisor.host";
-const CANCELLED: i32 = 1;
-const UNKNOWN: i32 = 2;
+type Handler = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
 
 /// A service that the supervisor itself offers on every plugin's broker socket.
 ///
-/// It runs on the broker's thread and must not block it. The request carries a [`super::CallerIdentity`] among its
+/// All of them share a thread and must not block it. The request carries a [`super::CallerIdentity`] among its
 /// extensions; whether the caller may reach it, the rules of `plugvisor-core` have decided before.
 #[derive(Clone)]
 pub struct HostService {
-    pub(super) module: HostModule,
-    handler: BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>,
+    module: HostModule,
+    handler: Handler,
 }
 
 impl HostService {
@@ -52,141 +52,121 @@ impl fmt::Debug for HostService {
     }
 }
 
-/// One call to a host module.
+/// The thread that serves them. It ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Call {
-    pub(super) shared: Rc<Shared>,
-    pub(super) caller: Rc<Caller>,
-    pub(super) time: CallTime,
-    pub(super) respond: SendResponse<Bytes>,
+pub(super) struct Host {
+    modules: HashSet<HostModule>,
+    connections: mpsc::UnboundedSender<StdUnixStream>,
 }
 
-impl Call {
-    pub(super) async fn run(mut self, service: HostService, head: Parts, body: RecvStream) {
-        let path = head.uri.path().to_owned();
-        let mut request = Request::from_parts(head, Body::new(Incoming { body, over: false }));
-        request.extensions_mut().insert(self.caller.identity.clone());
-        let mut to_caller = None;
-        let code = {
-            let mut serving = std::pin::pin!(serve(service, request, &mut self.respond, &mut to_caller));
-            let mut timer = std::pin::pin!(sleep_until(self.time.deadline()));
-            poll_fn(|cx| {
-                if let Poll::Ready(code) = serving.as_mut().poll(cx) {
-                    return Poll::Ready(Some(code));
-                }
-                timer.as_mut().poll(cx).map(|()| None)
-            })
-            .await
+impl Host {
+    pub(super) fn start(services: Vec<HostService>) -> io::Result<Self> {
+        let modules = services.iter().map(|service| service.module).collect();
+        // The broker makes one connection, and another when that one ends.
+        let (connections, accepted) = mpsc::unbounded_channel();
+        if !services.is_empty() {
+            let handlers: HashMap<&str, Handler> =
+                services.into_iter().map(|service| (service.module.service(), service.handler)).collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let serving = serve(Arc::new(handlers), accepted);
+            std::thread::Builder::new().name("host-modules".into()).spawn(move || runtime.block_on(serving))?;
+        }
+        Ok(Self { modules, connections })
+    }
+
+    pub(super) fn modules(&self) -> HashSet<HostModule> {
+        self.modules.clone()
+    }
+
+    /// A connection to the services.
+    pub(super) fn connect(&self) -> io::Result<OwnedFd> {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        theirs.set_nonblocking(true)?;
+        self.connections.send(theirs).map_err(|_| io::Error::other("their thread has ended"))?;
+        Ok(ours.into())
+    }
+}
+
+async fn serve(handlers: Arc<HashMap<&'static str, Handler>>, mut accepted: mpsc::UnboundedReceiver<StdUnixStream>) {
+    let mut connections = JoinSet::new();
+    loop {
+        // Both branches are cancel-safe.
+        let stream = tokio::select! {
+            stream = accepted.recv() => stream,
+            Some(_) = connections.join_next() => continue,
         };
-        let code = code.unwrap_or_else(|| {
-            let refusal = self.time.over("the supervisor");
-            self.shared.metrics.rejected(self.caller.key, refusal.reason);
-            // Errors here mean that the caller is gone; there is nobody to tell.
-            match &mut to_caller {
-                Some(begun) => drop(begun.send_trailers(refusal::trailers(&refusal))),
-                None => drop(self.respond.send_response(refusal::response(&refusal), true)),
+        let Some(stream) = stream else { return };
+        let handlers = Arc::clone(&handlers);
+        connections.spawn(async move {
+            let Ok(stream) = UnixStream::from_std(stream) else { return };
+            let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                let handlers = Arc::clone(&handlers);
+                async move { answer(&handlers, request).await }
+            });
+            let http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+                tracing::debug!(%error, "a connection to the supervisor's own services ended");
             }
-            refusal.reason.grpc_status()
         });
-        let figures = self.shared.metrics.provider(COUNTED_AS);
-        let method = path.strip_prefix('/').unwrap_or(&path);
-        let duration = Instant::now().duration_since(self.time.began);
-        self.shared.metrics.finished(&figures, self.caller.key, method, code, duration);
     }
 }
 
-async fn serve(
-    service: HostService,
-    request: Request<Body>,
-    respond: &mut SendResponse<Bytes>,
-    to_caller: &mut Option<SendStream<Bytes>>,
-) -> i32 {
-    let response = {
-        let mut answer = std::pin::pin!(service.handler.oneshot(request));
-        let answered = poll_fn(|cx| {
-            if respond.poll_reset(cx).is_ready() {
-                return Poll::Ready(None);
-            }
-            answer.as_mut().poll(cx).map(Some)
-        });
-        match answered.await {
-            Some(Ok(response)) => response,
-            None => return CANCELLED,
+async fn answer(
+    handlers: &HashMap<&'static str, Handler>,
+    request: Request<hyper::body::Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let mut request = request.map(Body::new);
+    let service = headers::service_and_method(request.uri().path()).map_or("", |(service, _)| service);
+    let handler = handlers.get(service).cloned();
+    let identity = HeaderName::from_bytes(headers::IDENTITY).ok().and_then(|name| request.headers_mut().remove(name));
+    let identity = identity.as_ref().and_then(|value: &HeaderValue| parse(value.to_str().ok()?));
+    match (handler, identity) {
+        (Some(handler), Some(identity)) => {
+            request.extensions_mut().insert(identity);
+            handler.oneshot(request).await
         }
-    };
-    let (head, mut body) = response.into_parts();
-    let early = refusal::status_of(&head.headers);
-    let over = body.is_end_stream();
-    match respond.send_response(Response::from_parts(head, ()), over) {
-        Err(_) => CANCELLED,
-        Ok(_) if over => early.unwrap_or(UNKNOWN),
-        Ok(begun) => {
-            let to = to_caller.insert(begun);
-            while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
-                let Ok(frame) = frame else { return UNKNOWN };
-                match frame.into_data() {
-                    Ok(data) => {
-                        if send(to, data).await.is_err() {
-                            return CANCELLED;
-                        }
-                    }
-                    Err(frame) => {
-                        let Ok(trailers) = frame.into_trailers() else { continue };
-                        let code = refusal::status_of(&trailers).unwrap_or(UNKNOWN);
-                        return if to.send_trailers(trailers).is_ok() { code } else { CANCELLED };
-                    }
-                }
-            }
-            drop(to.send_data(Bytes::new(), true));
-            early.unwrap_or(UNKNOWN)
+        // The broker asks only for what is here, and says for whom.
+        (None, _) | (_, None) => {
+            Ok(tonic::Status::internal("the broker asked for what the host does not have").into_http())
         }
     }
 }
 
-/// Sends as the caller has room.
-async fn send(to: &mut SendStream<Bytes>, mut data: Bytes) -> Result<(), ()> {
-    while !data.is_empty() {
-        to.reserve_capacity(data.len());
-        if to.capacity() == 0 {
-            match poll_fn(|cx| to.poll_capacity(cx)).await {
-                Some(Ok(_)) => {}
-                Some(Err(_)) | None => return Err(()),
-            }
-        }
-        let piece = data.split_to(to.capacity().min(data.len()));
-        if !piece.is_empty() {
-            to.send_data(piece, false).map_err(|_| ())?;
-        }
+/// A caller as it goes over the connection.
+pub(super) fn written(identity: &CallerIdentity) -> String {
+    match identity {
+        CallerIdentity::Plugin(plugin) => format!("plugin:{}:{}", plugin.name, plugin.generation.0),
+        CallerIdentity::Local { uid, pid } => format!("local:{uid}:{pid}"),
     }
-    Ok(())
 }
 
-/// A request's body as `http-body` knows it.
-struct Incoming {
-    body: RecvStream,
-    over: bool,
+fn parse(text: &str) -> Option<CallerIdentity> {
+    let mut parts = text.split(':');
+    let (kind, first, second) = (parts.next()?, parts.next()?, parts.next()?);
+    match kind {
+        "plugin" => Some(CallerIdentity::Plugin(PluginIdentity {
+            name: first.parse().ok()?,
+            generation: Generation(second.parse().ok()?),
+        })),
+        "local" => Some(CallerIdentity::Local { uid: first.parse().ok()?, pid: second.parse().ok()? }),
+        _ => None,
+    }
 }
 
-impl http_body::Body for Incoming {
-    type Data = Bytes;
-    type Error = h2::Error;
+#[cfg(test)]
+mod tests {
+    use plugvisor_core::Generation;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-        if self.over {
-            return Poll::Ready(None);
-        }
-        if let Some(data) = ready!(self.body.poll_data(cx)) {
-            let data = data?;
-            // The handler holds at most one message of bounded size, so its bytes count as taken.
-            let _ = self.body.flow_control().release_capacity(data.len());
-            return Poll::Ready(Some(Ok(Frame::data(data))));
-        }
-        let trailers = ready!(self.body.poll_trailers(cx))?;
-        self.over = true;
-        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
-    }
+    use super::{CallerIdentity, PluginIdentity, parse, written};
 
-    fn is_end_stream(&self) -> bool {
-        self.over || self.body.is_end_stream()
+    #[test]
+    fn an_identity_comes_over() {
+        let plugin = PluginIdentity { name: "asker".parse().unwrap(), generation: Generation(7) };
+        for identity in [CallerIdentity::Plugin(plugin), CallerIdentity::Local { uid: 1000, pid: 42 }] {
+            assert_eq!(parse(&written(&identity)), Some(identity));
+        }
+        assert_eq!(parse("plugin:UPPER:1"), None);
+        assert_eq!(parse("somebody"), None);
     }
 }

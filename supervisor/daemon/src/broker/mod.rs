@@ -5,29 +5,37 @@
 //! (bodies pass as bytes), who may call whom (`plugvisor-core` decides over an immutable table), or when a plugin
 //! starts and stops (drivers say so through [`BrokerHandle`]).
 
-mod accept;
-mod actor;
 mod admit;
 mod call;
 mod caller;
+mod command;
 mod config;
 mod deadline;
 mod event;
+mod exchange;
+mod far;
 mod fault;
-mod frame;
+mod finish;
 mod handle;
 mod headers;
 mod host;
+pub mod http2;
 mod identity;
-mod lane;
+mod link;
+mod listen;
+mod message;
 mod metrics;
+mod near;
+mod peer;
+mod poll;
+mod presence;
 mod provider;
-mod pump;
 mod refusal;
 mod shared;
 mod snapshot;
+mod timer;
 
-pub use config::{BrokerConfig, CallLimits, ConnectionLimits};
+pub use config::{BrokerConfig, BudgetLimits, CallLimits, ConnectionLimits};
 pub use event::{BrokerEvent, Sender};
 pub use handle::{AddError, Broker, BrokerHandle, CallerSpec, Drained, LocalSpec, ProviderSpec, StartError, Stopped};
 pub use host::HostService;

@@ -2,25 +2,19 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     rc::Rc,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use plugvisor_core::{
     Time,
     route::{HostModule, RouteTable},
 };
-use tokio::{
-    sync::{Notify, mpsc, watch},
-    time::Instant,
-};
+use tokio::sync::mpsc;
 
-use super::{
-    config::BrokerConfig, event::BrokerEvent, host::HostService, identity::PluginIdentity, metrics::Metrics,
-    provider::Provider,
-};
+use super::{config::BrokerConfig, event::BrokerEvent, identity::PluginIdentity, metrics::Metrics, provider::Provider};
 
 /// Events of one kind about one subject are told at most once in this time: a peer cannot flood their readers.
 const REPEAT: Duration = Duration::from_secs(1);
@@ -35,12 +29,13 @@ pub(super) struct Shared {
     providers: RefCell<HashMap<PluginIdentity, Rc<Provider>>>,
     /// Beside the table's providers, by slot.
     targets: RefCell<Vec<Option<Rc<Provider>>>>,
-    modules: HashMap<HostModule, HostService>,
+    modules: HashSet<HostModule>,
     started: Instant,
     /// True once the broker is stopping.
-    stopping: watch::Sender<bool>,
+    stopping: Cell<bool>,
     in_flight: Cell<usize>,
-    pub(super) idle: Notify,
+    /// Some provider's last call has ended since somebody looked.
+    emptied: Cell<bool>,
     pub(super) connections: Cell<usize>,
     events: mpsc::Sender<BrokerEvent>,
     events_dropped: Cell<u64>,
@@ -48,18 +43,18 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(config: BrokerConfig, modules: Vec<HostService>, events: mpsc::Sender<BrokerEvent>) -> Self {
+    pub(super) fn new(config: BrokerConfig, modules: HashSet<HostModule>, events: mpsc::Sender<BrokerEvent>) -> Self {
         Self {
             metrics: Metrics::new(config.max_method_series),
             config,
             routes: RefCell::default(),
             providers: RefCell::default(),
             targets: RefCell::default(),
-            modules: modules.into_iter().map(|service| (service.module, service)).collect(),
+            modules,
             started: Instant::now(),
-            stopping: watch::Sender::new(false),
+            stopping: Cell::new(false),
             in_flight: Cell::new(0),
-            idle: Notify::new(),
+            emptied: Cell::new(false),
             connections: Cell::new(0),
             events,
             events_dropped: Cell::new(0),
@@ -102,8 +97,8 @@ impl Shared {
         self.targets.borrow().get(slot).cloned().flatten()
     }
 
-    pub(super) fn module(&self, module: HostModule) -> Option<HostService> {
-        self.modules.get(&module).cloned()
+    pub(super) fn offers(&self, module: HostModule) -> bool {
+        self.modules.contains(&module)
     }
 
     fn aim(&self) {
@@ -117,15 +112,11 @@ impl Shared {
     }
 
     pub(super) fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+        self.stopping.get()
     }
 
     pub(super) fn stop(&self) {
-        self.stopping.send_replace(true);
-    }
-
-    pub(super) fn stopping(&self) -> watch::Receiver<bool> {
-        self.stopping.subscribe()
+        self.stopping.set(true);
     }
 
     pub(super) fn in_flight(&self) -> usize {
@@ -136,11 +127,16 @@ impl Shared {
         self.in_flight.set(self.in_flight.get() + 1);
     }
 
-    pub(super) fn call_ended(&self) {
+    pub(super) fn call_ended(&self, last: bool) {
         self.in_flight.set(self.in_flight.get().saturating_sub(1));
-        if self.in_flight.get() == 0 {
-            self.idle.notify_waiters();
+        if last {
+            self.emptied.set(true);
         }
+    }
+
+    /// Whether a provider's last call has ended since this was last asked.
+    pub(super) fn was_emptied(&self) -> bool {
+        self.emptied.take()
     }
 
     /// Tells the supervisor, never waiting for it.
