@@ -104,9 +104,9 @@ fn deciding(caller: Caller<'_>, service: &str, reason: Reason) -> Step {
             Caller::Plugin(_) | Caller::Local { uid: _ } => Step::Export,
         },
         Reason::Loop | Reason::BadRequest => Step::Hops,
-        Reason::ProviderNotReady => Step::Provider,
-        // These come from behind the route, never from it; the last step is the nearest.
-        Reason::BreakerOpen
+        // All but the first come from behind the route, never from it; the last step is the nearest.
+        Reason::ProviderNotReady
+        | Reason::BreakerOpen
         | Reason::Overloaded
         | Reason::Deadline
         | Reason::ProviderLost

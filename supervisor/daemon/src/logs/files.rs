@@ -150,7 +150,7 @@ impl LogDirectory {
             // It may have been removed since.
             let Ok(stat) = rustix::fs::statat(&*self.descriptor, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let bytes = u64::try_from(stat.st_size).unwrap_or(0);
-            let written = (stat.st_mtime, u64::try_from(stat.st_mtime_nsec).unwrap_or(0));
+            let written = (stat.st_mtime, stat.st_mtime_nsec);
             found.push(Listed { name, plugin, number, bytes, written });
         }
         Ok(found)
