@@ -21,6 +21,9 @@ use std::fmt::Write;
 
 use crate::Digest;
 
+/// The first line: what the text is, and its version.
+const HEADING: &str = "plugvisor bundle 1\n";
+
 /// One file of a bundle.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct BundleFile {
@@ -37,21 +40,45 @@ pub struct BundleFile {
 /// The content digest of these files, in whatever order they come.
 #[must_use]
 pub fn content_digest(files: &[BundleFile]) -> Digest {
+    Digest::of(content_list(files).as_bytes())
+}
+
+/// The text whose SHA-256 is the content digest.
+#[must_use]
+pub fn content_list(files: &[BundleFile]) -> String {
     let mut sorted: Vec<&BundleFile> = files.iter().collect();
     sorted.sort_by(|a, b| a.path.as_bytes().cmp(b.path.as_bytes()));
-    let mut text = String::from("plugvisor bundle 1\n");
+    let mut text = String::from(HEADING);
     for BundleFile { path, executable, size, sha256 } in sorted {
         let mode = if *executable { "0755" } else { "0644" };
         let sha256 = sha256.to_string();
         let hex = sha256.strip_prefix("sha256:").expect("a digest is written with its algorithm");
         writeln!(text, "{mode} {size} {hex} {path}").expect("a String takes all that is written");
     }
-    Digest::of(text.as_bytes())
+    text
+}
+
+/// Reads what [`content_list`] wrote; `None` for anything else.
+#[must_use]
+pub fn read_content_list(text: &str) -> Option<Vec<BundleFile>> {
+    let file = |line: &str| {
+        let mut parts = line.splitn(4, ' ');
+        let executable = match parts.next()? {
+            "0755" => true,
+            "0644" => false,
+            _ => return None,
+        };
+        let size = parts.next()?.parse().ok()?;
+        let sha256 = format!("sha256:{}", parts.next()?).parse().ok()?;
+        Some(BundleFile { path: parts.next()?.to_owned(), executable, size, sha256 })
+    };
+    let files: Vec<BundleFile> = text.strip_prefix(HEADING)?.lines().map(file).collect::<Option<_>>()?;
+    (content_list(&files) == text).then_some(files)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{BundleFile, content_digest};
+    use super::{BundleFile, content_digest, content_list, read_content_list};
     use crate::Digest;
 
     fn file(path: &str, executable: bool, bytes: &[u8]) -> BundleFile {
@@ -70,6 +97,18 @@ mod tests {
             content_digest(&files).to_string(),
             "sha256:112dda529d9181c7c30e84e986df3a4d84e00ac3bfa69657acec293755cefbe6"
         );
+    }
+
+    #[test]
+    fn the_list_is_read_back() {
+        let mut files = vec![file("a b/c", true, b"1"), file("plugin.json", false, b"{}")];
+        let text = content_list(&files);
+        files.sort();
+        assert_eq!(read_content_list(&text), Some(files));
+        for other in ["", "plugvisor bundle 2\n", "plugvisor bundle 1\n0755 1\n", text.trim_end()] {
+            assert_eq!(read_content_list(other), None, "{other:?}");
+        }
+        assert_eq!(read_content_list(&text.replace("0644", "4755")), None);
     }
 
     #[test]

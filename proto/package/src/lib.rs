@@ -24,7 +24,7 @@ mod trust;
 #[cfg(feature = "bundle")]
 pub use bundle::{Bundle, BundleError, Entry, EntryKind, Refusal, Services};
 pub use capability::{Capability, CapabilityError};
-pub use content::{BundleFile, content_digest};
+pub use content::{BundleFile, content_digest, content_list, read_content_list};
 #[cfg(feature = "bundle")]
 pub use descriptor::method_names;
 pub use digest::{Digest, DigestError};

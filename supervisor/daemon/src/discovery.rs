@@ -92,6 +92,12 @@ impl PluginDirectory {
         Ok(names.into_iter().map(|name| self.source(name)).collect())
     }
 
+    /// The tier that the operator gave it.
+    #[must_use]
+    pub fn tier(&self) -> TrustTier {
+        self.tier
+    }
+
     /// The bundle in the subdirectory `name`.
     #[must_use]
     pub fn source(self: &Arc<Self>, name: String) -> Source {

@@ -1,9 +1,13 @@
 //! The start, while the process has one thread and perhaps root: everything is read, checked, opened, bound and
 //! started; then privileges are given up, for good.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use clap::Parser;
+use plugvisor_sandbox::options::BundleRoot;
 
 use crate::{
     config::{Config, ConfigError, LauncherConfig, Surroundings},
@@ -37,6 +41,10 @@ pub struct Args {
     /// Socket of a launcher that was started elsewhere, instead of starting one; plugins outlive this program then.
     #[arg(long, value_name = "SOCKET", conflicts_with = "launcher")]
     pub launcher_socket: Option<PathBuf>,
+    /// What the administrator approved, for the launcher that this program starts
+    /// [default: /etc/plugvisor/launcher.toml as root, if there is one].
+    #[arg(long, value_name = "FILE")]
+    pub launcher_policy: Option<PathBuf>,
 }
 
 /// Why the supervisor did not start.
@@ -89,9 +97,24 @@ impl StartError {
     }
 }
 
+/// Where the administrator's approvals are, if root starts the supervisor.
+const POLICY: &str = "/etc/plugvisor/launcher.toml";
+
+fn default_policy(uid: u32) -> Option<PathBuf> {
+    Some(PathBuf::from(POLICY)).filter(|path| uid == 0 && path.exists())
+}
+
+/// The launcher's store: beside the state and not in it, because that directory is the supervisor's own, and nobody but
+/// root may write on the way to a store.
+fn beside(state_directory: &Path) -> PathBuf {
+    let mut name = state_directory.file_name().unwrap_or("plugvisor".as_ref()).to_owned();
+    name.push("-launcher");
+    state_directory.with_file_name(name)
+}
+
 /// Prepares everything. Must be called while the process has one thread.
 pub fn prepare(args: Args) -> Result<Prepared, StartError> {
-    let Args { config, runtime_directory, state_directory, launcher, launcher_socket } = args;
+    let Args { config, runtime_directory, state_directory, launcher, launcher_socket, launcher_policy } = args;
     open_files::raise();
     let surroundings = Surroundings::of_process();
     let mut config = Config::load(config.as_deref(), &surroundings)?;
@@ -117,11 +140,19 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     let logs = log_directory.map(|path| LogDirectory::open(&path, owner)).transpose()?;
     let launcher = match &config.launcher {
         LauncherConfig::Embedded { linger } => {
-            let roots = directories.iter().map(|directory| directory.path().to_owned()).collect();
+            let root = |directory: &PluginDirectory| BundleRoot {
+                tier: directory.tier().into(),
+                path: directory.path().to_owned(),
+            };
+            let roots = directories.iter().map(root).collect();
             // The launcher wants a path without links; the directory itself was opened without following one.
             let path = runtime_directory.path();
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-            Ok(Link::embedded(&program, &path, roots, *linger)?)
+            let own = launcher::Own {
+                store: (surroundings.uid == 0).then(|| beside(&config.supervisor.state_directory)),
+                policy: launcher_policy.or_else(|| default_policy(surroundings.uid)),
+            };
+            Ok(Link::embedded(&program, &path, roots, *linger, own)?)
         }
         LauncherConfig::External { socket } => Err(socket.clone()),
     };

@@ -11,9 +11,22 @@ use std::{
     time::Duration,
 };
 
+use plugvisor_package::TrustTier;
+
+use crate::protocol::Tier;
+
 /// The uids that plugins get when the starter names none: the part of the uid space that systemd's `UIDS-GIDS` lists as
 /// unused, so that neither people, services, nor containers are met there.
 pub const DEFAULT_UIDS: RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
+
+/// The size of all bundles in the store together when the starter names none.
+pub const DEFAULT_STORE_BYTES: u64 = 4 << 30;
+
+/// How many bundles the store holds when the starter names no number.
+pub const DEFAULT_STORE_BUNDLES: u32 = 256;
+
+/// How long an import may take when the starter names no time.
+pub const DEFAULT_IMPORT_TIME: Duration = Duration::from_mins(2);
 
 /// What the launcher may do. Written as flags by [`Options::to_args`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,8 +37,20 @@ pub struct Options {
     pub uids: RangeInclusive<u32>,
     /// `--cgroup-root NAME`: the group below the launcher's own in each hierarchy in which each launch gets a child.
     pub cgroup_root: String,
-    /// `--bundle-root DIR`, repeatable: a bundle's directory must lie beneath one of these. Absolute paths.
-    pub bundle_roots: Vec<PathBuf>,
+    /// `--bundle-root TIER=DIR`, repeatable: bundles whose files were imported from beneath DIR have this tier.
+    pub bundle_roots: Vec<BundleRoot>,
+    /// `--store DIR`: where bundles are kept, absolute, writable by root alone on the whole way. Without it they are kept
+    /// in memory, for the launcher's life.
+    pub store: Option<PathBuf>,
+    /// `--store-bytes N`: the size of all bundles together.
+    pub store_bytes: u64,
+    /// `--store-bundles N`: how many bundles.
+    pub store_bundles: u32,
+    /// `--import-seconds N`: how long one import may take.
+    pub import_time: Duration,
+    /// `--policy FILE`: what the administrator approved, see `docs/adr/0004`. It must belong to the launcher's user, and
+    /// nobody else may write it. Read anew when it changes.
+    pub policy: Option<PathBuf>,
     /// `--max-plugins N`: how many may run at once.
     pub max_plugins: u32,
     /// `--spares N`: how many children are made ready ahead of launches, so that these are quick; used when the launcher
@@ -34,6 +59,15 @@ pub struct Options {
     /// `--runtime-directory DIR`: an existing private directory in which the launcher makes `launcher/` for its
     /// sockets. Absolute.
     pub runtime_directory: PathBuf,
+}
+
+/// A directory of bundles, and what the operator says of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BundleRoot {
+    /// The tier of what was imported from it.
+    pub tier: Tier,
+    /// Absolute.
+    pub path: PathBuf,
 }
 
 /// How the supervisor comes to the launcher.
@@ -76,7 +110,7 @@ pub enum Linger {
 pub enum OptionsError {
     /// A flag that does not exist.
     #[error(
-        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --max-plugins, --spares and --runtime-directory"
+        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --max-plugins, --spares and --runtime-directory"
     )]
     Unknown(String),
     /// A flag without its value.
@@ -112,6 +146,11 @@ const FOREVER: &str = "forever";
 const UIDS: &str = "--uid-range";
 const CGROUP: &str = "--cgroup-root";
 const BUNDLES: &str = "--bundle-root";
+const STORE: &str = "--store";
+const STORE_BYTES: &str = "--store-bytes";
+const STORE_BUNDLES: &str = "--store-bundles";
+const IMPORT: &str = "--import-seconds";
+const POLICY: &str = "--policy";
 const MAX: &str = "--max-plugins";
 /// See [`Options::spares`].
 const SPARES: &str = "--spares";
@@ -123,12 +162,17 @@ impl Options {
     /// The defaults for what the starter seldom sets: [`DEFAULT_UIDS`], the cgroup `plugvisor-<pid of the starter>`, 64
     /// plugins.
     #[must_use]
-    pub fn new(socket_fd: RawFd, runtime_directory: PathBuf, bundle_roots: Vec<PathBuf>) -> Self {
+    pub fn new(socket_fd: RawFd, runtime_directory: PathBuf, bundle_roots: Vec<BundleRoot>) -> Self {
         Self {
             supervisor: Supervisor::Inherited(socket_fd),
             uids: DEFAULT_UIDS,
             cgroup_root: format!("plugvisor-{}", std::process::id()),
             bundle_roots,
+            store: None,
+            store_bytes: DEFAULT_STORE_BYTES,
+            store_bundles: DEFAULT_STORE_BUNDLES,
+            import_time: DEFAULT_IMPORT_TIME,
+            policy: None,
             max_plugins: 64,
             spares: DEFAULT_SPARES,
             runtime_directory,
@@ -147,7 +191,20 @@ impl Options {
     /// The arguments after the program's name.
     #[must_use]
     pub fn to_args(&self) -> Vec<OsString> {
-        let Self { supervisor, uids, cgroup_root, bundle_roots, max_plugins, spares, runtime_directory } = self;
+        let Self {
+            supervisor,
+            uids,
+            cgroup_root,
+            bundle_roots,
+            store,
+            store_bytes,
+            store_bundles,
+            import_time,
+            policy,
+            max_plugins,
+            spares,
+            runtime_directory,
+        } = self;
         let mut args: Vec<OsString> = Vec::new();
         let mut push = |flag: &str, value: &OsStr| args.extend([OsString::from(flag), value.to_owned()]);
         match supervisor {
@@ -169,8 +226,20 @@ impl Options {
         push(MAX, max_plugins.to_string().as_ref());
         push(SPARES, spares.to_string().as_ref());
         push(RUNTIME, runtime_directory.as_os_str());
-        for root in bundle_roots {
-            push(BUNDLES, root.as_os_str());
+        for BundleRoot { tier, path } in bundle_roots {
+            let mut value = OsString::from(TrustTier::from(*tier).as_str());
+            value.push("=");
+            value.push(path);
+            push(BUNDLES, &value);
+        }
+        if let Some(store) = store {
+            push(STORE, store.as_os_str());
+        }
+        push(STORE_BYTES, store_bytes.to_string().as_ref());
+        push(STORE_BUNDLES, store_bundles.to_string().as_ref());
+        push(IMPORT, import_time.as_secs().to_string().as_ref());
+        if let Some(policy) = policy {
+            push(POLICY, policy.as_os_str());
         }
         args
     }
@@ -181,6 +250,7 @@ impl Options {
         let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
         let (mut uids, mut cgroup, mut max, mut spares, mut runtime) = (None, None, None, None, None);
         let mut bundle_roots = Vec::new();
+        let (mut store, mut store_bytes, mut store_bundles, mut import, mut policy) = (None, None, None, None, None);
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
             match flag.to_str().unwrap_or_default() {
@@ -193,7 +263,14 @@ impl Options {
                 SPARES => once(SPARES, &mut spares, parse_spares(&value(SPARES)?)?)?,
                 MAX => once(MAX, &mut max, parse_max(&value(MAX)?)?)?,
                 RUNTIME => once(RUNTIME, &mut runtime, parse_dir(RUNTIME, &value(RUNTIME)?)?)?,
-                BUNDLES => bundle_roots.push(parse_dir(BUNDLES, &value(BUNDLES)?)?),
+                BUNDLES => bundle_roots.push(parse_root(&value(BUNDLES)?)?),
+                STORE => once(STORE, &mut store, parse_dir(STORE, &value(STORE)?)?)?,
+                STORE_BYTES => once(STORE_BYTES, &mut store_bytes, parse_number(STORE_BYTES, &value(STORE_BYTES)?)?)?,
+                STORE_BUNDLES => {
+                    once(STORE_BUNDLES, &mut store_bundles, parse_number(STORE_BUNDLES, &value(STORE_BUNDLES)?)?)?;
+                }
+                IMPORT => once(IMPORT, &mut import, parse_number::<u32>(IMPORT, &value(IMPORT)?)?)?,
+                POLICY => once(POLICY, &mut policy, parse_dir(POLICY, &value(POLICY)?)?)?,
                 _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
             }
         }
@@ -214,10 +291,29 @@ impl Options {
             uids: uids.unwrap_or(DEFAULT_UIDS),
             cgroup_root: cgroup.ok_or(OptionsError::Missing(CGROUP))?,
             bundle_roots,
+            store,
+            store_bytes: store_bytes.unwrap_or(DEFAULT_STORE_BYTES),
+            store_bundles: store_bundles.unwrap_or(DEFAULT_STORE_BUNDLES),
+            import_time: import.map_or(DEFAULT_IMPORT_TIME, |seconds| Duration::from_secs(seconds.into())),
+            policy,
             max_plugins: max.unwrap_or(64),
             spares: spares.unwrap_or(DEFAULT_SPARES),
             runtime_directory: runtime.ok_or(OptionsError::Missing(RUNTIME))?,
         })
+    }
+}
+
+impl Options {
+    /// A range of uids as `--uid-range` takes it.
+    #[must_use]
+    pub fn uid_range(text: &str) -> Option<RangeInclusive<u32>> {
+        parse_uids(text.as_ref()).ok()
+    }
+
+    /// A group's name as `--cgroup-root` takes it.
+    #[must_use]
+    pub fn group_name(text: &str) -> Option<String> {
+        parse_group(text.as_ref()).ok()
     }
 }
 
@@ -273,6 +369,24 @@ fn parse_group(value: &OsStr) -> Result<String, OptionsError> {
     name.ok_or_else(|| refuse(CGROUP, value, "it must be one name of 1 to 64 letters, digits, '-', '_' or '.'"))
 }
 
+fn parse_root(value: &OsStr) -> Result<BundleRoot, OptionsError> {
+    let wrong = || refuse(BUNDLES, value, "it must be TIER=DIR, where TIER is one of the trust tiers");
+    let bytes = value.as_bytes();
+    let at = bytes.iter().position(|byte| *byte == b'=').ok_or_else(wrong)?;
+    let (tier, path) = (&bytes[..at], OsStr::from_bytes(&bytes[at + 1..]));
+    let tiers = [Tier::Quarantined, Tier::Untrusted, Tier::Community, Tier::Verified, Tier::Internal];
+    let tier = tiers.into_iter().find(|known| TrustTier::from(*known).as_str().as_bytes() == tier).ok_or_else(wrong)?;
+    Ok(BundleRoot { tier, path: parse_dir(BUNDLES, path)? })
+}
+
+fn parse_number<T: std::str::FromStr + PartialOrd + From<u8>>(
+    flag: &'static str,
+    value: &OsStr,
+) -> Result<T, OptionsError> {
+    let number = value.to_str().and_then(|text| text.parse::<T>().ok()).filter(|number| *number >= T::from(1));
+    number.ok_or_else(|| refuse(flag, value, "it must be a whole number above 0"))
+}
+
 fn parse_max(value: &OsStr) -> Result<u32, OptionsError> {
     let max = value.to_str().and_then(|text| text.parse().ok()).filter(|max| (1..=1024).contains(max));
     max.ok_or_else(|| refuse(MAX, value, "it must be a number from 1 to 1024"))
@@ -307,7 +421,19 @@ mod tests {
             uids: 5000..=5999,
             max_plugins: 3,
             spares: 5,
-            ..Options::new(9, "/run/plugvisor".into(), vec!["/srv/a b".into(), "/opt/plugins".into()])
+            store: Some("/var/lib/s".into()),
+            store_bytes: 5 << 30,
+            store_bundles: 7,
+            import_time: Duration::from_secs(9),
+            policy: Some("/etc/p.toml".into()),
+            ..Options::new(
+                9,
+                "/run/plugvisor".into(),
+                vec![
+                    BundleRoot { tier: Tier::Verified, path: "/srv/a b=c".into() },
+                    BundleRoot { tier: Tier::Internal, path: "/opt/plugins".into() },
+                ],
+            )
         };
         assert_eq!(Options::parse(options.to_args()), Ok(options.clone()));
         for linger in [Linger::For(Duration::ZERO), Linger::For(Duration::from_secs(30)), Linger::Forever] {
@@ -329,8 +455,15 @@ mod tests {
             (["--uid-range", "60000-70000"], "--uid-range"),
             (["--max-plugins", "0"], "--max-plugins"),
             (["--spares", "17"], "--spares"),
-            (["--bundle-root", "relative"], "--bundle-root"),
-            (["--bundle-root", "/a/../b"], "--bundle-root"),
+            (["--bundle-root", "/srv"], "--bundle-root"),
+            (["--bundle-root", "root=/srv"], "--bundle-root"),
+            (["--bundle-root", "verified=relative"], "--bundle-root"),
+            (["--bundle-root", "verified=/a/../b"], "--bundle-root"),
+            (["--store", "relative"], "--store"),
+            (["--store-bytes", "0"], "--store-bytes"),
+            (["--store-bundles", "-1"], "--store-bundles"),
+            (["--import-seconds", "soon"], "--import-seconds"),
+            (["--policy", "p.toml"], "--policy"),
             (["--socket-fd", "4"], "--socket-fd"),
             (["--verbose", "1"], "--verbose"),
             (["--listen", "/run/p/launcher.sock"], "--supervisor-uid"),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use self::keep::{
     Condition, Kept, Known, LIST_PAGE, Limited, Listed, MAX_HELD, MAX_HELD_NAME, Over, ReattachState, Reattached, Stats,
 };
-pub use self::store::{Import, ImportBegin, ImportFile, Imported, Stored, Tier};
+pub use self::store::{Approval, Import, ImportBegin, ImportFile, Imported, Stored, Tier, approval_text};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
 pub const VERSION: u16 = 1;
@@ -36,7 +36,7 @@ pub enum Request {
     Hello(Hello),
     /// Which controls work here, found by using them.
     Probe,
-    /// Starts a plugin. Descriptors: 0 the entry, a regular file open for reading; 1 the bundle's directory.
+    /// Starts a plugin from a bundle in the store.
     Launch(Box<Launch>),
     /// Sends a signal to the plugin's first process.
     Signal {
@@ -136,10 +136,12 @@ pub struct Launch {
     pub generation: u64,
     /// How strong the walls are. Only PROCESS is launched yet.
     pub level: Level,
-    /// SHA-256 of the entry; the launcher executes bytes with this digest or nothing.
-    pub entry_sha256: [u8; 32],
-    /// The entry's path inside the bundle, as `argv[0]` and for people.
+    /// The content digest of a bundle in the store.
+    pub bundle: [u8; 32],
+    /// The path of the program in the bundle.
     pub entry: String,
+    /// What an administrator signed for this bundle, if anything.
+    pub approval: Option<Approval>,
     /// Arguments after `argv[0]`.
     pub args: Vec<String>,
     /// The plugin's own variables. `PLUGVISOR_*`, `LISTEN_*` and loader variables (`LD_*`) are refused.

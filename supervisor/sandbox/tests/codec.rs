@@ -4,8 +4,8 @@
 use plugvisor_sandbox::{
     codec::{self, DecodeError, FromLauncher, HEADER_LEN},
     protocol::{
-        Condition, Control, ControlState, Exit, Grant, Hello, Import, ImportBegin, ImportFile, Kept, Known, Launch,
-        LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState,
+        Approval, Condition, Control, ControlState, Exit, Grant, Hello, Import, ImportBegin, ImportFile, Kept, Known,
+        Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState,
         Reattached, Refusal, RefusalCode, Reply, Request, SocketMode, Stats, Stored, Tier, VERSION,
     },
 };
@@ -29,11 +29,12 @@ fn launch() -> impl Strategy<Value = Launch> {
         prop::sample::subsequence(vec![Grant::WriteTemp, Grant::SpawnChild], 0..=2),
     );
     (text(), any::<u64>(), any::<[u8; 32]>(), text(), limits, lists, any::<bool>()).prop_map(
-        |(plugin, generation, entry_sha256, entry, limits, (args, env, allow_degraded, grants), bind)| Launch {
+        |(plugin, generation, bundle, entry, limits, (args, env, allow_degraded, grants), bind)| Launch {
             plugin,
             generation,
             level: if bind { Level::Vm } else { Level::Process },
-            entry_sha256,
+            bundle,
+            approval: bind.then(|| Approval { tier: Tier::Verified, key: "k".into(), signature: vec![7; 64] }),
             entry,
             args,
             env,
@@ -148,8 +149,7 @@ fn answers_survive() {
         plugin: "p".into(),
         generation: 4,
         level: Level::Process,
-        entry_sha256: [7; 32],
-        digest: Some([8; 32]),
+        bundle: [7; 32],
         socket: SocketMode::Bind,
         limits: Limits { pids: Some(4), ..Limits::default() },
         grants: vec![Grant::WriteTemp],
@@ -202,7 +202,7 @@ fn each_error_is_typed() {
     assert_eq!(codec::decode_request(&[1, 0, 1]), Err(DecodeError::Short { len: 3 }));
     assert_eq!(codec::decode_request(&vec![0; MAX_PACKET + 1]), Err(DecodeError::Long { len: MAX_PACKET + 1 }));
     assert_eq!(codec::decode_request(&header(2, kind::PROBE, 7)), Err(DecodeError::Version { id: 7, version: 2 }));
-    for reserved in [0, 19, kind::DONE] {
+    for reserved in [0, 99, kind::DONE] {
         assert_eq!(
             codec::decode_request(&header(VERSION, reserved, 7)),
             Err(DecodeError::Kind { id: 7, kind: reserved })

@@ -106,7 +106,7 @@ fn the_next_supervisor_finds_everything_again() {
         assert_eq!((listed.launches.len(), listed.more, listed.ends_forgotten), (1, false, 0));
         let known = &listed.launches[0];
         assert_eq!((known.launch, known.plugin.as_str(), known.generation), (launch, "walled", 7));
-        assert_eq!((known.entry_sha256, &known.limits), (request.entry_sha256, &request.limits));
+        assert_eq!((known.bundle, &known.limits), (request.bundle, &request.limits));
         assert!(matches!(known.condition, Condition::Up { pid: same, .. } if same == pid));
 
         step(&mut worker, b'd');

@@ -21,11 +21,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, Plugin, wait_readable};
+use harness::{As, Harness, PATIENCE, Plugin, listed, make_bundle, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher, HEADER_LEN},
     options::Linger,
-    protocol::{Condition, Exit, Hello, LaunchId, Limits, MAX_HELD, MAX_PACKET, RefusalCode, Reply, Request, VERSION},
+    protocol::{
+        Condition, Exit, Hello, Import, LaunchId, Limits, MAX_HELD, MAX_PACKET, RefusalCode, Reply, Request, VERSION,
+    },
     seqpacket::{MOST_DESCRIPTORS, Received, Seqpacket},
 };
 use rustix::{
@@ -292,23 +294,28 @@ fn a_supervisor_may_be_killed_at_any_moment() {
         let plugin = harness.launch(request);
         let launch = plugin.launched.launch;
         let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
-        let entry = File::open(harness.path("bundles/walled/bin/walled")).expect("the entry");
-        let bundle = File::open(harness.path("bundles/walled")).expect("the bundle");
         let mut other = harness.request(&["pause"]);
-        other.plugin = "other".to_owned();
+        other.plugin = "walled-other".to_owned();
+        let other = harness.prepared(other);
+        let third = harness.path("bundles/walled-third");
+        make_bundle(&harness.path("bundles"), "walled-third");
+        let (begin, files) = listed(&third);
+        let open: Vec<File> = files.iter().map(|file| File::open(third.join(&file.path)).expect("a file")).collect();
         let script: Vec<(Request, Vec<BorrowedFd<'_>>)> = vec![
             (Request::Hello(Hello { version: VERSION }), vec![]),
             (Request::List { after: LaunchId(0) }, vec![]),
             (Request::Reattach { launch }, vec![]),
             (Request::HoldFd { name: "calls".to_owned() }, vec![listener.as_fd()]),
-            (Request::Launch(Box::new(other)), vec![entry.as_fd(), bundle.as_fd()]),
+            (Request::Launch(Box::new(other)), vec![]),
+            (Request::Import(Import::Begin(begin)), vec![]),
+            (Request::Import(Import::Files(files)), open.iter().map(AsFd::as_fd).collect()),
             (Request::Limits { launch, limits: Limits { pids: Some(64), ..Limits::default() } }, vec![]),
             (Request::TakeFd { name: "calls".to_owned(), keep: true }, vec![]),
             (Request::Stats { launch }, vec![]),
             (Request::Acknowledge { launch }, vec![]),
             (Request::TakeFd { name: "calls".to_owned(), keep: false }, vec![]),
         ];
-        // Once in peace, so that the launcher has the sealed copy of the entry.
+        // Once in peace.
         let (reply, descriptors) = harness.ask(&script[4].0, &script[4].1);
         let Reply::Launched(launched) = reply else { panic!("{reply:?}") };
         drop(descriptors);

@@ -225,7 +225,7 @@ fn difference(
     verified: &Verified,
     allow_degraded: &[Control],
 ) -> Option<&'static str> {
-    let Verified { info, entry_sha256, verdict, .. } = verified;
+    let Verified { info, verdict, .. } = verified;
     let grants: Vec<protocol::Grant> = verdict.granted.iter().filter_map(kernel_grant).collect();
     let asked = settings::kernel_limits(&verdict.limits);
     // A limit that this host cannot enforce was not in force at the launch either.
@@ -243,7 +243,7 @@ fn difference(
         pids: known.limits.pids.filter(|_| !lacking(Control::PidsLimit)),
         ..known.limits.clone()
     };
-    if known.entry_sha256 != *entry_sha256 || known.digest.is_some_and(|digest| digest != *info.digest.as_bytes()) {
+    if known.bundle != *info.digest.as_bytes() {
         Some("its bundle")
     } else if known.grants != grants {
         Some("its capabilities")

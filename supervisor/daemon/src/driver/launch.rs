@@ -26,14 +26,15 @@ use crate::{
 impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {
         let asked = self.of(generation).and_then(|run| run.verified.as_ref()).map(|verified| {
-            let Verified { info, entry, entry_path, entry_sha256, directory, verdict } = verified;
+            let Verified { info, entry_path, files, verdict } = verified;
             let manifest = &info.manifest;
             let launch = Launch {
                 plugin: manifest.name.to_string(),
                 generation: generation.0,
                 level: Level::Process,
-                entry_sha256: *entry_sha256,
+                bundle: *info.digest.as_bytes(),
                 entry: entry_path.clone(),
+                approval: None,
                 args: manifest.runtime.args.clone(),
                 env: manifest.runtime.env.clone().into_iter().collect(),
                 socket: asked_socket(manifest),
@@ -41,16 +42,15 @@ impl Driver {
                 grants: verdict.granted.iter().filter_map(kernel_grant).collect(),
                 allow_degraded: Vec::new(),
             };
-            let descriptors = entry.try_clone().and_then(|entry| Ok((entry, directory.try_clone()?)));
-            (launch, descriptors)
+            (launch, Arc::clone(files), verdict.tier)
         });
-        let Some((mut launch, descriptors)) = asked else { return };
+        let Some((mut launch, files, tier)) = asked else { return };
         launch.allow_degraded.clone_from(&self.shared.allow_degraded);
         let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
         self.spawn(generation, async move {
-            let launched = match descriptors {
-                Ok((entry, directory)) => launcher.launch(launch, entry.into(), directory).await,
-                Err(error) => Err(LauncherError::Request(error.to_string())),
+            let launched = match launcher.import(files, tier.into()).await {
+                Ok(_) => launcher.launch(launch).await,
+                Err(error) => Err(error),
             };
             Some(match launched {
                 Ok(process) => Inward::Launched(generation, Box::new(process)),

@@ -1,10 +1,6 @@
 //! The verify phase: a bundle is read, judged, and shown.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd as _, OwnedFd},
-    sync::Arc,
-};
+use std::{os::fd::AsFd as _, sync::Arc};
 
 use plugvisor_core::{
     Code, Error, Generation,
@@ -19,16 +15,17 @@ use super::{
     load::{failed, permanent, transient},
     settings,
 };
-use crate::discovery::{Rejection, Source};
+use crate::{
+    discovery::{Rejection, Source},
+    launcher::BundleFiles,
+};
 
 /// A bundle that may be launched.
 #[derive(Debug)]
 pub(super) struct Verified {
     pub(super) info: Arc<BundleInfo>,
-    pub(super) entry: File,
     pub(super) entry_path: String,
-    pub(super) entry_sha256: [u8; 32],
-    pub(super) directory: OwnedFd,
+    pub(super) files: Arc<BundleFiles>,
     pub(super) verdict: Arc<Verdict>,
 }
 
@@ -125,15 +122,8 @@ fn verify(
     };
     let directory = bundle.directory().as_fd().try_clone_to_owned().map_err(read)?;
     let info = Arc::new(info(&bundle));
-    let entry = bundle.entry;
-    Ok(Verified {
-        info,
-        entry_path: entry.path,
-        entry_sha256: *entry.sha256.as_bytes(),
-        entry: entry.file,
-        directory,
-        verdict: Arc::new(verdict),
-    })
+    let files = BundleFiles { digest: bundle.digest, files: bundle.files, directory };
+    Ok(Verified { info, entry_path: bundle.entry.path, files: Arc::new(files), verdict: Arc::new(verdict) })
 }
 
 /// Several errors as one: the first one's code, everyone's text.

@@ -7,6 +7,7 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,7 +20,7 @@ use plugvisor_sandbox::{
 };
 use tokio::{
     io::unix::AsyncFd,
-    sync::{mpsc, oneshot, watch},
+    sync::{Mutex, mpsc, oneshot, watch},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -33,13 +34,15 @@ const QUEUE: usize = 64;
 /// How long any request but a launch may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a launch may take: it hashes and copies the entry.
+/// How long a launch may take on a busy host.
 const LAUNCH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Asks the launcher. Clones ask the same one.
 #[derive(Clone, Debug)]
 pub struct Launcher {
     asks: mpsc::Sender<Ask>,
+    /// Whoever holds it imports: the launcher takes one bundle at a time.
+    pub(super) importing: Arc<Mutex<()>>,
     closing: CancellationToken,
     pid: u32,
     end: watch::Receiver<Option<LauncherEnd>>,
@@ -127,7 +130,7 @@ impl Launcher {
             let end = closed.run_until_cancelled(task.run(receiver)).await.unwrap_or(LauncherEnd::Closed);
             end_sender.send_replace(Some(end));
         });
-        let mut this = Self { asks, closing, pid: 0, end };
+        let mut this = Self { asks, importing: Arc::default(), closing, pid: 0, end };
         match this.ask(Request::Hello(Hello { version: VERSION }), Vec::new(), PATIENCE).await? {
             Answer::Plain(Reply::Hello { version: VERSION, pid }) => this.pid = pid,
             _ => return Err(LauncherError::Mismatch),
@@ -160,10 +163,10 @@ impl Launcher {
         }
     }
 
-    /// Starts a plugin from its entry (open for reading) and its bundle's directory.
-    pub async fn launch(&self, launch: Launch, entry: OwnedFd, bundle: OwnedFd) -> Result<Process, LauncherError> {
+    /// Starts a plugin from a bundle in the launcher's store, see [`Launcher::import`].
+    pub async fn launch(&self, launch: Launch) -> Result<Process, LauncherError> {
         let request = Request::Launch(Box::new(launch));
-        match self.ask(request, vec![entry, bundle], LAUNCH_PATIENCE).await? {
+        match self.ask(request, Vec::new(), LAUNCH_PATIENCE).await? {
             Answer::Launched(process) => Ok(*process),
             Answer::Plain(_) | Answer::Reattached(_) | Answer::Socket(_) => Err(LauncherError::Mismatch),
         }
@@ -428,7 +431,8 @@ mod tests {
             plugin: "gallery".into(),
             generation: 1,
             level: Level::Process,
-            entry_sha256: [0; 32],
+            bundle: [0; 32],
+            approval: None,
             entry: "bin/gallery".into(),
             args: Vec::new(),
             env: Vec::new(),
@@ -462,13 +466,13 @@ mod tests {
         assert_eq!(launcher.pid(), 7);
         let answer = async {
             let (id, _, descriptors) = peer.request().await;
-            assert_eq!(descriptors, 2);
+            assert_eq!(descriptors, 0);
             peer.reply(id, &launched(5), &[null().as_fd(); 5]);
             let exited = Notice::Exited { launch: LaunchId(5), exit: Exit::Signal(9), oom_killed: false };
             peer.0.get_ref().try_send(&encode_notice(&exited).unwrap(), &[]).unwrap();
             exited
         };
-        let (process, exited) = tokio::join!(launcher.launch(launch(), null(), null()), answer);
+        let (process, exited) = tokio::join!(launcher.launch(launch()), answer);
         let mut process = process.unwrap();
         assert_eq!(process.notices.recv().await, Some(exited));
         assert_eq!(process.notices.recv().await, None, "an exit is the last notice");
@@ -496,7 +500,7 @@ mod tests {
         let (launcher, peer) = connected().await;
         let asked = tokio::spawn({
             let launcher = launcher.clone();
-            async move { launcher.launch(launch(), null(), null()).await }
+            async move { launcher.launch(launch()).await }
         });
         let (id, _, _) = peer.request().await;
         asked.abort();

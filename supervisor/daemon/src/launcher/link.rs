@@ -13,7 +13,7 @@ use std::{
 };
 
 use plugvisor_sandbox::{
-    options::{Linger, Listen, Options, Supervisor},
+    options::{BundleRoot, Linger, Listen, Options, Supervisor},
     seqpacket::Seqpacket,
 };
 use rustix::{
@@ -40,6 +40,15 @@ pub struct Link {
     pub tie: Tie,
     /// When the connection was made.
     pub since: Instant,
+}
+
+/// Files of the launcher's own, which the supervisor's user may not write.
+#[derive(Clone, Debug, Default)]
+pub struct Own {
+    /// Where its store is; in memory without one.
+    pub store: Option<PathBuf>,
+    /// What the administrator approved.
+    pub policy: Option<PathBuf>,
 }
 
 /// How the launcher's life hangs together with the supervisor's.
@@ -92,7 +101,13 @@ pub enum LinkError {
 impl Link {
     /// The launcher that an earlier supervisor left in this runtime directory, or a new one, which outlives this
     /// supervisor by `linger`. Must be called while the process has one thread.
-    pub fn embedded(program: &Path, runtime: &Path, roots: Vec<PathBuf>, linger: Duration) -> Result<Self, LinkError> {
+    pub fn embedded(
+        program: &Path,
+        runtime: &Path,
+        roots: Vec<BundleRoot>,
+        linger: Duration,
+        files: Own,
+    ) -> Result<Self, LinkError> {
         let directory = runtime.join(DOOR);
         let path = directory.join(SOCKET);
         match reach(&path) {
@@ -106,7 +121,8 @@ impl Link {
             make_door(&directory, own).map_err(|source| LinkError::Door { path: directory, source })?;
         }
         let spawned = spawn(program, |socket| {
-            let mut options = Options::new(socket, runtime.to_owned(), roots);
+            let Own { store, policy } = files;
+            let mut options = Options { store, policy, ..Options::new(socket, runtime.to_owned(), roots) };
             if !linger.is_zero() {
                 let listen = Listen { path, first: Some(socket), uid: own, linger: Linger::For(linger) };
                 options.supervisor = Supervisor::Listen(listen);

@@ -4,11 +4,13 @@
 //! the runtime. Which plugin is launched how is the drivers' business; what a request may do, the launcher's own.
 
 mod client;
+mod import;
 mod keep;
 mod link;
 mod spawn;
 
 pub use client::{Gone, Launcher, LauncherEnd, LauncherError, Process, describe_exit, signal_name};
+pub use import::BundleFiles;
 pub use keep::{Found, Inventory, Output, Reattachment};
-pub use link::{Link, LinkError, Tie};
+pub use link::{Link, LinkError, Own, Tie};
 pub use spawn::{PROGRAM, SpawnError, Spawned, beside_this_program, spawn};

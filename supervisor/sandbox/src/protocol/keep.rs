@@ -41,10 +41,8 @@ pub struct Known {
     pub generation: u64,
     /// How strong its walls are.
     pub level: Level,
-    /// The digest of its entry.
-    pub entry_sha256: [u8; 32],
-    /// The content digest of its bundle, when it was launched from the store.
-    pub digest: Option<[u8; 32]>,
+    /// The content digest of its bundle.
+    pub bundle: [u8; 32],
     /// Who made its worker socket.
     pub socket: SocketMode,
     /// The limits in force, as far as they were enforced.

@@ -95,3 +95,21 @@ impl From<Tier> for TrustTier {
         }
     }
 }
+
+/// An administrator's signed word that a bundle has a tier. It holds for the name and the digest that were signed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Approval {
+    /// The tier that was signed.
+    pub tier: Tier,
+    /// The key's name in the launcher's policy file.
+    pub key: String,
+    /// The Ed25519 signature, 64 bytes, over [`approval_text`].
+    pub signature: Vec<u8>,
+}
+
+/// What an administrator signs: this plugin's name, with this content, has this tier.
+#[must_use]
+pub fn approval_text(plugin: &str, tier: Tier, bundle: &[u8; 32]) -> String {
+    let digest = plugvisor_package::Digest::from_bytes(*bundle);
+    format!("plugvisor approval 1\n{plugin}\n{}\n{digest}\n", TrustTier::from(tier))
+}

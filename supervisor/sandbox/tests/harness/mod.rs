@@ -2,6 +2,7 @@
 #![allow(unreachable_pub, dead_code, missing_docs, reason = "a module of tests, each of which uses a part")]
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom},
     os::{
@@ -11,18 +12,20 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Mutex, PoisonError,
+        Mutex, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use plugvisor_package::{Bundle, BundleFile, BundleLimits};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
-    options::{Linger, Listen, Options, Supervisor},
+    options::{BundleRoot, Linger, Listen, Options, Supervisor},
     protocol::{
-        Control, Exit, Hello, Launch, LaunchId, Launched, Level, Limits, Listed, Notice, ReattachState, Reattached,
-        Refusal, RefusalCode, Reply, Request, SocketMode, VERSION,
+        Control, Exit, Hello, Import, ImportBegin, ImportFile, Launch, LaunchId, Launched, Level, Limits, Listed,
+        MAX_DESCRIPTORS, Notice, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request, SocketMode, Stored,
+        Tier, VERSION,
     },
     seqpacket::{Received, Seqpacket},
 };
@@ -30,7 +33,6 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::Uid,
 };
-use sha2::{Digest, Sha256};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// An ordinary user that needs no entry anywhere.
@@ -73,6 +75,9 @@ pub struct Harness {
     pub spares: usize,
     notices: Vec<Notice>,
     last: u64,
+    args: Vec<OsString>,
+    /// The digest of the bundle `walled`.
+    bundle: OnceLock<[u8; 32]>,
 }
 
 /// A launched plugin and its ends.
@@ -92,9 +97,55 @@ impl Harness {
 
     pub fn start_with(as_: As, change: impl FnOnce(&mut Options)) -> Self {
         let mut harness = Self::spawn(as_, change);
-        let reply = harness.ask(&Request::Hello(Hello { version: VERSION }), &[]).0;
-        assert_eq!(reply, Reply::Hello { version: VERSION, pid: harness.process.id() });
+        harness.greet();
         harness
+    }
+
+    /// With a store on the disk, as root.
+    pub fn start_with_store(as_: As, change: impl FnOnce(&mut Options)) -> Self {
+        let mut harness = Self::spawn_in(as_, tempfile::tempdir().expect("a temporary directory"), |options, path| {
+            options.store = (as_ == As::Root).then(|| path.join("store"));
+            options.policy = Some(path.join("policy.toml"));
+            change(options);
+        });
+        harness.greet();
+        harness
+    }
+
+    /// One that is expected to refuse to run.
+    pub fn start_with_refusal(as_: As, change: impl FnOnce(&mut Options)) -> Self {
+        Self::spawn(as_, change)
+    }
+
+    fn greet(&mut self) {
+        let reply = self.ask(&Request::Hello(Hello { version: VERSION }), &[]).0;
+        assert_eq!(reply, Reply::Hello { version: VERSION, pid: self.process.id() });
+    }
+
+    /// A new launcher in the place of one that has ended, without a Hello.
+    pub fn respawn(&mut self) {
+        let (connection, other) = Seqpacket::pair().expect("a socket pair");
+        let mut command = Command::new(self.path("plugvisor-launcher"));
+        command.args(&self.args).stdin(Stdio::from(OwnedFd::from(other))).stderr(Stdio::null());
+        self.process = command.spawn().expect("the launcher starts");
+        self.connection = connection;
+    }
+
+    /// A new launcher in the place of one that has ended.
+    pub fn restart(&mut self) {
+        self.respawn();
+        self.greet();
+    }
+
+    /// What the administrator approves from now on.
+    pub fn write_policy(&self, text: &str) {
+        let new = self.path("policy.new");
+        fs::write(&new, text).expect("the policy");
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o644)).expect("chmod");
+        if self.as_ == As::Ordinary && is_root() {
+            std::os::unix::fs::chown(&new, Some(ORDINARY), Some(ORDINARY)).expect("chown");
+        }
+        fs::rename(new, self.path("policy.toml")).expect("the policy");
     }
 
     /// Without a Hello.
@@ -236,17 +287,18 @@ impl Harness {
     }
 
     fn spawn(as_: As, change: impl FnOnce(&mut Options)) -> Self {
+        Self::spawn_in(as_, tempfile::tempdir().expect("a temporary directory"), |options, _| change(options))
+    }
+
+    fn spawn_in(as_: As, directory: tempfile::TempDir, change: impl FnOnce(&mut Options, &Path)) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         // One at a time: a process forked by another test would hold the copy of the launcher open for writing for a
         // moment, and executing it would be ETXTBSY.
         static COPYING: Mutex<()> = Mutex::new(());
         let copying = COPYING.lock().unwrap_or_else(PoisonError::into_inner);
-        let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path();
-        let bundle = path.join("bundles/walled");
-        fs::create_dir_all(bundle.join("bin")).expect("the bundle");
-        fs::copy(env!("CARGO_BIN_EXE_plugvisor-walled"), bundle.join("bin/walled")).expect("the entry");
-        fs::write(bundle.join("plugin.json"), "{}").expect("the manifest");
+        fs::create_dir_all(path.join("bundles")).expect("the bundles");
+        make_bundle(&path.join("bundles"), "walled");
         fs::write(path.join("secret"), "of the supervisor").expect("a secret");
         // The launcher's own file may lie where an ordinary user cannot go.
         let program = path.join("plugvisor-launcher");
@@ -263,11 +315,20 @@ impl Harness {
 
         let (connection, other) = Seqpacket::pair().expect("a socket pair");
         let cgroup = format!("plugvisor-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let mut options = Options::new(0, run.clone(), vec![path.join("bundles")]);
+        let mut options =
+            Options::new(0, run.clone(), vec![BundleRoot { tier: Tier::Verified, path: path.join("bundles") }]);
         options.cgroup_root.clone_from(&cgroup);
-        change(&mut options);
+        change(&mut options, path);
+        if let Some(policy) = &options.policy {
+            fs::write(policy, "version = 1\n").expect("the policy");
+            open(policy, 0o644);
+            if as_ == As::Ordinary && is_root() {
+                std::os::unix::fs::chown(policy, Some(ORDINARY), Some(ORDINARY)).expect("chown");
+            }
+        }
+        let args = options.to_args();
         let mut command = Command::new(program);
-        command.args(options.to_args()).stdin(Stdio::from(OwnedFd::from(other)));
+        command.args(&args).stdin(Stdio::from(OwnedFd::from(other)));
         if as_ == As::Ordinary && is_root() {
             std::os::unix::fs::chown(&run, Some(ORDINARY), Some(ORDINARY)).expect("chown");
             command.uid(ORDINARY).gid(ORDINARY);
@@ -276,7 +337,8 @@ impl Harness {
         drop(command);
         drop(copying);
         let spares = if as_ == As::Root { usize::try_from(options.spares).expect("few") } else { 0 };
-        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0 }
+        let bundle = OnceLock::new();
+        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0, args, bundle }
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {
@@ -343,14 +405,14 @@ impl Harness {
 
     /// A launch of the test plugin with what is lacking allowed, so that the rest can be seen.
     pub fn request(&self, args: &[&str]) -> Launch {
-        let entry = fs::read(self.path("bundles/walled/bin/walled")).expect("the entry");
         let lacking = [Control::OwnUid, Control::MemoryLimit, Control::CpuLimit, Control::PidsLimit];
         Launch {
             plugin: "walled".to_owned(),
             generation: 7,
             level: Level::Process,
-            entry_sha256: Sha256::digest(entry).into(),
+            bundle: *self.bundle.get_or_init(|| digest(&self.path("bundles/walled"))),
             entry: "bin/walled".to_owned(),
+            approval: None,
             args: args.iter().map(ToString::to_string).collect(),
             env: vec![("COLOUR".to_owned(), "blue".to_owned())],
             socket: SocketMode::Inherit,
@@ -360,14 +422,32 @@ impl Harness {
         }
     }
 
+    /// Launches; the bundle of the plugin's name is made and imported first, when there is none.
     pub fn try_launch(&mut self, launch: Launch) -> Result<Plugin, Refusal> {
-        let entry = File::open(self.path("bundles/walled/bin/walled")).expect("the entry");
-        self.launch_entry(launch, &entry)
+        let launch = self.try_prepare(launch)?;
+        self.launch_stored(launch)
     }
 
-    pub fn launch_entry(&mut self, launch: Launch, entry: &File) -> Result<Plugin, Refusal> {
-        let bundle = File::open(self.path("bundles/walled")).expect("the bundle");
-        match self.ask(&Request::Launch(Box::new(launch)), &[entry.as_fd(), bundle.as_fd()]) {
+    /// The launch, with its bundle in the store.
+    pub fn prepared(&mut self, launch: Launch) -> Launch {
+        self.try_prepare(launch).unwrap_or_else(|refusal| panic!("refused: {refusal:?}"))
+    }
+
+    fn try_prepare(&mut self, mut launch: Launch) -> Result<Launch, Refusal> {
+        if launch.plugin != "walled" && launch.plugin.starts_with("walled-") {
+            make_bundle(&self.path("bundles"), &launch.plugin);
+            launch.bundle = digest(&self.path(&format!("bundles/{}", launch.plugin)));
+        }
+        let bundle = self.path(&format!("bundles/{}", launch.plugin));
+        if self.find(launch.bundle).is_none() && bundle.join("plugin.json").exists() {
+            self.import(&bundle)?;
+        }
+        Ok(launch)
+    }
+
+    /// Launches from what the store has.
+    pub fn launch_stored(&mut self, launch: Launch) -> Result<Plugin, Refusal> {
+        match self.ask(&Request::Launch(Box::new(launch)), &[]) {
             (Reply::Launched(launched), descriptors) => {
                 let [pidfd, broker, worker, stdout, stderr] =
                     <[OwnedFd; 5]>::try_from(descriptors).expect("five descriptors");
@@ -378,6 +458,42 @@ impl Harness {
                 Err(refusal)
             }
             (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    /// What the store has under this digest.
+    pub fn find(&mut self, bundle: [u8; 32]) -> Option<Stored> {
+        match self.ask(&Request::Import(Import::Find { bundle }), &[]).0 {
+            Reply::Imported(found) => found,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Imports a bundle as a supervisor does.
+    pub fn import(&mut self, path: &Path) -> Result<Stored, Refusal> {
+        let (begin, files) = listed(path);
+        self.import_listed(begin, &files, path)
+    }
+
+    /// Imports what is said of a bundle.
+    pub fn import_listed(&mut self, begin: ImportBegin, files: &[ImportFile], path: &Path) -> Result<Stored, Refusal> {
+        self.step(Import::Begin(begin), &[])?;
+        for packet in files.chunks(MAX_DESCRIPTORS) {
+            let open: Vec<File> =
+                packet.iter().map(|file| File::open(path.join(&file.path)).expect("a file of the bundle")).collect();
+            let descriptors: Vec<BorrowedFd<'_>> = open.iter().map(AsFd::as_fd).collect();
+            self.step(Import::Files(packet.to_vec()), &descriptors)?;
+        }
+        Ok(self.step(Import::Commit, &[])?.expect("what was committed"))
+    }
+
+    /// One step of an import.
+    pub fn step(&mut self, step: Import, descriptors: &[BorrowedFd<'_>]) -> Result<Option<Stored>, Refusal> {
+        match self.ask(&Request::Import(step), descriptors).0 {
+            Reply::Done => Ok(None),
+            Reply::Imported(found) => Ok(found),
+            Reply::Refused(refusal) => Err(refusal),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -523,6 +639,48 @@ impl Drop for Harness {
             }
         }
     }
+}
+
+/// A bundle with the test plugin under this name.
+pub fn make_bundle(bundles: &Path, name: &str) {
+    let bundle = bundles.join(name);
+    fs::create_dir_all(bundle.join("bin")).expect("the bundle");
+    fs::copy(env!("CARGO_BIN_EXE_plugvisor-walled"), bundle.join("bin/walled")).expect("the entry");
+    write_manifest(&bundle, name, "bin/walled");
+    for directory in [bundles, &bundle, &bundle.join("bin")] {
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("chmod");
+    }
+}
+
+pub fn write_manifest(bundle: &Path, name: &str, exec: &str) {
+    let manifest =
+        format!("{{\n  \"name\": \"{name}\", \"version\": \"1.0.0\", \"runtime\": {{\"exec\": \"{exec}\"}}\n}}\n");
+    fs::write(bundle.join("plugin.json"), manifest).expect("the manifest");
+}
+
+/// What a supervisor says of a bundle.
+pub fn listed(path: &Path) -> (ImportBegin, Vec<ImportFile>) {
+    let bundle = Bundle::open(path, &BundleLimits::default()).expect("a bundle");
+    let file = |file: BundleFile| ImportFile {
+        path: file.path,
+        executable: file.executable,
+        size: file.size,
+        sha256: *file.sha256.as_bytes(),
+    };
+    let digest = *bundle.digest.as_bytes();
+    let files: Vec<ImportFile> = bundle.files.into_iter().map(file).collect();
+    (announce(digest, &files), files)
+}
+
+/// The beginning of an import of these files.
+pub fn announce(bundle: [u8; 32], files: &[ImportFile]) -> ImportBegin {
+    let bytes = files.iter().map(|file| file.size).sum();
+    ImportBegin { bundle, files: files.len().try_into().expect("few"), bytes }
+}
+
+/// The content digest of a bundle.
+pub fn digest(path: &Path) -> [u8; 32] {
+    listed(path).0.bundle
 }
 
 pub fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) -> bool {

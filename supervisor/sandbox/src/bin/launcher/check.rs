@@ -1,11 +1,9 @@
-//! What a Launch may say: every field of the request against the launcher's policy. Pure, but for the path behind the
-//! bundle's descriptor, which the kernel tells without asking the filesystem.
+//! What a Launch may say: every field of the request against the launcher's policy. Pure. What its bundle may be is in
+//! `store` and `policy`.
 
 use std::{
     ffi::CString,
-    fs,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    path::{Component, Path, PathBuf},
+    path::{Component, Path},
 };
 
 use plugvisor_package::PluginName;
@@ -20,15 +18,10 @@ const MAX_ENTRY_PATH: usize = 1024;
 const MIN_MEMORY: u64 = 1 << 20;
 
 /// A request that passed.
-pub(crate) struct Checked<'a> {
+pub(crate) struct Checked {
     pub(crate) plugin: PluginName,
-    /// The entry's file name, cut to what fits: what `ps` shows.
-    pub(crate) title: CString,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
-    pub(crate) entry: BorrowedFd<'a>,
-    pub(crate) bundle: BorrowedFd<'a>,
-    pub(crate) bundle_path: PathBuf,
 }
 
 pub(crate) fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
@@ -39,12 +32,8 @@ fn policy<T>(message: impl Into<String>) -> Result<T, Refusal> {
     refuse(RefusalCode::Policy, message)
 }
 
-/// Checks a request and the descriptors that came with it.
-pub(crate) fn launch<'a>(
-    request: &Launch,
-    descriptors: &'a [OwnedFd],
-    roots: &[PathBuf],
-) -> Result<Checked<'a>, Refusal> {
+/// Checks a request.
+pub(crate) fn launch(request: &Launch) -> Result<Checked, Refusal> {
     let Ok(plugin) = request.plugin.parse::<PluginName>() else {
         return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
     };
@@ -61,16 +50,9 @@ pub(crate) fn launch<'a>(
             );
         }
     }
-    let [entry, bundle] = descriptors else {
-        return policy(format!("{plugin} was not started: a launch carries two descriptors, the entry and the bundle"));
-    };
     limits(&plugin, request)?;
-    let bundle_path = bundle_path(&plugin, bundle, roots)?;
     let argv = argv(&plugin, request)?;
-    let title: String = request.entry.rsplit('/').next().unwrap_or_default().chars().take(48).collect();
-    let title = CString::new(title).unwrap_or_default();
-    let (entry, bundle) = (entry.as_fd(), bundle.as_fd());
-    Ok(Checked { argv, title, envp: envp(&plugin, request)?, plugin, entry, bundle, bundle_path })
+    Ok(Checked { argv, envp: envp(&plugin, request)?, plugin })
 }
 
 fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {
@@ -95,19 +77,6 @@ pub(crate) fn bounds(limits: &Limits) -> Option<&'static str> {
         return Some("its limit on open files must be between 8 and 1048576");
     }
     None
-}
-
-fn bundle_path(plugin: &PluginName, bundle: &OwnedFd, roots: &[PathBuf]) -> Result<PathBuf, Refusal> {
-    let path = fs::read_link(format!("/proc/self/fd/{}", bundle.as_raw_fd())).unwrap_or_default();
-    let plain = path.is_absolute() && path.components().skip(1).all(|part| matches!(part, Component::Normal(_)));
-    if plain && roots.iter().any(|root| path.starts_with(root)) {
-        return Ok(path);
-    }
-    policy(format!(
-        "{plugin} was not started: its bundle's directory {} is not beneath a plugin directory of the configuration; \
-         add a [[directory]] entry and start plugvisord again",
-        path.display()
-    ))
 }
 
 fn argv(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> {

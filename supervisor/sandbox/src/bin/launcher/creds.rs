@@ -1,11 +1,11 @@
 //! Who the plugin is to the kernel: its uid, no groups, no capability, and no way back.
 
-use std::os::fd::AsFd;
+use std::{ops::RangeInclusive, os::fd::AsFd};
 
 use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
-    process::{DumpableBehavior, set_dumpable_behavior},
+    process::{DumpableBehavior, getgid, getuid, set_dumpable_behavior},
     thread::{
         CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
         set_capabilities, set_capabilities_secure_bits, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
@@ -13,7 +13,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{child::Failure, kernel, step::Step};
+use crate::{child::Failure, kernel, step::Step, uids::Uids};
 
 /// How the plugin gets its identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,16 @@ pub(crate) enum Identity {
 }
 
 impl Identity {
+    /// Who copies into the store and tries the walls: as root the last uid of the range, which no plugin gets.
+    pub(crate) fn copier(range: &RangeInclusive<u32>) -> Self {
+        let (uid, gid) = (getuid(), getgid());
+        if uid.is_root() {
+            Self::Own { uid: Uids::copier(range) }
+        } else {
+            Self::Mapped { uid: uid.as_raw(), gid: gid.as_raw() }
+        }
+    }
+
     /// The uid, as the launcher's user namespace numbers it.
     pub(crate) const fn uid(self) -> u32 {
         match self {

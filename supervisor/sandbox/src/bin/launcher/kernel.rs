@@ -256,6 +256,14 @@ pub(crate) fn execveat(file: RawFd, argv: &Strings<'_>, envp: &Strings<'_>) -> i
     io::Error::last_os_error()
 }
 
+/// Replaces the program by the file at this path. Returns only when that failed.
+pub(crate) fn execve(path: &CStr, argv: &Strings<'_>, envp: &Strings<'_>) -> io::Error {
+    let (argv, envp) = (argv.pointers.as_ptr(), envp.pointers.as_ptr());
+    // SAFETY: the path is a C string; both arrays end in a null pointer and point at C strings that outlive the call.
+    unsafe { libc::syscall(libc::SYS_execve, path.as_ptr(), argv, envp) };
+    io::Error::last_os_error()
+}
+
 /// Ends the process without running anything that the launcher registered for its own end.
 pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: _exit takes a number and does not return.

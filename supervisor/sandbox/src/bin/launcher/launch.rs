@@ -2,7 +2,6 @@
 //! last of its processes is gone. What a child does is in `child`; the event loop is in `serve`.
 
 use std::{
-    collections::HashMap,
     fs, io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -12,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use plugvisor_package::PluginName;
 use plugvisor_sandbox::{
     options::Options,
     protocol::{Control, Exit, Grant, Launch, LaunchId, Limits, Refusal, RefusalCode, SocketMode},
@@ -31,13 +31,15 @@ use crate::{
     kernel::{self, Cloned},
     landlock,
     mounts::Own,
+    policy::Policy,
     probe::Trial,
     report::{self, Message},
-    sealed::SealedEntries,
     seccomp::Filters,
     spares::{Spare, Spares},
     step,
+    store::Store,
     timing::{self, Marks, Part},
+    uids::{Uids, Unsaved},
 };
 
 /// Connections that may wait on a plugin's sockets.
@@ -54,20 +56,26 @@ pub(crate) const SETUP_TIME: Duration = Duration::from_secs(10);
 /// What all launches share.
 pub(crate) struct Launcher {
     pub(crate) options: Options,
-    /// The bundle roots without symlinks.
-    pub(crate) roots: Vec<PathBuf>,
     pub(crate) cgroups: Cgroups,
     pub(crate) filters: Filters,
     /// The Landlock version in use; 0 when there is none.
     pub(crate) landlock: i32,
-    pub(crate) sealed: SealedEntries,
+    pub(crate) store: Store,
+    pub(crate) policy: Policy,
     pub(crate) spares: Spares,
     /// What was tried at the start.
     pub(crate) trial: Trial,
     privileged: bool,
-    uids: HashMap<String, u32>,
+    pub(crate) uids: Uids,
     pidfd: OwnedFd,
     last: u64,
+}
+
+/// What a launcher is made of that can refuse to be made.
+pub(crate) struct Parts {
+    pub(crate) store: Store,
+    pub(crate) policy: Policy,
+    pub(crate) uids: Uids,
 }
 
 /// One launch, from the fork until nothing of it is left.
@@ -98,23 +106,36 @@ pub(crate) struct Running {
     pub(crate) oom: bool,
     /// For the supervisor: broker, worker, stdout, stderr. Taken when the launch has succeeded.
     pub(crate) ends: Vec<OwnedFd>,
-    sha256: [u8; 32],
+    /// The content digest of its bundle.
+    pub(crate) bundle: [u8; 32],
+    /// Which writing of the uids its child made durable.
+    pub(crate) uids_mark: Option<u64>,
+}
+
+/// What a launch runs.
+pub(crate) struct Program<'a> {
+    /// The bundle's directory, and where it is.
+    pub(crate) directory: BorrowedFd<'a>,
+    pub(crate) path: &'a Path,
+    pub(crate) entry: Entry<'a>,
+    /// Who runs it, when that does not go by its name.
+    pub(crate) identity: Option<Identity>,
 }
 
 impl Launcher {
-    pub(crate) fn new(options: Options, filters: Filters) -> io::Result<Self> {
+    pub(crate) fn new(options: Options, filters: Filters, parts: Parts) -> io::Result<Self> {
         let privileged = rustix::process::geteuid().is_root();
-        let roots = options.bundle_roots.iter().filter_map(|root| fs::canonicalize(root).ok()).collect();
+        let Parts { store, policy, uids } = parts;
         Ok(Self {
-            roots,
             cgroups: Cgroups::set_up(&options.cgroup_root),
             filters,
             landlock: landlock::version(),
-            sealed: SealedEntries::default(),
+            store,
+            policy,
+            uids,
             spares: Spares::new(if privileged { usize::try_from(options.spares).unwrap_or(0) } else { 0 }),
             trial: Trial::default(),
             privileged,
-            uids: HashMap::new(),
             pidfd: pidfd_open(getpid(), PidfdFlags::empty())?,
             last: 0,
             options,
@@ -131,26 +152,13 @@ impl Launcher {
         self.privileged
     }
 
-    /// The uid for this name: the same for the launcher's life, and nobody else's.
-    fn identity(&mut self, plugin: &str) -> Result<Identity, Refusal> {
+    /// The identity for this name: as root the same uid for good, and nobody else's.
+    fn identity(&mut self, plugin: &PluginName) -> Result<(Identity, Option<Unsaved>), Refusal> {
         if !self.privileged {
-            return Ok(Identity::Mapped { uid: getuid().as_raw(), gid: getgid().as_raw() });
+            return Ok((Identity::Mapped { uid: getuid().as_raw(), gid: getgid().as_raw() }, None));
         }
-        if let Some(uid) = self.uids.get(plugin) {
-            return Ok(Identity::Own { uid: *uid });
-        }
-        let given = u32::try_from(self.uids.len()).unwrap_or(u32::MAX);
-        let next = self.options.uids.start().checked_add(given).filter(|uid| self.options.uids.contains(uid));
-        let Some(uid) = next else {
-            return refuse(
-                RefusalCode::Exhausted,
-                format!(
-                    "{plugin} was not started: every uid of --uid-range is taken; widen it and start plugvisord again"
-                ),
-            );
-        };
-        self.uids.insert(plugin.to_owned(), uid);
-        Ok(Identity::Own { uid })
+        let (uid, unsaved) = self.uids.of(plugin)?;
+        Ok((Identity::Own { uid }, unsaved))
     }
 
     /// Refuses a launch that needs a control which this host lacks, unless the operator allows that.
@@ -195,17 +203,21 @@ impl Launcher {
     pub(crate) fn start(
         &mut self,
         request: &Launch,
-        checked: &Checked<'_>,
+        checked: &Checked,
+        program: &Program<'_>,
         arrived: Instant,
     ) -> Result<Running, Refusal> {
         let began = timing::now().saturating_sub(u64::try_from(arrived.elapsed().as_nanos()).unwrap_or(0));
         let mut marks = Marks::default();
         marks.done(Part::Checked);
         let plugin = request.plugin.as_str();
-        let identity = self.identity(plugin)?;
+        let (identity, unsaved) = match program.identity {
+            Some(identity) => (identity, None),
+            None => self.identity(&checked.plugin)?,
+        };
         self.last += 1;
         let id = LaunchId(self.last);
-        match self.begin(request, checked, identity, id, marks) {
+        match self.begin(request, checked, program, identity, unsaved.as_ref(), id, marks) {
             Ok(begun) => Ok(Running {
                 id,
                 plugin: plugin.to_owned(),
@@ -228,7 +240,8 @@ impl Launcher {
                 memory: begun.memory,
                 oom: false,
                 ends: begun.ends,
-                sha256: request.entry_sha256,
+                bundle: request.bundle,
+                uids_mark: unsaved.map(|unsaved| unsaved.mark),
             }),
             Err(refusal) => {
                 remove_sockets(id);
@@ -237,11 +250,14 @@ impl Launcher {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "each is one thing of the launch")]
     fn begin(
         &mut self,
         request: &Launch,
-        checked: &Checked<'_>,
+        checked: &Checked,
+        program: &Program<'_>,
         identity: Identity,
+        unsaved: Option<&Unsaved>,
         id: LaunchId,
         mut marks: Marks,
     ) -> Result<Begun, Refusal> {
@@ -276,10 +292,13 @@ impl Launcher {
             worker: sockets.listener.as_ref().map(AsFd::as_fd),
         };
 
-        // A spare has joined its groups, so it cannot copy the entry.
-        let spare = if self.sealed.get(&request.entry_sha256).is_some() { self.spares.take() } else { None };
+        // A spare takes its order and nothing else: it executes nothing from memory, and makes nothing durable.
+        let spare = match (program.entry, unsaved) {
+            (Entry::InBundle, None) => self.spares.take(),
+            (Entry::InBundle | Entry::Sealed(_), _) => None,
+        };
         let ready = spare.and_then(|mut spare| {
-            match self.send_order(&mut spare, request, checked, id, &name, &mut order, &ends, &pipes) {
+            match self.send_order(&mut spare, request, program, id, &name, &mut order, &ends, &pipes) {
                 Ok(memory) => Some((spare, memory)),
                 Err(()) => {
                     self.spares.discard(spare);
@@ -298,7 +317,7 @@ impl Launcher {
                     ),
                 })?;
                 order.marks.done(Part::Groups);
-                match self.fork(request, checked, id, &groups, &order, ends, &pipes) {
+                match self.fork(request, program, unsaved, id, &groups, &order, ends, &pipes) {
                     Ok((init, init_pid, report, memory)) => (init, init_pid, report, groups, memory),
                     Err(error) => {
                         groups.remove();
@@ -318,20 +337,19 @@ impl Launcher {
         &self,
         spare: &mut Spare,
         request: &Launch,
-        checked: &Checked<'_>,
+        program: &Program<'_>,
         id: LaunchId,
         name: &str,
         order: &mut Order,
         ends: &Ends<'_>,
         pipes: &Pipes,
     ) -> Result<Option<MemoryWatch>, ()> {
-        let entry = self.sealed.get(&request.entry_sha256).ok_or(())?;
         spare.groups.rename(name).map_err(drop)?;
         spare.groups.set_limits(&self.enforceable(&request.limits)).map_err(drop)?;
         let memory = watch_memory(request, &spare.groups).map_err(drop)?;
         order.marks.done(Part::Groups);
-        let own = Own::of(checked.bundle, &id.0.to_string(), request.socket).map_err(drop)?;
-        child::spare::send(spare.report.as_fd(), order, entry, &own, ends).map_err(drop)?;
+        let own = Own::of(program.directory, &id.0.to_string(), request.socket).map_err(drop)?;
+        child::spare::send(spare.report.as_fd(), order, &own, ends).map_err(drop)?;
         report::send_packet(spare.report.as_fd(), &[0], &[pipes.exec_write.as_fd()]).map_err(drop)?;
         Ok(memory)
     }
@@ -342,7 +360,8 @@ impl Launcher {
     fn fork(
         &self,
         request: &Launch,
-        checked: &Checked<'_>,
+        program: &Program<'_>,
+        unsaved: Option<&Unsaved>,
         id: LaunchId,
         groups: &Groups,
         order: &Order,
@@ -350,19 +369,13 @@ impl Launcher {
         pipes: &Pipes,
     ) -> Result<(OwnedFd, i32, OwnedFd, Option<MemoryWatch>), (&'static str, io::Error)> {
         let memory = watch_memory(request, groups).map_err(|error| ("watching its memory", error))?;
-        let sealed = self.sealed.get(&request.entry_sha256);
-        // A child that must copy the entry first joins afterwards, so that the copy is not charged to the plugin.
         let opening = |error| ("opening its cgroup", error);
-        let born_in = if sealed.is_some() { groups.v2_directory().map_err(opening)? } else { None };
+        let born_in = groups.v2_directory().map_err(opening)?;
         let joins = groups.joins(born_in.is_some()).map_err(opening)?;
         let (report, child_report) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|error| ("making a socket pair", error.into()))?;
         report::send_packet(report.as_fd(), &[0], &[pipes.exec_write.as_fd()])
             .map_err(|error| ("sending over a socket pair", error))?;
-        let entry = match sealed {
-            Some(entry) => Entry::Sealed(entry),
-            None => Entry::Copy { file: checked.entry, name: &checked.title, sha256: &request.entry_sha256 },
-        };
         let kit = Kit {
             launcher: self.pidfd.as_fd(),
             report: child_report.as_fd(),
@@ -371,7 +384,14 @@ impl Launcher {
             filters: &self.filters,
         };
         let sockets = id.0.to_string();
-        let plan = Plan { entry, bundle_path: &checked.bundle_path, bundle: checked.bundle, sockets: &sockets, ends };
+        let plan = Plan {
+            entry: program.entry,
+            unsaved,
+            bundle_path: program.path,
+            bundle: program.directory,
+            sockets: &sockets,
+            ends,
+        };
         match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd))
             .map_err(|error| ("making its namespaces (clone3)", error))?
         {
@@ -515,7 +535,7 @@ pub(crate) fn remove_sockets(id: LaunchId) {
 
 impl Running {
     /// Takes what the child reported. The socket is read until it has no more.
-    pub(crate) fn drain(&mut self, sealed: &mut SealedEntries) {
+    pub(crate) fn drain(&mut self) {
         loop {
             let (message, descriptor) = match report::receive(self.report.as_fd()) {
                 Ok(Some(received)) => received,
@@ -529,11 +549,6 @@ impl Running {
             };
             match message {
                 Message::Failed { step, errno } => self.failure = self.failure.or(Some(Failure { step, errno })),
-                Message::Sealed => {
-                    if let Some(entry) = descriptor {
-                        sealed.insert(self.sha256, entry);
-                    }
-                }
                 Message::Ready => {}
                 Message::Executing { marks } => {
                     self.program = descriptor;

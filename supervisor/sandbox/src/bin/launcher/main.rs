@@ -11,6 +11,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+mod admit;
 mod bpf;
 mod cgroup;
 mod check;
@@ -18,23 +19,25 @@ mod child;
 mod closer;
 mod creds;
 mod door;
-mod entry;
 mod held;
 mod kernel;
 mod landlock;
 mod launch;
 mod mounts;
 mod output;
+mod own_program;
+mod policy;
 mod probe;
 mod readback;
 mod report;
-mod sealed;
 mod seccomp;
 mod serve;
 mod spares;
 mod step;
+mod store;
 mod syscalls;
 mod timing;
+mod uids;
 
 use std::{
     fs, io,
@@ -55,7 +58,17 @@ use rustix::{
     process::{DumpableBehavior, fchdir, getppid, getuid, set_child_subreaper, set_dumpable_behavior, umask},
 };
 
-use crate::{closer::Closer, door::Door, launch::Launcher, seccomp::Filters, serve::Server};
+use crate::{
+    closer::Closer,
+    creds::Identity,
+    door::Door,
+    launch::{Launcher, Parts},
+    policy::Policy,
+    seccomp::Filters,
+    serve::Server,
+    store::Store,
+    uids::Uids,
+};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).peekable();
@@ -82,7 +95,7 @@ enum Wrong {
     System(&'static str, io::Error),
 }
 
-fn run(options: Options) -> Result<(), Wrong> {
+fn run(mut options: Options) -> Result<(), Wrong> {
     let system = |doing| move |error: io::Error| Wrong::System(doing, error);
     let first = match &options.supervisor {
         Supervisor::Inherited(fd) => Some(*fd),
@@ -90,6 +103,11 @@ fn run(options: Options) -> Result<(), Wrong> {
     };
     let connection = first.map(take_over).transpose()?;
     let door_directory = options.door_directory().map(Path::to_owned);
+    // Before anything is opened: descriptors of directories stay in the mounts that they were opened in.
+    let mounts = match options.store {
+        Some(_) => Ok(()),
+        None => store::own_mounts(),
+    };
     // Nobody of the same uid, such as a plugin of a rootless launcher, may read its memory or its descriptors.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| Wrong::System("PR_SET_DUMPABLE", error.into()))?;
@@ -107,10 +125,16 @@ fn run(options: Options) -> Result<(), Wrong> {
     let closer = Closer::new().map_err(system("dividing its descriptor table"))?;
     let directory =
         own_directory(&options.runtime_directory).map_err(system("making its directory in --runtime-directory"))?;
-    let mut launcher = Launcher::new(options, filters).map_err(system("pidfd_open of itself"))?;
+    let policy = Policy::load(&mut options).map_err(Wrong::Policy)?;
+    let copier = Identity::copier(&options.uids);
+    let store = Store::open(&options, mounts, copier).map_err(Wrong::Policy)?;
+    let uids = Uids::open(options.uids.clone(), store.directory()).map_err(Wrong::Policy)?;
+    let parts = Parts { store, policy, uids };
+    let mut launcher = Launcher::new(options, filters, parts).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
     let mut server = Server::new(launcher, connection, door, signals, closer).map_err(system("making an epoll set"))?;
     let served = server.run();
+    server.release_store();
     let _ = rustix::process::chdir("/");
     drop(fs::remove_dir_all(directory));
     // The end of the process closes what it holds. Closing the connection would close the descriptors in packets that

@@ -16,8 +16,10 @@ use rustix::{
 
 use crate::{
     check::Checked,
-    entry,
-    launch::{Launcher, Running, remove_sockets},
+    child::Entry,
+    creds::Identity,
+    launch::{Launcher, Program, Running, remove_sockets},
+    own_program,
     step::{self, Step},
 };
 
@@ -91,12 +93,13 @@ impl Launcher {
 
     fn try_walls(&mut self) -> Result<(), TrialError> {
         let plain = |error: io::Error| TrialError { step: None, why: format!("a trial launch failed: {error}") };
-        let mut request = Launch {
+        let request = Launch {
             plugin: "trial".to_owned(),
             generation: 0,
             level: Level::Process,
-            entry_sha256: [0; 32],
+            bundle: [0; 32],
             entry: TRIAL.to_owned(),
+            approval: None,
             args: Vec::new(),
             env: Vec::new(),
             socket: SocketMode::Inherit,
@@ -104,25 +107,22 @@ impl Launcher {
             grants: Vec::new(),
             allow_degraded: Control::ALL.to_vec(),
         };
-        let program = File::open("/proc/self/exe").map_err(plain)?;
-        let (sha256, program) =
-            entry::copy(program.as_fd(), c"trial").map_err(|failure| TrialError::at(failure.step, failure.errno))?;
-        request.entry_sha256 = sha256;
-        self.sealed.insert(sha256, program);
+        let own = own_program::sealed().map_err(plain)?;
         let here: OwnedFd = File::open(".").map_err(plain)?.into();
-        let bundle_path = std::env::current_dir().map_err(plain)?;
+        let path = std::env::current_dir().map_err(plain)?;
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
         let plugin = request.plugin.parse().expect("a plugin's name");
-        let title = c"trial".to_owned();
-        let checked =
-            Checked { plugin, title, argv, envp: Vec::new(), entry: here.as_fd(), bundle: here.as_fd(), bundle_path };
-        let started = self.start(&request, &checked, Instant::now());
-        let result = match started {
+        let checked = Checked { plugin, argv, envp: Vec::new() };
+        let program = Program {
+            directory: here.as_fd(),
+            path: &path,
+            entry: Entry::Sealed(own.as_fd()),
+            identity: Some(Identity::copier(&self.options.uids)),
+        };
+        match self.start(&request, &checked, &program, Instant::now()) {
             Err(refusal) => Err(TrialError { step: None, why: refusal.message }),
             Ok(mut running) => self.watch_trial(&mut running),
-        };
-        self.sealed.remove(&sha256);
-        result
+        }
     }
 
     fn watch_trial(&mut self, running: &mut Running) -> Result<(), TrialError> {
@@ -139,7 +139,7 @@ impl Launcher {
             let status = waitid(WaitId::PidFd(running.init.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             ended = !matches!(status, Ok(None));
         }
-        running.drain(&mut self.sealed);
+        running.drain();
         while !running.groups.remove() && Instant::now() < deadline {
             let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
         }

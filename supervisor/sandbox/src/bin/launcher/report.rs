@@ -31,8 +31,6 @@ const SIZE: usize = HEAD + Marks::SIZE;
 pub(crate) enum Message {
     /// Setting up failed; nothing else follows.
     Failed { step: Step, errno: i32 },
-    /// With the sealed entry.
-    Sealed,
     /// From a spare: it waits for its order.
     Ready,
     /// From the program, with its pidfd: all walls but the last are up, seccomp and exec come next.
@@ -45,7 +43,6 @@ impl Message {
     fn encode(self) -> [u8; SIZE] {
         let (tag, detail, value, marks) = match self {
             Self::Failed { step, errno } => (1, step as u8, errno, None),
-            Self::Sealed => (2, 0, 0, None),
             Self::Ready => (3, 0, 0, None),
             Self::Executing { marks } => (4, 0, 0, Some(marks)),
             Self::Ended { signal, value } => (5, u8::from(signal), value, None),
@@ -63,7 +60,6 @@ impl Message {
         let value = i32::from_le_bytes(*value);
         Some(match tag {
             1 => Self::Failed { step: Step::from_number(*detail)?, errno: value },
-            2 => Self::Sealed,
             3 => Self::Ready,
             4 => Self::Executing { marks: Marks::from_bytes(marks.try_into().ok()?) },
             5 => Self::Ended { signal: *detail != 0, value },

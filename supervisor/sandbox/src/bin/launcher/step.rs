@@ -23,16 +23,13 @@ macro_rules! steps {
 
 steps! {
     UserNamespace = 1, "mapping its user in the new user namespace";
-    EntryKind = 2, "looking at the entry, which must be a regular file opened for reading";
-    EntrySize = 3, "looking at the entry, which is empty or larger than 512 MiB";
-    EntryRead = 4, "copying the entry into sealed memory";
-    EntryDigest = 5, "hashing the entry: its bytes have another SHA-256 than asked for";
+    Trial = 4, "copying the launcher's own program into sealed memory";
     Cgroup = 6, "joining its cgroup";
     Session = 7, "starting its own session";
     Propagation = 8, "making its mounts private";
     Root = 9, "mounting its root";
     HostDirectories = 10, "mounting the host's runtime directories";
-    Bundle = 11, "mounting the bundle, whose directory must not move while it is being launched";
+    Bundle = 11, "mounting the bundle from the store";
     Devices = 12, "making its /dev";
     Proc = 13, "mounting its /proc";
     Temp = 14, "mounting its /tmp";
@@ -54,6 +51,7 @@ steps! {
     Signals = 30, "resetting its signals";
     Seccomp = 31, "installing its seccomp filters";
     Exec = 32, "executing the entry";
+    Uid = 33, "writing its uid down for good";
 }
 
 impl Step {
@@ -74,10 +72,8 @@ impl Step {
             Self::NoNewPrivs => Some(Control::NoNewPrivs),
             Self::Landlock | Self::LandlockCheck => Some(Control::Landlock),
             Self::Seccomp => Some(Control::Seccomp),
-            Self::EntryKind
-            | Self::EntrySize
-            | Self::EntryRead
-            | Self::EntryDigest
+            Self::Trial
+            | Self::Uid
             | Self::Cgroup
             | Self::Session
             | Self::Bundle
@@ -96,13 +92,6 @@ impl Step {
         let why = std::io::Error::from_raw_os_error(errno);
         let doing = self.doing();
         let (code, message) = match self {
-            Self::EntryDigest => (
-                RefusalCode::DigestMismatch,
-                format!("{plugin} was not started: {doing}; the file changed since it was verified, load it again"),
-            ),
-            Self::EntryKind | Self::EntrySize => {
-                (RefusalCode::Entry, format!("{plugin} was not started: it failed {doing}; correct the bundle"))
-            }
             Self::Exec => {
                 (RefusalCode::Entry, format!("{plugin} was not started: {doing} failed: {}", exec_words(errno)))
             }

@@ -29,8 +29,8 @@ parts! {
     Groups = "groups";
     /// Making the process and its namespaces, or waking a spare, until it runs.
     Started = "start";
-    /// The entry: sealed already, or copied and hashed.
-    Entry = "entry";
+    /// Its uid, when that was written down just now.
+    Uid = "uid";
     /// Joining the cgroups.
     Joined = "join";
     /// The mount tree.

@@ -32,13 +32,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     creds::{self, Identity},
-    entry,
     kernel::{self, Strings},
     landlock, mounts,
     report::{self, Message},
     seccomp::Filters,
     step::Step,
     timing::{Marks, Part},
+    uids::Unsaved,
 };
 
 /// Why the child could not become the plugin.
@@ -58,12 +58,14 @@ impl Failure {
     }
 }
 
-/// Where the entry's bytes come from.
+/// The program.
+#[derive(Clone, Copy)]
 pub(crate) enum Entry<'a> {
-    /// Sealed memory with the right digest, from an earlier launch.
+    /// A file of the bundle, at the path that `argv` begins with. By its path, so that a script finds its neighbours; the
+    /// bundle comes from the store and is read-only here.
+    InBundle,
+    /// Sealed memory, for a trial.
     Sealed(BorrowedFd<'a>),
-    /// A file to copy, hash and compare.
-    Copy { file: BorrowedFd<'a>, name: &'a CStr, sha256: &'a [u8; 32] },
 }
 
 /// What a child has of the launcher, whatever it becomes.
@@ -114,6 +116,8 @@ pub(crate) struct Ends<'a> {
 /// A launch for a child that begins from nothing.
 pub(crate) struct Plan<'a> {
     pub(crate) entry: Entry<'a>,
+    /// What must be on the disk before the uid is taken.
+    pub(crate) unsaved: Option<&'a Unsaved>,
     /// The bundle's directory, as the launcher checked it, and the device and inode that must be found there.
     pub(crate) bundle_path: &'a Path,
     pub(crate) bundle: BorrowedFd<'a>,
@@ -135,7 +139,7 @@ pub(crate) fn run(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order) -> ! {
     let mut marks = order.marks;
     marks.done(Part::Started);
     let failure = match set_up(kit, plan, order, &mut marks) {
-        Ok(()) => start(kit, order, marks),
+        Ok(()) => start(kit, plan.entry, order, marks),
         Err(failure) => failure,
     };
     fail(kit, failure)
@@ -158,21 +162,10 @@ fn fail(kit: &Kit<'_>, failure: Failure) -> ! {
 fn set_up(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
     umask(Mode::empty());
     creds::map_user(&order.identity)?;
-    let entry = match plan.entry {
-        Entry::Sealed(entry) => {
-            // Rootless, an earlier launch owned it too and may have made a script unreadable to this one.
-            rustix::fs::fchmod(entry, Mode::from_raw_mode(0o755)).map_err(at(Step::EntryRead))?;
-            entry
-        }
-        Entry::Copy { file, name, sha256 } => {
-            let sealed = entry::seal(file, name, sha256)?;
-            report::send(kit.report, &Message::Sealed, Some(sealed.as_fd()))
-                .map_err(|error| Failure::io(Step::EntryRead, &error))?;
-            // Owned by nobody from here on: it is closed with all others when the descriptors are arranged.
-            kernel::fixed(sealed.into_raw_fd())
-        }
-    };
-    marks.done(Part::Entry);
+    if let Some(Unsaved { file, directory, mark: _ }) = plan.unsaved {
+        rustix::fs::fsync(file).and_then(|()| rustix::fs::fsync(directory)).map_err(at(Step::Uid))?;
+    }
+    marks.done(Part::Uid);
     join(kit)?;
     marks.done(Part::Joined);
     setsid().map_err(at(Step::Session))?;
@@ -181,7 +174,7 @@ fn set_up(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> R
     let common = mounts::Common::enter()?;
     common.complete(own, order.socket, order.temp)?;
     marks.done(Part::Tree);
-    wall_in(kit, entry, &plan.ends, order, marks)
+    wall_in(kit, plan.entry, &plan.ends, order, marks)
 }
 
 fn join(kit: &Kit<'_>) -> Result<(), Failure> {
@@ -193,14 +186,7 @@ fn join(kit: &Kit<'_>) -> Result<(), Failure> {
 }
 
 /// From the finished mount tree on.
-fn wall_in(
-    kit: &Kit<'_>,
-    entry: BorrowedFd<'_>,
-    ends: &Ends<'_>,
-    order: &Order,
-    marks: &mut Marks,
-) -> Result<(), Failure> {
-    let script = entry::is_script(entry);
+fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
     let Rlimits { core, open_files, file_size, processes } = order.rlimits;
     set_limit(Resource::Core, core)?;
     // Only raised for now: the child holds what the launcher has open, under numbers beyond a low limit.
@@ -217,7 +203,7 @@ fn wall_in(
     tie_to(kit)?;
     rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivs))?;
     marks.done(Part::Identity);
-    arrange(kit, entry, ends, script).map_err(|error| Failure::io(Step::Descriptors, &error))?;
+    arrange(kit, entry, ends).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     marks.done(Part::Descriptors);
     if kit.landlock > 0 {
         landlock::restrict(kit.landlock, order.socket, order.temp.is_some())?;
@@ -246,12 +232,16 @@ fn tie_to(kit: &Kit<'_>) -> Result<(), Failure> {
 }
 
 /// Starts the program and becomes its init. Returns only when it could not be started.
-fn start(kit: &Kit<'_>, order: &Order, marks: Marks) -> Failure {
+fn start(kit: &Kit<'_>, entry: Entry<'_>, order: &Order, marks: Marks) -> Failure {
     let filter = kit.filters.for_grants(&order.grants);
     let (argv, envp) = (Strings::new(&order.argv), Strings::new(&order.envp));
+    let path = match entry {
+        Entry::InBundle => order.argv.first().map(CString::as_c_str),
+        Entry::Sealed(_) => None,
+    };
     // It shares this process's memory until it executes, and takes nothing from it.
     let program = kernel::vfork(|| {
-        let failure = execute(filter, &argv, &envp, marks);
+        let failure = execute(filter, path, &argv, &envp, marks);
         let message = Message::Failed { step: failure.step, errno: failure.errno };
         drop(report::send(kernel::fixed(REPORT), &message, None));
         kernel::exit_now(1)
@@ -262,8 +252,14 @@ fn start(kit: &Kit<'_>, order: &Order, marks: Marks) -> Failure {
     }
 }
 
-/// The program: returns why it could not be executed.
-fn execute(filter: &BpfProgram, argv: &Strings<'_>, envp: &Strings<'_>, mut marks: Marks) -> Failure {
+/// The program, at this path or else behind `ENTRY`: returns why it could not be executed.
+fn execute(
+    filter: &BpfProgram,
+    path: Option<&CStr>,
+    argv: &Strings<'_>,
+    envp: &Strings<'_>,
+    mut marks: Marks,
+) -> Failure {
     marks.done(Part::Forked);
     // Its own session, so that the program's process group is not its init's.
     if let Err(errno) = setsid() {
@@ -290,7 +286,10 @@ fn execute(filter: &BpfProgram, argv: &Strings<'_>, envp: &Strings<'_>, mut mark
         let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
         return source.map_or(Failure::new(Step::Seccomp, Errno::INVAL), |error| Failure::io(Step::Seccomp, error));
     }
-    let error = kernel::execveat(ENTRY, argv, envp);
+    let error = match path {
+        Some(path) => kernel::execve(path, argv, envp),
+        None => kernel::execveat(ENTRY, argv, envp),
+    };
     Failure::io(Step::Exec, &error)
 }
 
@@ -318,11 +317,15 @@ fn init(pid: i32) -> ! {
 }
 
 /// Gives each descriptor its number and closes all others.
-fn arrange(kit: &Kit<'_>, entry: BorrowedFd<'_>, ends: &Ends<'_>, script: bool) -> io::Result<()> {
+fn arrange(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>) -> io::Result<()> {
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     let (null, stdout, stderr) = (lift(kernel::fixed(null.into_raw_fd()))?, lift(ends.stdout)?, lift(ends.stderr)?);
     let worker = ends.worker.map(lift).transpose()?;
-    let (entry, report) = (lift(entry)?, lift(kit.report)?);
+    let entry = match entry {
+        Entry::InBundle => null,
+        Entry::Sealed(entry) => lift(entry)?,
+    };
+    let report = lift(kit.report)?;
     for (from, to) in [(null, 0), (stdout, 1), (stderr, 2)] {
         kernel::place(from, to, true)?;
     }
@@ -330,8 +333,7 @@ fn arrange(kit: &Kit<'_>, entry: BorrowedFd<'_>, ends: &Ends<'_>, script: bool) 
         Some(worker) => kernel::place(worker, WORKER, true)?,
         None => kernel::place(null, WORKER, false)?,
     }
-    // The entry stays open only for a script: its interpreter opens it again by number.
-    kernel::place(entry, ENTRY, script)?;
+    kernel::place(entry, ENTRY, false)?;
     kernel::place(report, REPORT, false)?;
     kernel::close_from(REPORT + 1)
 }

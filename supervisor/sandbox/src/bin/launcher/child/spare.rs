@@ -14,7 +14,7 @@ use rustix::{
     process::{setsid, umask},
 };
 
-use super::{Ends, Failure, Kit, NAME, Order, at, fail, join, lift, start, tie_to, wall_in};
+use super::{Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, start, tie_to, wall_in};
 use crate::{
     kernel,
     mounts::{self, Common},
@@ -37,7 +37,7 @@ pub(crate) fn run(kit: &Kit<'_>) -> ! {
         Err(failure) => fail(kit, failure),
     };
     let failure = match obey(&kit, common) {
-        Ok((order, marks)) => start(&kit, &order, marks),
+        Ok((order, marks)) => start(&kit, Entry::InBundle, &order, marks),
         Err(failure) => failure,
     };
     fail(&kit, failure)
@@ -80,19 +80,17 @@ fn obey(kit: &Kit<'_>, common: Common) -> Result<(Order, Marks), Failure> {
     let mut marks = order.marks;
     marks.done(Part::Started);
     kernel::set_name(NAME);
-    rustix::fs::fchmod(&sent.entry, Mode::from_raw_mode(0o755)).map_err(at(Step::EntryRead))?;
     common.complete(sent.own, order.socket, order.temp)?;
     marks.done(Part::Tree);
     // Owned by nobody from here on: they are closed with all others when the descriptors are arranged.
     let lend = |fd: OwnedFd| kernel::fixed(fd.into_raw_fd());
     let ends = Ends { stdout: lend(sent.stdout), stderr: lend(sent.stderr), worker: sent.worker.map(lend) };
-    wall_in(kit, lend(sent.entry), &ends, &order, &mut marks)?;
+    wall_in(kit, Entry::InBundle, &ends, &order, &mut marks)?;
     Ok((order, marks))
 }
 
 /// What comes with an order.
 struct Sent {
-    entry: OwnedFd,
     stdout: OwnedFd,
     stderr: OwnedFd,
     own: mounts::Own,
@@ -103,19 +101,12 @@ struct Sent {
 const MOST: usize = 2 * plugvisor_sandbox::protocol::MAX_PACKET;
 
 /// Sends an order. An error when it cannot be sent now; the spare has nothing of it then.
-pub(crate) fn send(
-    line: BorrowedFd<'_>,
-    order: &Order,
-    entry: BorrowedFd<'_>,
-    own: &mounts::Own,
-    ends: &Ends<'_>,
-) -> std::io::Result<()> {
+pub(crate) fn send(line: BorrowedFd<'_>, order: &Order, own: &mounts::Own, ends: &Ends<'_>) -> std::io::Result<()> {
     let bytes = postcard::to_extend(order, Vec::new()).map_err(std::io::Error::other)?;
     if bytes.len() > MOST {
         return Err(std::io::ErrorKind::FileTooLarge.into());
     }
-    let mut descriptors =
-        vec![entry, ends.stdout, ends.stderr, own.bundle.as_fd(), own.broker.as_fd(), own.worker.as_fd()];
+    let mut descriptors = vec![ends.stdout, ends.stderr, own.bundle.as_fd(), own.broker.as_fd(), own.worker.as_fd()];
     descriptors.extend(ends.worker);
     report::send_packet(line, &bytes, &descriptors)
 }
@@ -126,7 +117,7 @@ fn receive(line: BorrowedFd<'_>) -> std::io::Result<Option<(Order, Sent)>> {
     let order = postcard::from_bytes(&bytes[..length]).map_err(std::io::Error::other)?;
     let mut descriptors = descriptors.into_iter();
     let mut next = || descriptors.next().ok_or_else(|| std::io::Error::from(Errno::BADF));
-    let (entry, stdout, stderr) = (next()?, next()?, next()?);
+    let (stdout, stderr) = (next()?, next()?);
     let own = mounts::Own { bundle: next()?, broker: next()?, worker: next()? };
-    Ok(Some((order, Sent { entry, stdout, stderr, own, worker: descriptors.next() })))
+    Ok(Some((order, Sent { stdout, stderr, own, worker: descriptors.next() })))
 }

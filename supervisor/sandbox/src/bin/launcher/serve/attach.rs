@@ -51,7 +51,7 @@ pub(super) struct Origin {
     plugin: String,
     generation: u64,
     level: Level,
-    entry_sha256: [u8; 32],
+    bundle: [u8; 32],
     socket: SocketMode,
     pub(super) limits: Limits,
     grants: Vec<Grant>,
@@ -67,7 +67,7 @@ impl Origin {
             plugin: request.plugin.clone(),
             generation: request.generation,
             level: request.level,
-            entry_sha256: request.entry_sha256,
+            bundle: request.bundle,
             socket: request.socket,
             limits: request.limits.clone(),
             grants: request.grants.clone(),
@@ -83,8 +83,7 @@ impl Origin {
             plugin: self.plugin.clone(),
             generation: self.generation,
             level: self.level,
-            entry_sha256: self.entry_sha256,
-            digest: None,
+            bundle: self.bundle,
             socket: self.socket,
             limits: self.limits.clone(),
             grants: self.grants.clone(),
@@ -176,6 +175,9 @@ impl Server {
         descriptors.extend(ends);
         slot.ends = Some(Ends { broker, worker, streams });
         slot.phase = Phase::Up;
+        if let Some(mark) = running.uids_mark {
+            self.launcher.uids.saved(mark);
+        }
         let launched = self.launched(id).ok_or_else(|| gone("the launch is gone"))?;
         Ok((launched, descriptors))
     }

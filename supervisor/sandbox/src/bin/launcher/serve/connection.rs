@@ -94,6 +94,7 @@ impl Server {
         self.closer.take(connection.into_descriptors());
         // Somebody who never said Hello was none.
         self.alone.get_or_insert_with(Instant::now);
+        self.launcher.store.abandon();
         self.detach();
     }
 

@@ -37,7 +37,7 @@ impl Server {
     pub(super) fn reported(&mut self, id: u64) {
         let Some(slot) = self.slots.get_mut(&id) else { return };
         let was_open = !slot.running.report_closed;
-        slot.running.drain(&mut self.launcher.sealed);
+        slot.running.drain();
         if was_open && slot.running.report_closed {
             let _ = epoll::delete(&self.epoll, &slot.running.report);
         }

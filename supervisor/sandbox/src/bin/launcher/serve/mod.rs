@@ -8,6 +8,7 @@ mod change;
 mod connection;
 mod launches;
 mod requests;
+mod store;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -57,6 +58,10 @@ enum Source {
     Output(u64, Stream),
     Change(u64),
     Spare(u64),
+    /// The child that copies into the store.
+    Copier,
+    /// The child that works in the store.
+    Chore,
 }
 
 impl Source {
@@ -74,6 +79,8 @@ impl Source {
             Self::Output(id, Stream::Stderr) => id << 4 | 9,
             Self::Change(id) => id << 4 | 10,
             Self::Spare(number) => number << 4 | 11,
+            Self::Copier => 12,
+            Self::Chore => 13,
         }
     }
 
@@ -91,6 +98,8 @@ impl Source {
             (9, id) => Some(Self::Output(id, Stream::Stderr)),
             (10, id) => Some(Self::Change(id)),
             (11, number) => Some(Self::Spare(number)),
+            (12, _) => Some(Self::Copier),
+            (13, _) => Some(Self::Chore),
             _ => None,
         }
     }
@@ -220,6 +229,8 @@ impl Server {
             self.mute();
             self.show_out();
             self.lonely();
+            self.launcher.store.overdue();
+            self.start_chore()?;
             self.finish_gone();
             self.flush();
             self.make_spare()?;
@@ -269,6 +280,12 @@ impl Server {
                     let _ = epoll::delete(&self.epoll, silent);
                 }
             }
+            Source::Copier => self.copied(),
+            Source::Chore => {
+                if let Some(pidfd) = self.launcher.store.chore_ended() {
+                    let _ = epoll::delete(&self.epoll, &pidfd);
+                }
+            }
         }
     }
 
@@ -287,6 +304,7 @@ impl Server {
         let lonely = self.lingers_for().filter(|_| self.ending.is_none());
         let mute = self.greets_within().filter(|_| self.ending.is_none());
         let leave = self.leaves_within().filter(|_| self.ending.is_none());
+        let importing = self.launcher.store.due().filter(|_| self.ending.is_none());
         let rest = self.door.as_ref().and_then(|door| door.rests_until);
         let rest = rest.map(|until| until.saturating_duration_since(now));
         let spares = self.launcher.spares.due().filter(|_| self.ending.is_none() && !self.launching());
@@ -302,6 +320,7 @@ impl Server {
             .chain(mute)
             .chain(leave)
             .chain(rest)
+            .chain(importing)
             .min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
         let next = next + Duration::from_millis(1);
@@ -330,7 +349,7 @@ impl Server {
             let of = |slot: &Slot| {
                 slot.running.init_pid == pid || slot.change.as_ref().is_some_and(|change| change.pid == pid)
             };
-            let known = self.closer.is_child(pid) || self.slots.values().any(of);
+            let known = self.closer.is_child(pid) || self.launcher.store.is_child(pid) || self.slots.values().any(of);
             if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             }
@@ -362,6 +381,7 @@ impl Server {
         }
         self.ending = Some(Instant::now());
         self.closer.kill();
+        self.launcher.store.kill();
         for slot in self.slots.values() {
             slot.running.kill();
         }

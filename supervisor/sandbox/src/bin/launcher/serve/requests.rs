@@ -1,17 +1,21 @@
 //! The requests: what each does, once it is one.
 
-use std::{os::fd::OwnedFd, time::Instant};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    time::Instant,
+};
 
 use plugvisor_sandbox::{
     options::Linger,
-    protocol::{Launch, LaunchId, Refusal, RefusalCode, Reply, Request, VERSION},
+    protocol::{Import, Launch, LaunchId, Refusal, RefusalCode, Reply, Request, VERSION},
 };
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{Phase, Server, Slot, attach::Origin};
 use crate::{
     check::{self, refuse},
-    launch::{Running, SETUP_TIME},
+    child::Entry,
+    launch::{Program, Running, SETUP_TIME},
     readback,
 };
 
@@ -24,7 +28,8 @@ impl Server {
         descriptors: &[OwnedFd],
         arrived: Instant,
     ) -> Option<Reply> {
-        if !matches!(request, Request::Launch(_) | Request::HoldFd { .. }) && !descriptors.is_empty() {
+        let carries = matches!(request, Request::Import(Import::Files(_)) | Request::HoldFd { .. });
+        if !carries && !descriptors.is_empty() {
             return Some(refused(RefusalCode::Policy, "this request carries no descriptors"));
         }
         let greeted = self.connection.as_ref().is_some_and(|connection| connection.greeted);
@@ -44,7 +49,7 @@ impl Server {
                 ),
             ),
             Request::Probe => Reply::Probe(self.launcher.probed()),
-            Request::Launch(launch) => match self.launch(id, &launch, descriptors, arrived) {
+            Request::Launch(launch) => match self.launch(id, &launch, arrived) {
                 Ok(()) => return None,
                 Err(refusal) => Reply::Refused(refusal),
             },
@@ -99,20 +104,13 @@ impl Server {
                 Err(refusal) => Reply::Refused(refusal),
             },
             Request::Stats { launch } => self.stats(launch).map_or_else(Reply::Refused, Reply::Stats),
-            Request::Import(_) | Request::Forget { .. } => {
-                refused(RefusalCode::Exhausted, "this launcher has no store")
-            }
+            Request::Import(step) => return self.import(id, step, descriptors),
+            Request::Forget { bundle } => self.forget_bundle(&bundle),
         })
     }
 
-    pub(super) fn launch(
-        &mut self,
-        id: u64,
-        request: &Launch,
-        descriptors: &[OwnedFd],
-        arrived: Instant,
-    ) -> Result<(), Refusal> {
-        let checked = check::launch(request, descriptors, &self.launcher.roots)?;
+    pub(super) fn launch(&mut self, id: u64, request: &Launch, arrived: Instant) -> Result<(), Refusal> {
+        let checked = check::launch(request)?;
         if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
             return refuse(
                 RefusalCode::Exhausted,
@@ -123,8 +121,10 @@ impl Server {
             );
         }
         self.launcher.require(request)?;
+        let (directory, path) = self.launcher.admit(request, &checked.plugin)?;
+        let program = Program { directory: directory.as_fd(), path: &path, entry: Entry::InBundle, identity: None };
         self.launcher.spares.launched();
-        let running = self.launcher.start(request, &checked, arrived)?;
+        let running = self.launcher.start(request, &checked, &program, arrived)?;
         let number = running.id.0;
         let slot = Slot {
             running,

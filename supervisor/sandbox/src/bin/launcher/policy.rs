@@ -1,0 +1,448 @@
+//! What a bundle may be to the launcher: its tier, and the weakest walls for that tier.
+//!
+//! The supervisor's word counts for nothing here. A tier comes from the directory that a bundle's files were imported
+//! from (what the starter wrote on the command line), from an entry of the administrator's policy file, or from a
+//! signature by a key that stands there; whatever has none of them is untrusted. This module knows no store.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use ed25519_dalek::{Signature, VerifyingKey};
+use plugvisor_package::{Digest, PluginName, TrustTier};
+use plugvisor_sandbox::{
+    options::{BundleRoot, Options},
+    protocol::{Approval, Level, Refusal, RefusalCode, Tier, approval_text},
+};
+use serde::Deserialize;
+
+use crate::{check::refuse, store};
+
+const MOST_BYTES: u64 = 1 << 20;
+
+/// The policy of one launcher.
+pub(crate) struct Policy {
+    roots: Vec<BundleRoot>,
+    file: Option<PathBuf>,
+    /// What the file said, and which file that was.
+    read: Option<(Stamp, Rules)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+/// The policy file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rules {
+    /// 1.
+    version: u32,
+    /// Replaces `--uid-range`; read at the start only.
+    uid_range: Option<String>,
+    /// Replaces `--cgroup-root`; read at the start only.
+    cgroup_root: Option<String>,
+    #[serde(default)]
+    weakest: Weakest,
+    #[serde(default)]
+    directory: Vec<Directory>,
+    #[serde(default)]
+    approved: Vec<Approved>,
+    #[serde(default)]
+    key: Vec<Key>,
+}
+
+/// The weakest isolation of each tier; a quarantined bundle is never launched.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Weakest {
+    internal: Wall,
+    verified: Wall,
+    community: Wall,
+    untrusted: Wall,
+}
+
+impl Default for Weakest {
+    fn default() -> Self {
+        Self { internal: Wall::None, verified: Wall::Process, community: Wall::Container, untrusted: Wall::Sandbox }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Wall {
+    None,
+    Process,
+    Container,
+    Sandbox,
+    Vm,
+}
+
+impl From<Wall> for Level {
+    fn from(wall: Wall) -> Self {
+        match wall {
+            Wall::None => Self::None,
+            Wall::Process => Self::Process,
+            Wall::Container => Self::Container,
+            Wall::Sandbox => Self::Sandbox,
+            Wall::Vm => Self::Vm,
+        }
+    }
+}
+
+/// Bundles imported from beneath it have this tier.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Directory {
+    path: PathBuf,
+    tier: TrustTier,
+}
+
+/// This content has this tier, under this name.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Approved {
+    name: PluginName,
+    tier: TrustTier,
+    digest: Digest,
+}
+
+/// Whoever has the private key may approve bundles up to this tier.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Key {
+    id: String,
+    #[serde(deserialize_with = "public_key")]
+    public_key: VerifyingKey,
+    tier: TrustTier,
+}
+
+fn public_key<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<VerifyingKey, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    // The grammar of a digest is that of 32 bytes in hexadecimal.
+    let bytes: Result<Digest, _> = format!("sha256:{text}").parse();
+    let key = bytes.ok().and_then(|bytes| VerifyingKey::from_bytes(bytes.as_bytes()).ok());
+    key.filter(|key| !key.is_weak())
+        .ok_or_else(|| serde::de::Error::custom("a public key is an Ed25519 point in 64 lower-case hexadecimal digits"))
+}
+
+impl Policy {
+    /// Reads the file that the options name, and lets it replace what it may. An error names the fix.
+    pub(crate) fn load(options: &mut Options) -> Result<Self, String> {
+        let canonical = |root: &BundleRoot| {
+            let path = fs::canonicalize(&root.path).ok()?;
+            Some(BundleRoot { tier: root.tier, path })
+        };
+        let roots = options.bundle_roots.iter().filter_map(canonical).collect();
+        let mut this = Self { roots, file: options.policy.clone(), read: None };
+        let rules = this.rules()?;
+        if let Some(range) = &rules.uid_range {
+            options.uids =
+                Options::uid_range(range).ok_or("--policy: uid_range is not FIRST-LAST without 0 and 65534")?;
+        }
+        if let Some(group) = &rules.cgroup_root {
+            options.cgroup_root = Options::group_name(group).ok_or("--policy: cgroup_root is not one plain name")?;
+        }
+        Ok(this)
+    }
+
+    /// The rules of the file as it is now.
+    fn rules(&mut self) -> Result<&Rules, String> {
+        let Some(path) = &self.file else {
+            return Ok(&self
+                .read
+                .get_or_insert((Stamp { device: 0, inode: 0, size: 0, changed: (0, 0) }, Rules::default()))
+                .1);
+        };
+        let stamp = stamp(path)?;
+        match &self.read {
+            Some((before, _)) if *before == stamp => {}
+            _ => self.read = Some((stamp, read(path)?)),
+        }
+        self.read.as_ref().map(|(_, rules)| rules).ok_or_else(|| "--policy was not read".to_owned())
+    }
+
+    /// The tier of a bundle that is to run under this name.
+    pub(crate) fn tier<'a>(
+        &mut self,
+        name: &PluginName,
+        bundle: &[u8; 32],
+        origins: impl Iterator<Item = &'a PathBuf> + Clone,
+        approval: Option<&Approval>,
+    ) -> Result<Tier, Refusal> {
+        let roots = self.roots.clone();
+        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let entries = || rules.approved.iter().filter(|entry| entry.digest.as_bytes() == bundle);
+        // Nothing outweighs this one, under whatever name.
+        if entries().any(|entry| entry.tier == TrustTier::Quarantined) {
+            return Ok(Tier::Quarantined);
+        }
+        let named = entries().filter(|entry| entry.name == *name).map(|entry| Tier::from(entry.tier));
+        let beneath = |root: &Path| origins.clone().any(|origin| origin.starts_with(root));
+        let directories = rules.directory.iter().map(|directory| (&directory.path, Tier::from(directory.tier)));
+        let directories = directories.chain(roots.iter().map(|root| (&root.path, root.tier)));
+        let from = directories.filter(|(path, _)| beneath(path)).map(|(_, tier)| tier);
+        let signed = approval.map(|approval| signed(rules, name, bundle, approval)).transpose()?;
+        Ok(named.chain(from).chain(signed).max().unwrap_or(Tier::Untrusted))
+    }
+
+    /// Refuses walls that are weaker than this tier's.
+    pub(crate) fn check_level(&mut self, name: &PluginName, tier: Tier, level: Level) -> Result<(), Refusal> {
+        let weakest = &self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?.weakest;
+        let least = match tier {
+            Tier::Quarantined => {
+                return refuse(RefusalCode::Policy, format!("{name} was not started: its bundle is quarantined"));
+            }
+            Tier::Untrusted => weakest.untrusted,
+            Tier::Community => weakest.community,
+            Tier::Verified => weakest.verified,
+            Tier::Internal => weakest.internal,
+        };
+        let least = Level::from(least);
+        if level >= least {
+            return Ok(());
+        }
+        let tier = TrustTier::from(tier);
+        refuse(
+            RefusalCode::Policy,
+            format!(
+                "{name} was not started: to the launcher its bundle is {tier}, and that needs the level {least:?}, not \
+                 {level:?}; if you trust it, put it into a plugin directory of a higher tier and start plugvisord again, \
+                 or approve it with `plugvisor policy approve {name}`"
+            ),
+        )
+    }
+}
+
+/// The tier of a signed approval.
+fn signed(rules: &Rules, name: &PluginName, bundle: &[u8; 32], approval: &Approval) -> Result<Tier, Refusal> {
+    let Approval { tier, key, signature } = approval;
+    let wrong = |why: &str| {
+        let key: String = key.chars().take(64).collect();
+        refuse(
+            RefusalCode::Policy,
+            format!("{name} was not started: its approval by the key {key:?} does not hold: {why}; approve it again"),
+        )
+    };
+    let Some(known) = rules.key.iter().find(|known| known.id == *key) else {
+        return wrong("the launcher's policy file names no such key");
+    };
+    let Ok(signature) = Signature::from_slice(signature) else { return wrong("it is no Ed25519 signature") };
+    let text = approval_text(name.as_str(), *tier, bundle);
+    match known.public_key.verify_strict(text.as_bytes(), &signature) {
+        Ok(()) => Ok((*tier).min(known.tier.into())),
+        Err(_) => wrong("the signature is over another name, tier or content, or by another key"),
+    }
+}
+
+fn stamp(path: &Path) -> Result<Stamp, String> {
+    let found = fs::metadata(path).map_err(|error| format!("--policy {}: {error}", path.display()))?;
+    Ok(Stamp {
+        device: found.dev(),
+        inode: found.ino(),
+        size: found.size(),
+        changed: (found.ctime(), found.ctime_nsec()),
+    })
+}
+
+fn read(path: &Path) -> Result<Rules, String> {
+    let wrong = |why: String| format!("--policy {}: {why}; correct it", path.display());
+    let file = OwnedFd::from(File::open(path).map_err(|error| wrong(error.to_string()))?);
+    store::only_ours(&file).map_err(|why| wrong(format!("{why}; chown it to the launcher's user and chmod it 644")))?;
+    let file = File::from(file);
+    let kind = file.metadata().map_err(|error| wrong(error.to_string()))?;
+    if !kind.is_file() || kind.len() > MOST_BYTES {
+        return Err(wrong("it is not a file of at most 1 MiB".to_owned()));
+    }
+    let text = io::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    parse(&text).map_err(wrong)
+}
+
+fn parse(text: &str) -> Result<Rules, String> {
+    let rules: Rules = toml::from_str(text).map_err(|error| error.to_string())?;
+    if rules.version != 1 {
+        return Err(format!("version is {}, and this launcher reads version 1", rules.version));
+    }
+    let relative = |directory: &&Directory| !directory.path.is_absolute();
+    if let Some(directory) = rules.directory.iter().find(relative) {
+        return Err(format!("the directory {} is not absolute", directory.path.display()));
+    }
+    let mut ids = std::collections::BTreeSet::new();
+    match rules.key.iter().find(|key| !ids.insert(key.id.as_str())) {
+        Some(key) => Err(format!("two keys have the id {:?}", key.id)),
+        None => Ok(rules),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ed25519_dalek::{Signer as _, SigningKey};
+
+    use super::*;
+
+    const CONTENT: [u8; 32] = [7; 32];
+
+    fn name(text: &str) -> PluginName {
+        text.parse().expect("a name")
+    }
+
+    fn policy(text: &str, roots: Vec<BundleRoot>) -> Policy {
+        let rules = parse(text).unwrap_or_else(|why| panic!("{why}"));
+        Policy { roots, file: None, read: Some((Stamp { device: 0, inode: 0, size: 0, changed: (0, 0) }, rules)) }
+    }
+
+    fn tier(policy: &mut Policy, plugin: &str, origins: &[&str], approval: Option<&Approval>) -> Result<Tier, String> {
+        let origins: Vec<PathBuf> = origins.iter().map(PathBuf::from).collect();
+        policy.tier(&name(plugin), &CONTENT, origins.iter(), approval).map_err(|refusal| refusal.message)
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn a_tier_comes_from_where_a_bundle_was_or_from_an_entry() {
+        let digest = Digest::from_bytes(CONTENT);
+        let text = format!(
+            "version = 1\n[[directory]]\npath = \"/srv/community\"\ntier = \"community\"\n\
+             [[approved]]\nname = \"a\"\ntier = \"internal\"\ndigest = \"{digest}\"\n"
+        );
+        let roots = vec![BundleRoot { tier: Tier::Verified, path: "/opt/plugins".into() }];
+        let mut policy = policy(&text, roots);
+        for (plugin, origins, expected) in [
+            ("b", &[][..], Tier::Untrusted),
+            ("b", &["/srv/other/b"], Tier::Untrusted),
+            ("b", &["/opt/pluginsx/b"], Tier::Untrusted),
+            ("b", &["/srv/community/b"], Tier::Community),
+            ("b", &["/srv/community/b", "/opt/plugins/b"], Tier::Verified),
+            ("a", &[], Tier::Internal),
+        ] {
+            assert_eq!(tier(&mut policy, plugin, origins, None), Ok(expected), "{plugin} {origins:?}");
+        }
+    }
+
+    #[test]
+    fn quarantine_outweighs_everything() {
+        let digest = Digest::from_bytes(CONTENT);
+        let text = format!(
+            "version = 1\n[[approved]]\nname = \"a\"\ntier = \"internal\"\ndigest = \"{digest}\"\n\
+             [[approved]]\nname = \"z\"\ntier = \"quarantined\"\ndigest = \"{digest}\"\n"
+        );
+        let mut policy = policy(&text, vec![BundleRoot { tier: Tier::Internal, path: "/opt".into() }]);
+        assert_eq!(tier(&mut policy, "a", &["/opt/a"], None), Ok(Tier::Quarantined));
+        assert!(policy.check_level(&name("a"), Tier::Quarantined, Level::Vm).is_err());
+    }
+
+    #[test]
+    fn a_signature_holds_for_what_was_signed() {
+        let key = SigningKey::from_bytes(&[3; 32]);
+        let public = hex(key.verifying_key().as_bytes());
+        let mut policy = policy(
+            &format!("version = 1\n[[key]]\nid = \"ops\"\npublic_key = \"{public}\"\ntier = \"verified\"\n"),
+            vec![],
+        );
+        let sign = |plugin: &str, tier, bundle: &[u8; 32]| {
+            key.sign(approval_text(plugin, tier, bundle).as_bytes()).to_bytes().to_vec()
+        };
+        let good = Approval { tier: Tier::Verified, key: "ops".into(), signature: sign("a", Tier::Verified, &CONTENT) };
+        assert_eq!(tier(&mut policy, "a", &[], Some(&good)), Ok(Tier::Verified));
+        // A key gives its own tier at most.
+        let high = Approval { tier: Tier::Internal, signature: sign("a", Tier::Internal, &CONTENT), ..good.clone() };
+        assert_eq!(tier(&mut policy, "a", &[], Some(&high)), Ok(Tier::Verified));
+        let mut flipped = good.clone();
+        flipped.signature[9] ^= 1;
+        for (what, plugin, approval) in [
+            ("another name", "b", good.clone()),
+            ("another tier", "a", Approval { tier: Tier::Internal, ..good.clone() }),
+            ("another content", "a", Approval { signature: sign("a", Tier::Verified, &[8; 32]), ..good.clone() }),
+            ("another key", "a", Approval { key: "other".into(), ..good.clone() }),
+            ("a flipped bit", "a", flipped),
+            ("too short", "a", Approval { signature: vec![1; 63], ..good.clone() }),
+            ("nothing", "a", Approval { signature: Vec::new(), ..good }),
+        ] {
+            let refusal = tier(&mut policy, plugin, &[], Some(&approval)).expect_err(what);
+            assert!(refusal.contains("does not hold"), "{what}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn each_tier_has_its_weakest_walls() {
+        let mut usual = policy("version = 1\n", vec![]);
+        let a = name("a");
+        for (tier, least) in [
+            (Tier::Internal, Level::None),
+            (Tier::Verified, Level::Process),
+            (Tier::Community, Level::Container),
+            (Tier::Untrusted, Level::Sandbox),
+        ] {
+            let levels = [Level::None, Level::Process, Level::Container, Level::Sandbox, Level::Vm];
+            for level in levels {
+                assert_eq!(usual.check_level(&a, tier, level).is_ok(), level >= least, "{tier:?} {level:?}");
+            }
+        }
+        let mut strict = policy("version = 1\n[weakest]\nverified = \"vm\"\n", vec![]);
+        assert!(strict.check_level(&a, Tier::Verified, Level::Sandbox).is_err());
+    }
+
+    #[test]
+    fn what_the_file_may_not_say() {
+        let weak = "00".repeat(32);
+        for (text, named) in [
+            (String::new(), "version"),
+            ("version = 2".to_owned(), "version"),
+            ("version = 1\nuid = 0".to_owned(), "uid"),
+            ("version = 1\n[[approved]]\nname = \"A\"\ntier = \"verified\"\ndigest = \"sha256:00\"".to_owned(), "name"),
+            ("version = 1\n[[directory]]\npath = \"srv\"\ntier = \"verified\"".to_owned(), "absolute"),
+            (format!("version = 1\n[[key]]\nid = \"k\"\npublic_key = \"{weak}\"\ntier = \"verified\""), "public key"),
+            ("version = 1\n[weakest]\nquarantined = \"none\"".to_owned(), "quarantined"),
+        ] {
+            let why = parse(&text).map(|_| ()).expect_err(&text);
+            assert!(why.contains(named), "{text}: {why}");
+        }
+    }
+
+    #[test]
+    fn the_file_is_ours_alone_and_read_anew_when_it_changes() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("policy.toml");
+        let write = |text: &str| {
+            let new = directory.path().join("new");
+            fs::write(&new, text).expect("writes");
+            fs::set_permissions(&new, fs::Permissions::from_mode(0o644)).expect("chmod");
+            fs::rename(new, &path).expect("renames");
+        };
+        write("version = 1\n");
+        let mut options = Options::new(3, "/run/p".into(), vec![]);
+        options.policy = Some(path.clone());
+        let mut policy = Policy::load(&mut options).expect("a policy");
+        assert_eq!(tier(&mut policy, "a", &["/srv/a"], None), Ok(Tier::Untrusted));
+        write("version = 1\n[[directory]]\npath = \"/srv\"\ntier = \"verified\"\n");
+        assert_eq!(tier(&mut policy, "a", &["/srv/a"], None), Ok(Tier::Verified));
+        // What cannot be read is not taken for what it was.
+        write("version = 1\n[[directory]]\n");
+        assert!(tier(&mut policy, "a", &["/srv/a"], None).is_err());
+        write("version = 1\nuid_range = \"7000-7999\"\ncgroup_root = \"pv\"\n");
+        Policy::load(&mut options).expect("a policy");
+        assert_eq!((options.uids.clone(), options.cgroup_root.as_str()), (7000..=7999, "pv"));
+        for mode in [0o664, 0o646, 0o666] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("chmod");
+            let why = Policy::load(&mut options).map(|_| ()).expect_err("others may write it");
+            assert!(why.contains("others may write it"), "{why}");
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("chmod");
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(12_345), None).expect("chown");
+            assert!(Policy::load(&mut options).is_err(), "it belongs to somebody else");
+        }
+        fs::remove_file(&path).expect("removes");
+        assert!(Policy::load(&mut options).is_err(), "it was named and is not there");
+    }
+}

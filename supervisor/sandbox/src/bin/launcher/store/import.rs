@@ -1,0 +1,575 @@
+//! An import: from the first word to the bundle in its place. One at a time.
+//!
+//! The launcher makes every directory and every file itself, below a directory of its own, from paths that it has
+//! checked; a child copies into them. A refusal ends the import and leaves nothing of it.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use plugvisor_package::{BundleFile, Digest, PluginName, content_digest, content_list};
+use plugvisor_sandbox::protocol::{ImportBegin, ImportFile, Refusal, RefusalCode};
+use rustix::{
+    fs::{Mode, OFlags, ResolveFlags, fchmod, mkdirat, open, openat2},
+    io::Errno,
+    pipe::{PipeFlags, pipe_with},
+    process::{Signal, WaitId, WaitIdOptions, getpid, pidfd_send_signal, waitid},
+};
+
+use super::{
+    Bundle, Store,
+    chore::Chore,
+    copy::{self, Job, Outcome, Terms, Wrong},
+    place::{About, MOST_ORIGINS, Staged},
+};
+use crate::{
+    check::refuse,
+    kernel::{self, Cloned},
+};
+
+/// With more directories waiting to be removed nothing is imported: the disk does not keep up.
+const MANY_CHORES: usize = 64;
+
+/// What has come of a bundle.
+pub(super) struct Transaction {
+    begin: ImportBegin,
+    staged: Staged,
+    root: OwnedFd,
+    deadline: Instant,
+    files: Vec<BundleFile>,
+    bytes: u64,
+    /// Every directory so far.
+    directories: BTreeSet<String>,
+    name: Option<PluginName>,
+    origin: Origin,
+    copying: Option<Copying>,
+}
+
+/// Where the files were, as far as they have come.
+enum Origin {
+    Unknown,
+    /// All of them beneath this directory, each at its own path.
+    Bundle(PathBuf),
+    /// Here and there.
+    Scattered,
+}
+
+/// The child that copies the files of one packet.
+struct Copying {
+    /// Who waits for it; nobody when that supervisor is gone.
+    request: Option<u64>,
+    pidfd: OwnedFd,
+    pid: i32,
+    report: OwnedFd,
+    files: Vec<ImportFile>,
+    deadline: Instant,
+    /// It was killed: the answer is this.
+    refusal: Option<Refusal>,
+}
+
+impl Transaction {
+    pub(super) const fn digest(&self) -> [u8; 32] {
+        self.begin.bundle
+    }
+
+    pub(super) fn is_child(&self, pid: i32) -> bool {
+        self.copying.as_ref().is_some_and(|copying| copying.pid == pid)
+    }
+
+    pub(super) fn kill(&self) {
+        if let Some(copying) = &self.copying {
+            let _ = pidfd_send_signal(&copying.pidfd, Signal::KILL);
+        }
+    }
+}
+
+impl Store {
+    /// Begins an import.
+    pub(crate) fn begin(&mut self, begin: ImportBegin, in_use: &BTreeSet<[u8; 32]>) -> Result<(), Refusal> {
+        let named = Digest::from_bytes(begin.bundle);
+        if self.transaction.is_some() || self.chores.waiting() > MANY_CHORES {
+            return refuse(
+                RefusalCode::InUse,
+                format!("bundle {named} was not imported: another import is under way; end it first"),
+            );
+        }
+        let limits = &self.limits.bundle;
+        if begin.files == 0 || u64::from(begin.files) > limits.entries as u64 || begin.bytes > limits.total_bytes {
+            return refuse(
+                RefusalCode::Policy,
+                format!(
+                    "bundle {named} was not imported: a bundle has 1 to {} files of {} bytes together; leave out what the \
+                     plugin does not need when it runs",
+                    limits.entries, limits.total_bytes
+                ),
+            );
+        }
+        // An import of what is here already only tells where it came from, and is not kept.
+        if !self.bundles.contains_key(&begin.bundle) {
+            self.make_room(begin.bytes, in_use)?;
+        }
+        let failed = |doing: &str, error: &std::io::Error| Refusal {
+            code: RefusalCode::Kernel,
+            message: format!("bundle {named} was not imported: {doing} failed: {error}"),
+        };
+        let staged = self.place.stage(begin.bytes, begin.files.into(), self.limits.bundle.entries as u64);
+        let staged = staged.map_err(|error| failed("making room in the store", &error))?;
+        let root = open(&staged.files, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        match root {
+            Ok(root) => {
+                self.transaction = Some(Transaction {
+                    begin,
+                    staged,
+                    root,
+                    deadline: Instant::now() + self.limits.import_time,
+                    files: Vec::new(),
+                    bytes: 0,
+                    directories: BTreeSet::new(),
+                    name: None,
+                    origin: Origin::Unknown,
+                    copying: None,
+                });
+                Ok(())
+            }
+            Err(errno) => {
+                let gone = self.place.discard(&staged);
+                self.chores.add(gone.map(Chore::Remove));
+                Err(failed("opening its place in the store", &errno.into()))
+            }
+        }
+    }
+
+    /// Takes files. The answer comes when they are copied; the pidfd of who does it is to be watched.
+    pub(crate) fn take_files(
+        &mut self,
+        request: u64,
+        files: Vec<ImportFile>,
+        descriptors: &[OwnedFd],
+    ) -> Result<BorrowedFd<'_>, Refusal> {
+        let Some(transaction) = &mut self.transaction else { return no_import() };
+        if transaction.copying.is_some() {
+            return refuse(RefusalCode::InUse, "files of this import are being copied; wait for the answer");
+        }
+        let limits = &self.limits;
+        match transaction.take(request, files, descriptors, limits, self.copier) {
+            Ok(()) => {}
+            Err(refusal) => {
+                self.abort();
+                return Err(refusal);
+            }
+        }
+        match self.transaction.as_ref().and_then(|transaction| transaction.copying.as_ref()) {
+            Some(copying) => Ok(copying.pidfd.as_fd()),
+            None => no_import(),
+        }
+    }
+
+    /// The child that copies has ended: who is to be answered, what, and the pidfd that is no longer to be watched.
+    pub(crate) fn copied(&mut self) -> Option<(Option<u64>, Result<(), Refusal>, OwnedFd)> {
+        let transaction = self.transaction.as_mut()?;
+        let copying = transaction.copying.as_ref()?;
+        if let Ok(None) = waitid(WaitId::PidFd(copying.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+            return None;
+        }
+        let Copying { request, pidfd, report, files, refusal, .. } = transaction.copying.take()?;
+        let mut message = [0; 4096];
+        let read = rustix::io::read(&report, &mut message).unwrap_or(0);
+        let result = match (refusal, Outcome::decode(&message[..read])) {
+            (Some(refusal), _) => Err(refusal),
+            (None, Some(Outcome::Copied(name))) => transaction.arrived(name),
+            (None, Some(Outcome::Wrong { index, why })) => Err(wrong(files.get(index), &why)),
+            (None, None) => refuse(
+                RefusalCode::File,
+                "the process that copied the files was killed: one of them is larger than was said, or memory is short",
+            ),
+        };
+        if result.is_err() {
+            self.abort();
+        }
+        Some((request, result, pidfd))
+    }
+
+    /// Ends the import.
+    pub(crate) fn commit(&mut self) -> Result<[u8; 32], Refusal> {
+        if self.transaction.as_ref().is_some_and(|transaction| transaction.copying.is_some()) {
+            return refuse(RefusalCode::InUse, "files of this import are being copied; wait for the answer");
+        }
+        let Some(transaction) = self.transaction.take() else { return no_import() };
+        let Transaction { begin, staged, files, bytes, name, origin, .. } = transaction;
+        let result = complete(&begin, &files, bytes).and_then(|()| {
+            name.ok_or_else(|| Refusal {
+                code: RefusalCode::File,
+                message: "the bundle was not imported: no plugin.json came; a bundle has one".to_owned(),
+            })
+        });
+        let name = match result {
+            Ok(name) => name,
+            Err(refusal) => {
+                self.let_go(&staged);
+                return Err(refusal);
+            }
+        };
+        let origin = match origin {
+            Origin::Bundle(directory) => Some(directory),
+            Origin::Unknown | Origin::Scattered => None,
+        };
+        self.uses += 1;
+        let uses = self.uses;
+        if let Some(known) = self.bundles.get_mut(&begin.bundle) {
+            known.used = uses;
+            if known.origins.len() < MOST_ORIGINS {
+                known.origins.extend(origin);
+            }
+            self.let_go(&staged);
+        } else {
+            let digest = Digest::from_bytes(begin.bundle);
+            let path = match self.place.keep(&staged, &digest) {
+                Ok(path) => path,
+                Err(error) => {
+                    self.let_go(&staged);
+                    return refuse(RefusalCode::Kernel, format!("bundle {digest} was not imported: {error}"));
+                }
+            };
+            let origins = origin.into_iter().collect();
+            self.bundles.insert(begin.bundle, Bundle { path, files, name, bytes, origins, used: uses });
+        }
+        self.make_durable(&begin.bundle);
+        Ok(begin.bundle)
+    }
+
+    /// The supervisor is gone, and with it whoever waits for an answer.
+    pub(crate) fn abandon(&mut self) {
+        if let Some(Transaction { copying: Some(copying), .. }) = &mut self.transaction {
+            copying.request = None;
+        }
+        self.abort();
+    }
+
+    /// Ends the import without a result.
+    pub(crate) fn abort(&mut self) {
+        match &mut self.transaction {
+            // Its end is awaited: until then it may write.
+            Some(Transaction { copying: Some(copying), .. }) => {
+                let _ = pidfd_send_signal(&copying.pidfd, Signal::KILL);
+                copying.refusal.get_or_insert_with(|| Refusal {
+                    code: RefusalCode::InUse,
+                    message: "the import was ended while files of it were being copied".to_owned(),
+                });
+            }
+            Some(_) => {
+                if let Some(transaction) = self.transaction.take() {
+                    self.let_go(&transaction.staged);
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// When something must be looked at without an event.
+    pub(crate) fn due(&self) -> Option<Duration> {
+        let transaction = self.transaction.as_ref()?;
+        let deadline = transaction.copying.as_ref().map_or(transaction.deadline, |copying| {
+            // One that was killed ends by itself.
+            if copying.refusal.is_some() { transaction.deadline } else { copying.deadline.min(transaction.deadline) }
+        });
+        Some(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Ends what takes too long.
+    pub(crate) fn overdue(&mut self) {
+        let now = Instant::now();
+        let Some(transaction) = &mut self.transaction else { return };
+        let late = transaction.deadline <= now;
+        match &mut transaction.copying {
+            Some(copying) if copying.refusal.is_none() => {
+                if !late && copying.deadline > now {
+                    return;
+                }
+                let message = format!(
+                    "the bundle was not imported: its files were not copied in time ({} s a packet, {} s altogether); look \
+                     at the file system that they are on",
+                    self.limits.copy_time.as_secs(),
+                    self.limits.import_time.as_secs()
+                );
+                copying.refusal = Some(Refusal { code: RefusalCode::File, message });
+                let _ = pidfd_send_signal(&copying.pidfd, Signal::KILL);
+            }
+            // A child that no signal ends keeps the import open, so that there is never a second one.
+            Some(_) => transaction.deadline = transaction.deadline.max(now + self.limits.import_time),
+            None if late => self.abort(),
+            None => {}
+        }
+    }
+
+    fn let_go(&mut self, staged: &Staged) {
+        let gone = self.place.discard(staged);
+        self.chores.add(gone.map(Chore::Remove));
+    }
+
+    fn make_durable(&mut self, digest: &[u8; 32]) {
+        let Some(bundle) = self.bundles.get(digest).filter(|_| self.place.lasts()) else { return };
+        let origins: Vec<&str> = bundle.origins.iter().filter_map(|origin| origin.to_str()).collect();
+        let about = About { name: bundle.name.as_str(), origins };
+        self.chores.add([Chore::MakeDurable {
+            files: bundle.path.clone(),
+            list: content_list(&bundle.files),
+            about: about.to_string(),
+        }]);
+    }
+}
+
+impl Transaction {
+    fn take(
+        &mut self,
+        request: u64,
+        files: Vec<ImportFile>,
+        descriptors: &[OwnedFd],
+        limits: &super::StoreLimits,
+        copier: crate::creds::Identity,
+    ) -> Result<(), Refusal> {
+        if files.is_empty() || files.len() != descriptors.len() {
+            return refuse(
+                RefusalCode::Policy,
+                format!(
+                    "{} files came with {} descriptors; each file needs one, and a packet at least one file",
+                    files.len(),
+                    descriptors.len()
+                ),
+            );
+        }
+        for (file, descriptor) in files.iter().zip(descriptors) {
+            self.expect(file, limits)?;
+            self.note_origin(file, descriptor);
+        }
+        let mut targets = Vec::with_capacity(files.len());
+        for file in &files {
+            targets.push(self.create(file).map_err(|errno| match errno {
+                Errno::EXIST | Errno::NOTDIR => Refusal {
+                    code: RefusalCode::Policy,
+                    message: format!("{} was not imported: its path came twice", shown(&file.path)),
+                },
+                other => Refusal {
+                    code: RefusalCode::Kernel,
+                    message: format!("{} was not imported: making its copy failed: {other}", shown(&file.path)),
+                },
+            })?);
+        }
+        let failed = |error: std::io::Error| Refusal {
+            code: RefusalCode::Exhausted,
+            message: format!("the bundle was not imported: no process could be started to copy it: {error}"),
+        };
+        let (report, write) =
+            pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|errno| failed(errno.into()))?;
+        let jobs: Vec<Job<'_>> = files
+            .iter()
+            .zip(descriptors)
+            .zip(&targets)
+            .map(|((file, source), target)| Job { source: source.as_fd(), target: target.as_fd(), file })
+            .collect();
+        let terms =
+            Terms { launcher: getpid(), identity: copier, manifest: &limits.bundle.manifest, time: limits.copy_time };
+        match kernel::clone3(0, None) {
+            Ok(Cloned::Child) => copy::run(&jobs, write.as_fd(), &terms),
+            Ok(Cloned::Parent { pidfd, pid }) => {
+                drop(jobs);
+                let deadline = Instant::now() + limits.copy_time;
+                self.copying =
+                    Some(Copying { request: Some(request), pidfd, pid, report, files, deadline, refusal: None });
+                Ok(())
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Whether the file may come, by its name and size.
+    fn expect(&mut self, file: &ImportFile, limits: &super::StoreLimits) -> Result<(), Refusal> {
+        let name = shown(&file.path);
+        let bounds = &limits.bundle;
+        let wrong = |why: String| refuse(RefusalCode::Policy, format!("{name} was not imported: {why}"));
+        if let Err(why) = check_path(&file.path, bounds.depth, bounds.name_bytes) {
+            return wrong(format!("{why}; it must be a relative path inside the bundle"));
+        }
+        if file.size > bounds.file_bytes {
+            return wrong(format!("it is larger than {} bytes", bounds.file_bytes));
+        }
+        self.bytes = self.bytes.saturating_add(file.size);
+        if self.bytes > self.begin.bytes {
+            return wrong(format!("the import was to bring {} bytes, and this is more", self.begin.bytes));
+        }
+        if self.files.len() >= usize::try_from(self.begin.files).unwrap_or(usize::MAX) {
+            return wrong(format!("the import was to bring {} files, and this is one more", self.begin.files));
+        }
+        let parents = file.path.match_indices('/').map(|(at, _)| file.path[..at].to_owned());
+        self.directories.extend(parents);
+        if self.files.len() + self.directories.len() >= bounds.entries {
+            return wrong(format!("the bundle has more than {} files and directories", bounds.entries));
+        }
+        self.files.push(BundleFile {
+            path: file.path.clone(),
+            executable: file.executable,
+            size: file.size,
+            sha256: Digest::from_bytes(file.sha256),
+        });
+        Ok(())
+    }
+
+    /// The kernel tells the path behind a descriptor without asking the file system.
+    fn note_origin(&mut self, file: &ImportFile, descriptor: &OwnedFd) {
+        let path = fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd())).unwrap_or_default();
+        let within = format!("/{}", file.path);
+        let text = path.as_os_str().as_bytes();
+        let bundle = text.strip_suffix(within.as_bytes()).filter(|bundle| bundle.starts_with(b"/"));
+        let bundle = bundle.map(|bundle| PathBuf::from(std::ffi::OsStr::from_bytes(bundle)));
+        self.origin = match (std::mem::replace(&mut self.origin, Origin::Scattered), bundle) {
+            (Origin::Unknown, Some(bundle)) => Origin::Bundle(bundle),
+            (Origin::Bundle(before), Some(bundle)) if before == bundle => Origin::Bundle(before),
+            _ => Origin::Scattered,
+        };
+    }
+
+    /// Makes the file, empty, with its directories.
+    fn create(&self, file: &ImportFile) -> Result<OwnedFd, Errno> {
+        let parts: Vec<&str> = file.path.split('/').collect();
+        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        for count in 1..parts.len() {
+            let directory = parts[..count].join("/");
+            match mkdirat(&self.root, &directory, Mode::from_raw_mode(0o755)) {
+                Ok(()) => {
+                    // The launcher's umask leaves nothing to others.
+                    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                    let made = openat2(&self.root, &directory, flags, Mode::empty(), beneath)?;
+                    fchmod(&made, Mode::from_raw_mode(0o755))?;
+                }
+                Err(Errno::EXIST) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = openat2(&self.root, &file.path, flags, Mode::from_raw_mode(0o600), beneath)?;
+        fchmod(&made, Mode::from_raw_mode(if file.executable { 0o755 } else { 0o644 }))?;
+        Ok(made)
+    }
+
+    /// What the child copied is here.
+    fn arrived(&mut self, name: Option<String>) -> Result<(), Refusal> {
+        if let Some(name) = name {
+            match name.parse() {
+                Ok(name) => self.name = Some(name),
+                Err(_) => return refuse(RefusalCode::File, "plugin.json gives no name that a plugin may have"),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn no_import<T>() -> Result<T, Refusal> {
+    refuse(RefusalCode::Policy, "no import is under way; begin one")
+}
+
+/// Whether everything that was said has come.
+fn complete(begin: &ImportBegin, files: &[BundleFile], bytes: u64) -> Result<(), Refusal> {
+    if files.len() as u64 != u64::from(begin.files) || bytes != begin.bytes {
+        return refuse(
+            RefusalCode::Policy,
+            format!(
+                "the bundle was not imported: {} files of {bytes} bytes came, {} of {} bytes were said to come",
+                files.len(),
+                begin.files,
+                begin.bytes
+            ),
+        );
+    }
+    let found = content_digest(files);
+    if *found.as_bytes() != begin.bundle {
+        let named = Digest::from_bytes(begin.bundle);
+        return refuse(
+            RefusalCode::DigestMismatch,
+            format!("the bundle was not imported: its content is {found}, not {named}; verify it again"),
+        );
+    }
+    Ok(())
+}
+
+/// Why a path may not be in a bundle.
+fn check_path(path: &str, depth: usize, name_bytes: usize) -> Result<(), &'static str> {
+    if path.is_empty() || path.starts_with('/') || path.len() > (depth + 1) * (name_bytes + 1) {
+        return Err("its path is empty, absolute or too long");
+    }
+    if path.chars().any(char::is_control) {
+        return Err("its path has a control character");
+    }
+    let parts = path.split('/');
+    if parts.clone().count() > depth + 1 {
+        return Err("it lies too deep");
+    }
+    for part in parts {
+        if matches!(part, "" | "." | "..") {
+            return Err("its path has an empty part, '.' or '..'");
+        }
+        if part.len() > name_bytes {
+            return Err("a name in its path is too long");
+        }
+    }
+    Ok(())
+}
+
+/// What the child found wrong, in words.
+fn wrong(file: Option<&ImportFile>, why: &Wrong) -> Refusal {
+    let name = file.map_or_else(|| "a file".to_owned(), |file| shown(&file.path));
+    let errno = |errno: i32| std::io::Error::from_raw_os_error(errno);
+    let (code, what) = match why {
+        Wrong::Kind => (RefusalCode::File, "it is not a regular file that is open for reading".to_owned()),
+        Wrong::Size => (
+            RefusalCode::File,
+            "it is not as large as was said: it changed since it was verified; load the plugin again when nothing \
+             writes to it"
+                .to_owned(),
+        ),
+        Wrong::Digest => (
+            RefusalCode::DigestMismatch,
+            "its bytes have another SHA-256 than was said: it changed since it was verified".to_owned(),
+        ),
+        Wrong::Read(number) => (RefusalCode::File, format!("reading it failed: {}", errno(*number))),
+        Wrong::Write(number) => (
+            if matches!(*number, libc::ENOSPC | libc::EDQUOT | libc::EFBIG) {
+                RefusalCode::Exhausted
+            } else {
+                RefusalCode::Kernel
+            },
+            format!("writing its copy failed: {}; look at the space left where the store is", errno(*number)),
+        ),
+        Wrong::Manifest(problems) => (RefusalCode::File, format!("it is no manifest: {problems}")),
+        Wrong::Confine(number) => {
+            (RefusalCode::Kernel, format!("the process that was to copy it could not be confined: {}", errno(*number)))
+        }
+    };
+    Refusal { code, message: format!("{name} was not imported: {what}") }
+}
+
+/// A path from outside, for people: short, and without what could forge a line.
+fn shown(path: &str) -> String {
+    format!("{:?}", path.chars().take(200).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_path;
+
+    #[test]
+    fn only_plain_relative_paths_are_taken() {
+        for good in ["plugin.json", "bin/a", "a b/c.d", "…", &["a"; 17].join("/")] {
+            assert_eq!(check_path(good, 16, 128), Ok(()), "{good:?}");
+        }
+        let (deep, long) = (["a"; 18].join("/"), "a".repeat(129));
+        for bad in ["", "/", "/etc/passwd", "a//b", "a/", "./a", "a/..", "../a", "a\n", "a\0", &deep, &long] {
+            assert!(check_path(bad, 16, 128).is_err(), "{bad:?} was accepted");
+        }
+    }
+}
