@@ -36,7 +36,7 @@ fn allowed(before: usize, after: usize) -> u64 {
 }
 
 async fn daemon(lane: Lane) -> anyhow::Result<Daemon> {
-    let second = "[plugin.second.restart]\ninitial_delay_ms = 10\ncrash_loop_exits = 1000000";
+    let second = "[plugin.second.restart]\ninitial_delay_ms = 10\nmax_delay_ms = 20\ncrash_loop_exits = 1000000";
     let world = World::new(lane)?
         .plugin(&BundleBuilder::echo("echo"))?
         .plugin(&BundleBuilder::hostile("second", &["echo"]))?
@@ -120,7 +120,7 @@ async fn make_calls(daemon: &Daemon, count: u64) -> anyhow::Result<()> {
 /// Time for all of it on a slow machine, beyond what a scenario has anyway.
 fn longest() -> Duration {
     let rounds = Duration::from_millis(1000 * number::<u64>(ROUNDS, 10));
-    let calls = Duration::from_micros(500 * number::<u64>(CALLS, 20_000));
+    let calls = Duration::from_millis(2 * number::<u64>(CALLS, 20_000));
     Duration::from_secs(120) + rounds + calls
 }
 

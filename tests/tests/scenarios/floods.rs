@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use plugvisor_tests::{
     BundleBuilder, Lane,
-    contract::{Nothing, SayRequest, act_request::Deed},
+    contract::{ActRequest, Nothing, SayRequest, act_request::Deed},
     events, scenarios,
 };
 
@@ -54,4 +54,39 @@ async fn a_flood_of_output_drowns_nobody(lane: Lane) -> anyhow::Result<()> {
     daemon.stop().await
 }
 
-scenarios!(a_flood_of_output_drowns_nobody);
+/// What the daemon may grow by when one of its plugins does its worst to the broker.
+const ASSAULT: u64 = 32 * 1024 * 1024;
+
+/// A plugin attacks the broker through its own socket, below HTTP/2, from inside its walls: the others' calls go on, the
+/// daemon's memory stays, an event names the plugin, and even its own next call is answered.
+async fn an_assault_on_the_broker_is_told_and_harms_nobody(lane: Lane) -> anyhow::Result<()> {
+    let attacker = BundleBuilder::hostile("attacker", &["echo"]).capabilities(&["api:internal-calls"]);
+    let daemon = world(lane)?
+        .plugin(&attacker)?
+        .toml("[plugin.attacker]\ngrants = [\"api:internal-calls\"]\nlimits = { call_timeout_ms = 60000 }")
+        .start()
+        .await?;
+    daemon.loaded("echo").await?;
+    let before = daemon.loaded("attacker").await?;
+    let neighbour = daemon.neighbour();
+    let resident = daemon.process().resident_bytes().context("no RSS")?;
+    let request = ActRequest { ballast: Vec::new(), deed: Some(Deed::Assault(Nothing {})) };
+    let mut request = tonic::Request::new(request);
+    request.set_timeout(std::time::Duration::from_secs(60));
+    let over = daemon.hostile("attacker").act(request).await.context("the assault")?.into_inner();
+    ensure!(over.text == "7", "{over:?}");
+    let told = daemon.events().wait("who attacked", |event| {
+        events::short_type(event) == "broker.protocol_error" && format!("{event:?}").contains("attacker")
+    });
+    told.await?;
+    let grown = daemon.process().resident_bytes().context("no RSS")?.saturating_sub(resident);
+    ensure!(grown < ASSAULT, "the daemon has grown by {grown} bytes");
+    let answer = daemon.act("attacker", Deed::Call("/plugvisor.test.v1.EchoService/Say".to_owned())).await?.text;
+    ensure!(answer.starts_with("ok"), "{answer}");
+    let after = daemon.plugin("attacker").await?;
+    ensure!(after.pid == before.pid, "it was restarted: {after:?}");
+    neighbour.finish().await?;
+    daemon.stop().await
+}
+
+scenarios!(a_flood_of_output_drowns_nobody, an_assault_on_the_broker_is_told_and_harms_nobody);

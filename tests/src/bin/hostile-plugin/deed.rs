@@ -14,7 +14,7 @@ use plugvisor_tests::contract::{
 use tonic::{Code, Request, Response, Status, client::Grpc};
 use tonic_prost::ProstCodec;
 
-use crate::{connection::Scissors, echo, health::Condition};
+use crate::{assault, connection::Scissors, echo, health::Condition};
 
 /// Serves `HostileService`.
 #[derive(Debug)]
@@ -72,6 +72,11 @@ impl HostileService for Hostile {
                 self.condition.hang();
                 answer("no more".to_owned())
             }
+            Some(Deed::Assault(_)) => match tokio::task::spawn_blocking(assault::assault).await {
+                Ok(Ok(count)) => answer(count.to_string()),
+                Ok(Err(error)) => Err(Status::internal(format!("{error:#}"))),
+                Err(error) => Err(Status::internal(error.to_string())),
+            },
             Some(Deed::Escape(_)) => match escape() {
                 Ok(pid) => answer(pid),
                 Err(error) => Err(Status::internal(format!("{error:#}"))),

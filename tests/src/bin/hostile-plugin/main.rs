@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod caller;
+mod assault;
 mod connection;
 mod deed;
 mod echo;
