@@ -14,6 +14,14 @@ use crate::{Daemon, Process};
 /// How long the last of something may take to go away: an idle thread of tokio's pool for blocking calls stays 10 s.
 const SETTLING: Duration = Duration::from_secs(40);
 
+/// What the launcher makes ahead of launches comes and goes: two children, each with a group in up to four hierarchies
+/// and a few descriptors. Whatever is left over by every round is more than that after ten.
+const SPARE_PROCESSES: usize = 2;
+const SPARE_CGROUPS: usize = 8;
+const SPARE_DESCRIPTORS: usize = 6;
+/// tokio's pool for blocking calls keeps threads while it has something to do now and then.
+const SPARE_THREADS: u64 = 4;
+
 /// One process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
@@ -101,13 +109,15 @@ impl Census {
     }
 
     fn fits(&self, before: &Self, growth: u64) -> bool {
-        let process = |now: &Holdings, before: &Holdings| {
-            now.descriptors <= before.descriptors && now.threads <= before.threads && now.heap <= before.heap + growth
+        let process = |now: &Holdings, before: &Holdings, spare: usize| {
+            now.descriptors <= before.descriptors + spare
+                && now.threads <= before.threads + SPARE_THREADS
+                && now.heap <= before.heap + growth
         };
-        process(&self.supervisor, &before.supervisor)
-            && process(&self.launcher, &before.launcher)
-            && self.processes <= before.processes
-            && self.cgroups <= before.cgroups
+        process(&self.supervisor, &before.supervisor, 0)
+            && process(&self.launcher, &before.launcher, SPARE_DESCRIPTORS)
+            && self.processes <= before.processes + SPARE_PROCESSES
+            && self.cgroups <= before.cgroups + SPARE_CGROUPS
             && self.files <= before.files
     }
 }

@@ -5,8 +5,8 @@
 //! was given.
 #![forbid(unsafe_code)]
 
-mod caller;
 mod assault;
+mod caller;
 mod connection;
 mod deed;
 mod echo;
