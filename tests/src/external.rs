@@ -104,14 +104,14 @@ impl ExternalLauncher {
     }
 }
 
-/// Whom the daemon of this lane becomes.
+/// Whom the daemon of this lane becomes, started by root: it must be told to.
 fn supervisor_uid(lane: Lane) -> anyhow::Result<u32> {
     match lane {
         Lane::Rootless => Ok(lane.uid()),
         Lane::Privileged => {
             let users = fs::read_to_string("/etc/passwd")?;
-            let nobody = users.lines().find_map(|line| line.strip_prefix("nobody:")?.split(':').nth(1)?.parse().ok());
-            nobody.context("this host has no user nobody")
+            let daemon = users.lines().find_map(|line| line.strip_prefix("daemon:")?.split(':').nth(1)?.parse().ok());
+            daemon.context("this host has no user daemon")
         }
     }
 }
