@@ -398,7 +398,14 @@ mod tests {
             (String::new(), "version"),
             ("version = 2".to_owned(), "version"),
             ("version = 1\nuid = 0".to_owned(), "uid"),
-            ("version = 1\n[[approved]]\nname = \"A\"\ntier = \"verified\"\ndigest = \"sha256:00\"".to_owned(), "name"),
+            (
+                "version = 1\n[[approved]]\nname = \"a\"\ntier = \"verified\"\ndigest = \"sha256:00\"".to_owned(),
+                "digest",
+            ),
+            (
+                format!("version = 1\n[[approved]]\nname = \"A\"\ntier = \"verified\"\ndigest = \"sha256:{weak}\""),
+                "plugin name",
+            ),
             ("version = 1\n[[directory]]\npath = \"srv\"\ntier = \"verified\"".to_owned(), "absolute"),
             (format!("version = 1\n[[key]]\nid = \"k\"\npublic_key = \"{weak}\"\ntier = \"verified\""), "public key"),
             ("version = 1\n[weakest]\nquarantined = \"none\"".to_owned(), "quarantined"),
