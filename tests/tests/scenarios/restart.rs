@@ -17,10 +17,7 @@ const FOUND: Duration = Duration::from_secs(20);
 /// Three that serve, one of which calls another without pause.
 fn three(lane: Lane) -> anyhow::Result<World> {
     let caller = BundleBuilder::hostile("caller", &["keeps-calling"]).capabilities(&["api:internal-calls"]);
-    Ok(world(lane)?
-        .grants(&["api:internal-calls"])
-        .plugin(&BundleBuilder::hostile("second", &["echo"]))?
-        .plugin(&caller)?)
+    world(lane)?.grants(&["api:internal-calls"]).plugin(&BundleBuilder::hostile("second", &["echo"]))?.plugin(&caller)
 }
 
 async fn all_loaded(daemon: &Daemon) -> anyhow::Result<Vec<u32>> {

@@ -142,6 +142,7 @@ impl Driver {
 }
 
 /// What is known of a process beside what the launcher hands over.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Holding {
     pub(super) launched_at: Instant,
     /// Until when it must be ready.

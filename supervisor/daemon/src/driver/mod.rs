@@ -272,9 +272,11 @@ impl Driver {
         if let Some(inherited) = self.living.take() {
             self.take_over(*inherited).await;
         }
-        while !self.leaving
-            && !(self.stopping && !self.life.has_process() && !matches!(self.life.state(), State::Loading(_)))
-        {
+        let over = |this: &Self| {
+            let runs = this.life.has_process() || matches!(this.life.state(), State::Loading(_));
+            this.leaving || (this.stopping && !runs)
+        };
+        while !over(&self) {
             // Both are cancel-safe. Commands come first, so that a stop is not held up by a busy plugin.
             tokio::select! {
                 biased;
