@@ -55,7 +55,7 @@ impl World {
             .arg("--runtime-directory")
             .arg(&run)
             .arg("--bundle-root")
-            .arg(self.plugins())
+            .arg(format!("verified={}", self.plugins().display()))
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())

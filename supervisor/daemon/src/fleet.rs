@@ -92,8 +92,8 @@ impl Fleet {
     }
 
     /// Finds every bundle, takes over what the launcher kept of an earlier supervisor's, and tells those to load that
-    /// load by themselves. Returns the names of the plugins that are being taken over when all are told.
-    pub async fn discover(&self, inventory: Inventory) -> Vec<String> {
+    /// load by themselves. Returns the plugins that are being taken over, and their generations, when all are told.
+    pub async fn discover(&self, inventory: Inventory) -> Vec<(String, Generation)> {
         let mut sources = Vec::new();
         for directory in &self.directories {
             match directory.candidates() {
@@ -127,7 +127,7 @@ impl Fleet {
         let mut told = Vec::new();
         for name in order.order() {
             // What runs already is not started.
-            if taken.iter().any(|taken| taken == name.as_str()) {
+            if taken.iter().any(|(taken, _)| taken == name.as_str()) {
                 continue;
             }
             let wanted = plugins.get(name.as_str()).filter(|handle| handle.view.borrow().wanted);
@@ -144,12 +144,15 @@ impl Fleet {
     }
 
     /// Waits until each of these has been taken over, or was not. Returns how many were.
-    pub async fn until_reattached(&self, names: &[String]) -> usize {
+    pub async fn until_reattached(&self, taken: &[(String, Generation)]) -> usize {
         let mut reattached = 0;
-        for name in names {
+        for (name, generation) in taken {
             let Some(mut view) = self.plugins().get(name).map(|handle| handle.view.clone()) else { continue };
-            let settled = view.wait_for(|view| view.has_begun() && view.is_settled()).await;
-            reattached += usize::from(settled.is_ok_and(|view| view.is_loaded()));
+            // A later generation was started because this one was not to be had.
+            let over =
+                |view: &Arc<PluginView>| view.has_begun() && (view.is_settled() || view.generation > *generation);
+            let settled = view.wait_for(over).await;
+            reattached += usize::from(settled.is_ok_and(|view| view.is_loaded() && view.generation == *generation));
         }
         reattached
     }

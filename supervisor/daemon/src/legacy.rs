@@ -25,7 +25,7 @@ pub(crate) struct Legacy {
 #[derive(Debug, Default)]
 struct State {
     waiting: BTreeMap<String, Living>,
-    taken: Vec<String>,
+    taken: Vec<(String, Generation)>,
 }
 
 impl Legacy {
@@ -73,12 +73,12 @@ impl Legacy {
             reap(shared, tasks, living, "nobody wants it to run");
             return None;
         }
-        self.lock().taken.push(name.to_string());
+        self.lock().taken.push((name.to_string(), Generation(living.known.generation)));
         Some(living)
     }
 
-    /// Ends what nobody claimed. Returns the names of what was claimed.
-    pub(crate) fn settle(&self, shared: &Shared, tasks: &TaskTracker) -> Vec<String> {
+    /// Ends what nobody claimed. Returns what was claimed.
+    pub(crate) fn settle(&self, shared: &Shared, tasks: &TaskTracker) -> Vec<(String, Generation)> {
         let State { waiting, taken } = std::mem::take(&mut *self.lock());
         for living in waiting.into_values() {
             reap(shared, tasks, living, "no valid bundle bears its name any more");

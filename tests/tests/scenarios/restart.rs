@@ -91,6 +91,7 @@ async fn a_killed_supervisor_comes_back_to_living_plugins(lane: Lane) -> anyhow:
     let failed = failures(&daemon).await?;
     ensure!(failed.len() <= failed_before + 1, "{failed_before} before, and now {failed:?}");
 
+    daemon.events().wait("the start", |event| events::short_type(event) == "supervisor.ready").await?;
     let status = daemon.status().await?.supervisor.context("no supervisor")?;
     ensure!(status.reattached_plugins == 2, "{status:?}");
     let took = Duration::try_from(status.reattached_in.context("no time")?)?;
