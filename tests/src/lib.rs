@@ -15,6 +15,7 @@ mod external;
 mod lane;
 mod neighbour;
 mod process;
+mod receiver;
 mod scrape;
 mod world;
 
@@ -30,6 +31,7 @@ pub use external::ExternalLauncher;
 pub use lane::Lane;
 pub use neighbour::{Neighbour, Quiet};
 pub use process::{Process, descendants};
+pub use receiver::{Receiver, attribute};
 pub use scrape::{Sample, Scrape};
 pub use world::{NotStarted, World};
 

@@ -41,6 +41,12 @@ impl Scrape {
         Ok(Self(samples))
     }
 
+    /// The one sample of a metric without labels.
+    #[must_use]
+    pub fn value(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|sample| sample.name == name && sample.labels.is_empty()).map(|sample| sample.value)
+    }
+
     /// The samples that have this label.
     pub fn labelled<'a>(&'a self, label: &'a str, value: &'a str) -> impl Iterator<Item = &'a Sample> {
         self.0.iter().filter(move |sample| sample.labels.get(label).is_some_and(|found| found == value))

@@ -33,3 +33,4 @@ pub mod starts;
 pub mod state;
 pub mod stats;
 pub mod supervisor;
+pub mod traces;

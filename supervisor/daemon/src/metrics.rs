@@ -114,6 +114,10 @@ fn host(page: &mut Page, supervisor: &Supervisor) {
         let name = feature.control.as_str();
         page.sample(&[("control", name)], u8::from(degraded.iter().any(|control| control == name)));
     }
+    if let Some(tracer) = &supervisor.shared.tracer {
+        page.family("plugvisor_otlp_dropped_total", Kind::Counter, "Traced calls whose spans were not delivered.");
+        page.sample(&[], tracer.dropped());
+    }
     page.family("plugvisor_process_resident_bytes", Kind::Gauge, "Resident memory of Plugvisor's own processes.");
     for (process, pid) in [("plugvisord", std::process::id()), ("plugvisor-launcher", supervisor.shared.launcher.pid())]
     {

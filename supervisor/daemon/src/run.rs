@@ -36,6 +36,7 @@ use crate::{
     starts::Starts,
     state::{self, BreakerRecord, Note, Opened},
     supervisor::Supervisor,
+    traces::{ExportError, Exporter},
 };
 
 /// How long calls that no plugin's drain has ended may take to be cut.
@@ -84,6 +85,9 @@ pub enum RunError {
     /// The broker did not start.
     #[error(transparent)]
     Broker(#[from] StartError),
+    /// Traces cannot be sent where the configuration says.
+    #[error(transparent)]
+    Traces(#[from] ExportError),
     /// The sockets that others know.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -131,7 +135,9 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let plugins: Plugins = Arc::new(ArcSwap::default());
         let module = HostEvents::new(Arc::clone(&events), Arc::clone(&plugins), PublishLimits::default()).into_server();
         let modules = vec![HostService::new(HostModule::Events, module)];
-        let (broker, broker_events) = Broker::start(BrokerConfig::default(), modules)?;
+        let (tracer, exporter) = config.traces.clone().map(Exporter::new).transpose()?.unzip();
+        let settings = BrokerConfig { tracer: tracer.clone(), ..BrokerConfig::default() };
+        let (broker, broker_events) = Broker::start(settings, modules)?;
         let local = LocalSpec { listener: calls_listener.into(), allowed_uids: allowed.iter().copied().collect() };
         let (all_reattached, reattached) = watch::channel(false);
 
@@ -149,6 +155,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             starts: Starts::new(config.supervisor.parallel_starts),
             reattached,
             began: began_with_the_host(),
+            tracer,
         });
         let metrics_address = metrics.local_addr()?;
         let fleet = Fleet::new(Arc::clone(&shared), Arc::clone(&config), directories, remembered.plugins);
@@ -157,6 +164,9 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
 
         let edges = TaskTracker::new();
         let edges_end = CancellationToken::new();
+        if let Some(exporter) = exporter {
+            edges.spawn(exporter.run(edges_end.clone()));
+        }
         edges.spawn(pump(Arc::clone(&state), broker_events));
         edges.spawn({
             let (events, health, end) = (Arc::clone(&events), store.health(), edges_end.clone());

@@ -16,6 +16,7 @@ mod places;
 mod polyglot;
 mod restart;
 mod starts;
+mod traces;
 
 use anyhow::{Context, ensure};
 use plugvisor_proto::event::v1::Event;

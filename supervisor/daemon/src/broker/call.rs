@@ -23,6 +23,7 @@ use super::{
     provider::Admitted,
     shared::Shared,
 };
+use crate::traces::{CallTrace, TracedCall};
 
 /// The provider under which calls to host modules are counted; no plugin can have a name with a dot.
 const COUNTED_AS: &str = "plugvisor.host";
@@ -113,6 +114,9 @@ pub(super) struct Call {
     /// Bytes of the request's and of the response's body that are still to come, where their heads say how many.
     pub(super) lengths: (Option<u64>, Option<u64>),
     pub(super) last: Option<Last>,
+    pub(super) trace: Option<CallTrace>,
+    /// When its stream to the provider was opened.
+    pub(super) passed: Option<Instant>,
 }
 
 /// Counts a part of a body against the length that its head said; false when they do not agree.
@@ -182,6 +186,7 @@ impl Call {
     /// Counts the call, and gives its place back.
     pub(super) fn record(self, end: End, shared: &Shared, now: Instant) {
         const DEADLINE_EXCEEDED: i32 = 4;
+        let mut reason = None;
         let (code, outcome) = match end {
             // The provider watches the same deadline, and may tell of it before the broker's own clock does.
             End::Passed { code: DEADLINE_EXCEEDED } if !self.was_fair(self.asked, shared) => {
@@ -190,12 +195,29 @@ impl Call {
             End::Passed { code } => (code, Outcome::of_grpc(code)),
             End::Cancelled => (1, Outcome::Ignored),
             End::Cut { refusal, outcome } => {
+                reason = Some(refusal.reason.as_str());
                 shared.metrics.rejected(self.caller.key, refusal.reason);
                 (refusal.reason.grpc_status(), outcome)
             }
         };
         let method = self.path.strip_prefix('/').unwrap_or(&self.path);
         let duration = now.duration_since(self.time.began);
+        if let (Some(trace), Some(tracer)) = (self.trace, &shared.config.tracer) {
+            let callee = match &self.callee {
+                Callee::Plugin(admitted) => admitted.provider.identity.name.to_string(),
+                Callee::Host => COUNTED_AS.to_owned(),
+            };
+            let call = TracedCall {
+                caller: self.caller.identity.label(),
+                callee: Some(callee),
+                method: method.to_owned(),
+                status: code,
+                reason,
+                passed_after: self.passed.map(|passed| passed.duration_since(self.time.began)),
+                took: duration,
+            };
+            tracer.finish(trace, call);
+        }
         match self.callee {
             Callee::Plugin(mut admitted) => {
                 let figures = &admitted.provider.metrics;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::traces::Tracer;
+
 pub use super::http2::budget::BudgetLimits;
 
 /// Bounds of the broker as a whole.
@@ -30,6 +32,8 @@ pub struct BrokerConfig {
     pub max_method_series: usize,
     /// Commands waiting for the broker's thread; beyond that, senders wait.
     pub command_queue: usize,
+    /// Where calls are traced; `None` leaves `traceparent` as it comes.
+    pub tracer: Option<Tracer>,
     /// Events waiting for the reader; beyond that they are dropped and counted in the snapshot.
     pub event_queue: usize,
 }
@@ -47,6 +51,7 @@ impl Default for BrokerConfig {
             fair_deadline: Duration::from_millis(100),
             max_method_series: 64,
             command_queue: 256,
+            tracer: None,
             event_queue: 1024,
         }
     }

@@ -11,11 +11,13 @@ use super::{
     deadline,
     http2::{Field, Fields, comes_again, hpack::Encoder},
 };
+use crate::traces::CallTrace;
 
 pub(super) const CALLER: &[u8] = b"plugvisor-caller";
 pub(super) const HOPS: &[u8] = b"plugvisor-hops";
 pub(super) const TOKEN: &[u8] = b"plugvisor-token";
 const TIMEOUT: &[u8] = b"grpc-timeout";
+const TRACEPARENT: &[u8] = b"traceparent";
 /// Who calls a host module; only the broker's own server ever sees it.
 pub(super) const IDENTITY: &[u8] = b"plugvisor-identity";
 
@@ -42,6 +44,7 @@ pub(super) struct RequestHead<'f> {
     pub(super) timeout: Option<&'f [u8]>,
     pub(super) token: Option<&'f [u8]>,
     pub(super) hops: Option<&'f [u8]>,
+    pub(super) traceparent: Option<&'f [u8]>,
     /// How many bytes the body has, if it says so.
     pub(super) length: Option<u64>,
 }
@@ -49,8 +52,16 @@ pub(super) struct RequestHead<'f> {
 /// Reads a request's head.
 pub(super) fn request(fields: &Fields) -> Result<RequestHead<'_>, Malformed> {
     let (mut method, mut path, mut scheme, mut authority) = (None, None, None, None);
-    let mut head =
-        RequestHead { method: b"", path: b"", is_grpc: false, timeout: None, token: None, hops: None, length: None };
+    let mut head = RequestHead {
+        method: b"",
+        path: b"",
+        is_grpc: false,
+        timeout: None,
+        token: None,
+        hops: None,
+        traceparent: None,
+        length: None,
+    };
     let mut regular = false;
     for field in fields.iter() {
         check(field, &mut regular)?;
@@ -74,6 +85,10 @@ pub(super) fn request(fields: &Fields) -> Result<RequestHead<'_>, Malformed> {
             }
             HOPS => {
                 head.hops = head.hops.or(Some(field.value));
+                continue;
+            }
+            TRACEPARENT => {
+                head.traceparent = head.traceparent.or(Some(field.value));
                 continue;
             }
             LENGTH => {
@@ -203,13 +218,18 @@ pub(super) fn write_request(
     caller: &Caller,
     left: Duration,
     identity: Option<&str>,
+    trace: Option<&CallTrace>,
 ) {
     Encoder::known(block, METHOD_POST);
     Encoder::known(block, SCHEME_HTTP);
     encoder.stable(block, field(PATH, fields.get(PATH).unwrap_or(b"/")));
     encoder.stable(block, field(b":authority", b"plugvisor"));
-    for passing in fields.iter().filter(|field| passes(*field) && field.name != TIMEOUT) {
+    let replaced = |name: &[u8]| name == TIMEOUT || (trace.is_some() && name == TRACEPARENT);
+    for passing in fields.iter().filter(|field| passes(*field) && !replaced(field.name)) {
         pass(encoder, block, passing);
+    }
+    if let Some(trace) = trace {
+        Encoder::once(block, field(TRACEPARENT, trace.traceparent().as_bytes()));
     }
     encoder.stable(block, field(CALLER, caller.label.as_bytes()));
     if let Some(name) = caller.plugin_name() {

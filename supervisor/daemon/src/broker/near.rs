@@ -7,6 +7,7 @@ use plugvisor_core::route::Refusal;
 use super::{
     admit::{self, CallTime, Target},
     call::{Call, Callee, End, Far, Waiting, keeps_length},
+    caller::Caller,
     event::Sender,
     exchange::Exchange,
     fault::Fault,
@@ -17,6 +18,7 @@ use super::{
     peer::Side,
     refusal,
 };
+use crate::traces::{CallTrace, TracedCall};
 
 /// The path is kept for the metrics, which know no longer one.
 const PATH_KEPT: usize = 1024;
@@ -57,9 +59,14 @@ impl Exchange {
         } else {
             admit::admit(&self.shared, &caller, &head, self.now)
         };
+        let traceparent = head.traceparent.and_then(|text| std::str::from_utf8(text).ok());
+        let trace = self.shared.config.tracer.as_ref().and_then(|tracer| tracer.begin(traceparent));
         let (target, time) = match admitted {
             Ok(admitted) => admitted,
-            Err(refused) => return self.refuse(place, stream, &caller, head.path, &refused),
+            Err(refused) => {
+                self.trace_refusal(trace, &caller, head.path, &refused);
+                return self.refuse(place, stream, &caller, head.path, &refused);
+            }
         };
         let path = std::str::from_utf8(head.path).unwrap_or_default();
         let path: Box<str> = path[..path.floor_char_boundary(PATH_KEPT)].into();
@@ -88,6 +95,8 @@ impl Exchange {
             answered: None,
             lengths: (head.length, None),
             last: None,
+            trace,
+            passed: None,
         });
         self.peers[place].http.number(stream, call);
         let Some(entry) = self.links.get_mut(link) else { return };
@@ -117,21 +126,42 @@ impl Exchange {
         };
         let peer = self.peers.get_mut(far)?;
         let stream = peer.http.open(number, end, |encoder, block| {
-            headers::write_request(encoder, block, fields, &call.caller, left, identity.as_deref());
+            headers::write_request(
+                encoder,
+                block,
+                fields,
+                &call.caller,
+                left,
+                identity.as_deref(),
+                call.trace.as_ref(),
+            );
         });
+        call.passed = Some(self.now);
         call.far = Far::Open { peer: far, stream };
         self.mark(far);
         Some(stream)
     }
 
-    fn refuse(
-        &mut self,
-        place: usize,
-        stream: StreamId,
-        caller: &super::caller::Caller,
-        path: &[u8],
-        refused: &Refusal,
-    ) {
+    /// The span of a call that was passed to nobody.
+    fn trace_refusal(&self, trace: Option<CallTrace>, caller: &Caller, path: &[u8], refused: &Refusal) {
+        let (Some(trace), Some(tracer)) = (trace, &self.shared.config.tracer) else { return };
+        let path = std::str::from_utf8(path).unwrap_or_default();
+        let method = path.strip_prefix('/').unwrap_or(path);
+        tracer.finish(
+            trace,
+            TracedCall {
+                caller: caller.identity.label(),
+                callee: None,
+                method: method[..method.floor_char_boundary(PATH_KEPT)].to_owned(),
+                status: refused.reason.grpc_status(),
+                reason: Some(refused.reason.as_str()),
+                passed_after: None,
+                took: Duration::ZERO,
+            },
+        );
+    }
+
+    fn refuse(&mut self, place: usize, stream: StreamId, caller: &Caller, path: &[u8], refused: &Refusal) {
         self.shared.metrics.rejected(caller.key, refused.reason);
         admit::tell_denied(&self.shared, caller, path, refused);
         let response = refusal::response(refused);

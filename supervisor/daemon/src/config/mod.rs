@@ -26,6 +26,8 @@ use std::{
 use plugvisor_package::{Capability, PluginName, TrustTier};
 use plugvisor_sandbox::protocol::Control;
 
+use crate::traces::TraceSettings;
+
 pub(crate) use problem::nearest;
 pub use problem::{ConfigError, Problem};
 #[cfg(feature = "schema")]
@@ -45,6 +47,8 @@ pub struct Config {
     pub launcher: LauncherConfig,
     /// What is kept of what plugins print.
     pub logs: LogsConfig,
+    /// Where traces of calls are sent; `None` sends none.
+    pub traces: Option<TraceSettings>,
     /// Where bundles are looked for, in the order given.
     pub directories: Vec<DirectoryConfig>,
     /// Settings of single plugins; a plugin that is not here has [`PluginConfig::default`].
@@ -231,6 +235,7 @@ impl Config {
             },
             launcher: LauncherConfig::Embedded { linger: defaults::LINGER },
             logs: LogsConfig { directory: None, files: FileLimits::default(), lines: LogLimits::default() },
+            traces: None,
             directories: Vec::new(),
             plugins: BTreeMap::new(),
             places: show::Places::default(),

@@ -57,6 +57,17 @@ pub(super) struct Logs {
     pub(super) line_bytes: Option<usize>,
 }
 
+/// `[traces]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Traces {
+    /// Where OTLP over gRPC without TLS is received, such as "http://127.0.0.1:4317". Default: no traces are sent.
+    pub(super) endpoint: Option<String>,
+    /// Share, from 0 to 1, of the traces begun here that are kept; a caller's own decision is followed. Default: 1.
+    pub(super) sample: Option<f64>,
+}
+
 /// `[[directory]]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

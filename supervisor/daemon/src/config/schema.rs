@@ -18,6 +18,8 @@ struct File {
     launcher: Option<raw::Launcher>,
     /// What plugins print: how much is kept, and where.
     logs: Option<raw::Logs>,
+    /// Where traces of calls are sent.
+    traces: Option<raw::Traces>,
     /// Where bundles are looked for.
     directory: Option<Vec<raw::Directory>>,
     /// Settings of single plugins, by name.

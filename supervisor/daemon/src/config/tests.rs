@@ -114,7 +114,7 @@ liveness_timeout_ms = 0
   line 21: plugin.gallery.limits.memory_bytes: invalid type: string "64M", expected u64
   line 22: plugin.gallery.limits.cpu_percent: 0 is too small; the least is 1
   line 24: plugin.gallery.health.liveness_timeout_ms: must be between 1 ms and one day (86400000)
-  line 26: plugins: unknown key; the tables are [supervisor], [launcher], [logs], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
+  line 26: plugins: unknown key; the tables are [supervisor], [launcher], [logs], [traces], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
     assert_eq!(problems(text), expected);
 }
 
@@ -122,6 +122,19 @@ liveness_timeout_ms = 0
 fn addresses_off_the_loopback_are_refused() {
     let text = problems("[supervisor]\nmetrics_address = \"0.0.0.0:4001\"\n");
     assert!(text.contains("is not a loopback address"), "{text}");
+}
+
+#[test]
+fn traces_go_to_a_plain_receiver() {
+    assert_eq!(parse("").unwrap().traces, None);
+    let traces = parse("[traces]\nendpoint = \"http://127.0.0.1:4317\"\nsample = 0.25").unwrap().traces.unwrap();
+    assert_eq!((traces.endpoint.as_str(), traces.share), ("http://127.0.0.1:4317", 0.25));
+    for wrong in ["https://a:4317", "a:4317", "", "http://", "unix:/run/x"] {
+        let text = problems(&format!("[traces]\nendpoint = {wrong:?}"));
+        assert!(text.contains("line 2: traces.endpoint: ") && text.contains("write http://HOST:PORT"), "{text}");
+    }
+    assert!(problems("[traces]\nsample = 0.5").contains("says nothing without an endpoint"));
+    assert!(problems("[traces]\nendpoint = \"http://h:1\"\nsample = 1.5").contains("a share from 0 to 1"));
 }
 
 #[test]

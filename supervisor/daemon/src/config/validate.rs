@@ -24,6 +24,7 @@ use super::{
     show::Places,
 };
 use crate::logs::FileLimits;
+use crate::traces::TraceSettings;
 
 const TIERS: [TrustTier; 5] =
     [TrustTier::Internal, TrustTier::Verified, TrustTier::Community, TrustTier::Untrusted, TrustTier::Quarantined];
@@ -48,12 +49,12 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
             "supervisor" => supervisor(&section("supervisor", value, &mut problems), base, &mut config, &mut problems),
             "logs" => logs(&section("logs", value, &mut problems), base, &mut config, &mut problems),
             "launcher" => launcher(&section("launcher", value, &mut problems), base, &mut config, &mut problems),
+            "traces" => traces(&section("traces", value, &mut problems), &mut config, &mut problems),
             "directory" => config.directories = directories(value, base, &mut problems),
             "plugin" => config.plugins = plugins(value, &mut problems),
             other => {
-                let suggestion = nearest(other, ["supervisor", "launcher", "logs", "directory", "plugin"]);
-                let message =
-                    "unknown key; the tables are [supervisor], [launcher], [logs], [[directory]] and [plugin.NAME]";
+                let suggestion = nearest(other, ["supervisor", "launcher", "logs", "traces", "directory", "plugin"]);
+                let message = "unknown key; the tables are [supervisor], [launcher], [logs], [traces], [[directory]] and [plugin.NAME]";
                 problems.suggest(&key.span(), other, message, suggestion);
             }
         }
@@ -164,6 +165,29 @@ fn logs(table: &Section<raw::Logs>, base: &Path, config: &mut Config, problems: 
     let lines = &mut settings.lines;
     lines.lines_per_second = rate.and_then(|rate| u32::try_from(rate).ok()).unwrap_or(lines.lines_per_second);
     lines.line_bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(lines.line_bytes);
+}
+
+fn traces(table: &Section<raw::Traces>, config: &mut Config, problems: &mut Problems<'_>) {
+    let raw::Traces { endpoint, sample } = &table.value;
+    let share = sample.unwrap_or(1.0);
+    if !(0.0..=1.0).contains(&share) {
+        problems.add(table.at("sample"), table.key("sample"), "must be a share from 0 to 1, such as 0.1");
+    }
+    let Some(endpoint) = endpoint else {
+        if sample.is_some() {
+            problems.add(table.at("sample"), table.key("sample"), "says nothing without an endpoint; add one");
+        }
+        return;
+    };
+    let is_plain = endpoint
+        .parse::<http::Uri>()
+        .is_ok_and(|uri| uri.scheme_str() == Some("http") && uri.host().is_some_and(|host| !host.is_empty()));
+    if is_plain {
+        config.traces = Some(TraceSettings { share, ..TraceSettings::to(endpoint) });
+    } else {
+        let message = format!("{endpoint:?} is no receiver; write http://HOST:PORT, where OTLP over gRPC is received");
+        problems.add(table.at("endpoint"), table.key("endpoint"), message);
+    }
 }
 
 fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems<'_>) -> Vec<DirectoryConfig> {

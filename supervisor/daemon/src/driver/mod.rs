@@ -63,6 +63,7 @@ use crate::{
     logs::Logs,
     starts::{Place, Starts},
     state::{BreakerRecord, Desired, Note, PluginRecord, Store},
+    traces::Tracer,
 };
 
 /// How long one hook may take.
@@ -92,6 +93,8 @@ pub struct Shared {
     pub reattached: watch::Receiver<bool>,
     /// When the supervisor's clock began: with the host.
     pub began: Instant,
+    /// Traces of calls, when they are sent anywhere.
+    pub tracer: Option<Tracer>,
 }
 
 /// A plugin as others reach it.

@@ -11,7 +11,11 @@ use plugvisor_client::{Client, Refusal};
 use plugvisor_tests::contract::{
     ActRequest, ActResponse, SayRequest, SayResponse, act_request::Deed, hostile_service_server::HostileService,
 };
-use tonic::{Code, Request, Response, Status, client::Grpc};
+use tonic::{
+    Code, Request, Response, Status,
+    client::Grpc,
+    metadata::{Ascii, MetadataValue},
+};
 use tonic_prost::ProstCodec;
 
 use crate::{assault, connection::Scissors, echo, health::Condition};
@@ -35,6 +39,7 @@ pub(crate) struct Hoard {
 impl HostileService for Hostile {
     async fn act(&self, request: Request<ActRequest>) -> Result<Response<ActResponse>, Status> {
         let caller = echo::text(request.metadata(), "plugvisor-caller");
+        let trace = request.metadata().get("traceparent").cloned();
         let answer = |text: String| Ok(Response::new(ActResponse { text, ballast: Vec::new() }));
         match request.into_inner().deed {
             None | Some(Deed::Nothing(_)) => answer(caller),
@@ -67,7 +72,7 @@ impl HostileService for Hostile {
                 hoard.descriptors.pop();
                 answer(taken.to_string())
             }
-            Some(Deed::Call(path)) => answer(call(&path).await),
+            Some(Deed::Call(path)) => answer(call(&path, trace).await),
             Some(Deed::HangHealth(_)) => {
                 self.condition.hang();
                 answer("no more".to_owned())
@@ -86,7 +91,7 @@ impl HostileService for Hostile {
 }
 
 /// Calls a method through the broker; what came back as text.
-async fn call(path: &str) -> String {
+async fn call(path: &str, trace: Option<MetadataValue<Ascii>>) -> String {
     let Some(broker) = std::env::var_os("PLUGVISOR_BROKER") else { return "no PLUGVISOR_BROKER".to_owned() };
     let Ok(path) = path.parse() else { return format!("{path:?} is no path") };
     let mut grpc = Grpc::new(Client::lazy(broker));
@@ -94,8 +99,15 @@ async fn call(path: &str) -> String {
         return format!("not ready: {status}");
     }
     let codec = ProstCodec::<SayRequest, SayResponse>::default();
-    match grpc.unary(Request::new(SayRequest { text: "from a plugin".to_owned() }), path, codec).await {
-        Ok(answer) => format!("ok caller={}", answer.into_inner().caller),
+    let mut request = Request::new(SayRequest { text: "from a plugin".to_owned() });
+    if let Some(trace) = trace {
+        request.metadata_mut().insert("traceparent", trace);
+    }
+    match grpc.unary(request, path, codec).await {
+        Ok(answer) => match answer.into_inner() {
+            SayResponse { caller, traceparent, .. } if traceparent.is_empty() => format!("ok caller={caller}"),
+            SayResponse { caller, traceparent, .. } => format!("ok caller={caller} traceparent={traceparent}"),
+        },
         Err(status) => match Refusal::from_status(&status) {
             Some(refusal) => {
                 format!("{:?} {:?}: {} ({})", refusal.code, refusal.reason, refusal.message, refusal.hint)
