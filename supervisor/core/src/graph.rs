@@ -118,7 +118,7 @@ mod tests {
     }
 
     fn texts<'a>(names: impl IntoIterator<Item = &'a super::PluginName>) -> Vec<&'a str> {
-        names.into_iter().map(|name| name.as_str()).collect()
+        names.into_iter().map(super::PluginName::as_str).collect()
     }
 
     #[test]

@@ -221,7 +221,7 @@ fn only_regular_files_are_read() {
         let write_only: OwnedFd =
             File::options().create(true).truncate(false).write(true).open(harness.path("w")).expect("a file").into();
         let path_only: OwnedFd =
-            rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).expect("a path").into();
+            rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).expect("a path");
         for (what, descriptor) in [
             ("a FIFO", &fifo),
             ("an endless device", &zero),

@@ -113,9 +113,11 @@ impl From<rusqlite::Error> for Trouble {
             rusqlite::Error::SqliteFailure(failure, _) => match failure.code {
                 ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Self::Locked,
                 ErrorCode::DiskFull => Self::Full(why),
-                ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => Self::Corrupt(why),
-                // A row that breaks a rule of its table, or a table that is missing: it is not what we wrote.
-                ErrorCode::ConstraintViolation | ErrorCode::TypeMismatch => Self::Corrupt(why),
+                // Of the last two: a row that breaks a rule of its table, or a table that is missing, is not what we wrote.
+                ErrorCode::DatabaseCorrupt
+                | ErrorCode::NotADatabase
+                | ErrorCode::ConstraintViolation
+                | ErrorCode::TypeMismatch => Self::Corrupt(why),
                 ErrorCode::Unknown if failure.extended_code == SQLITE_ERROR => Self::Corrupt(why),
                 _ => Self::Io(why),
             },

@@ -27,7 +27,7 @@ impl Launcher {
                 format!("{plugin} was not started: its bundle has no executable file {entry:?}; correct the bundle"),
             );
         }
-        let tier = self.policy.tier(plugin, &request.bundle, bundle.origins.iter(), request.approval.as_ref())?;
+        let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref())?;
         self.policy.check_level(plugin, tier, request.level)?;
         let path = bundle.path().to_owned();
         match bundle.open() {

@@ -5,6 +5,7 @@
 //! signature by a key that stands there; whatever has none of them is untrusted. This module knows no store.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     os::{fd::OwnedFd, unix::fs::MetadataExt},
@@ -170,11 +171,11 @@ impl Policy {
     }
 
     /// The tier of a bundle that is to run under this name.
-    pub(crate) fn tier<'a>(
+    pub(crate) fn tier(
         &mut self,
         name: &PluginName,
         bundle: &[u8; 32],
-        origins: impl Iterator<Item = &'a PathBuf> + Clone,
+        origins: &BTreeSet<PathBuf>,
         approval: Option<&Approval>,
     ) -> Result<Tier, Refusal> {
         let roots = self.roots.clone();
@@ -185,7 +186,7 @@ impl Policy {
             return Ok(Tier::Quarantined);
         }
         let named = entries().filter(|entry| entry.name == *name).map(|entry| Tier::from(entry.tier));
-        let beneath = |root: &Path| origins.clone().any(|origin| origin.starts_with(root));
+        let beneath = |root: &Path| origins.iter().any(|origin| origin.starts_with(root));
         let directories = rules.directory.iter().map(|directory| (&directory.path, Tier::from(directory.tier)));
         let directories = directories.chain(roots.iter().map(|root| (&root.path, root.tier)));
         let from = directories.filter(|(path, _)| beneath(path)).map(|(_, tier)| tier);
@@ -274,7 +275,7 @@ fn parse(text: &str) -> Result<Rules, String> {
     if let Some(directory) = rules.directory.iter().find(relative) {
         return Err(format!("the directory {} is not absolute", directory.path.display()));
     }
-    let mut ids = std::collections::BTreeSet::new();
+    let mut ids = BTreeSet::new();
     match rules.key.iter().find(|key| !ids.insert(key.id.as_str())) {
         Some(key) => Err(format!("two keys have the id {:?}", key.id)),
         None => Ok(rules),
@@ -299,8 +300,8 @@ mod tests {
     }
 
     fn tier(policy: &mut Policy, plugin: &str, origins: &[&str], approval: Option<&Approval>) -> Result<Tier, String> {
-        let origins: Vec<PathBuf> = origins.iter().map(PathBuf::from).collect();
-        policy.tier(&name(plugin), &CONTENT, origins.iter(), approval).map_err(|refusal| refusal.message)
+        let origins: BTreeSet<PathBuf> = origins.iter().map(PathBuf::from).collect();
+        policy.tier(&name(plugin), &CONTENT, &origins, approval).map_err(|refusal| refusal.message)
     }
 
     fn hex(bytes: &[u8]) -> String {

@@ -42,7 +42,7 @@ impl Server {
 
     fn stored(&mut self, bundle: &[u8; 32]) -> Result<Option<Stored>, Refusal> {
         let Some(found) = self.launcher.store.get(bundle) else { return Ok(None) };
-        let tier = self.launcher.policy.tier(&found.name, bundle, found.origins.iter(), None)?;
+        let tier = self.launcher.policy.tier(&found.name, bundle, &found.origins, None)?;
         Ok(Some(Stored { tier, bytes: found.bytes }))
     }
 
