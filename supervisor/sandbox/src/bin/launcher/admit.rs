@@ -28,7 +28,7 @@ impl Launcher {
             );
         }
         let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref())?;
-        self.policy.check_level(plugin, tier, request.level)?;
+        self.policy.check_level(plugin, named, tier, request.level)?;
         let path = bundle.path().to_owned();
         match bundle.open() {
             Ok(directory) => Ok((directory, path)),

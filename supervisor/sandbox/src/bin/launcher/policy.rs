@@ -76,6 +76,20 @@ impl Default for Weakest {
     }
 }
 
+impl Weakest {
+    /// None is for what is never launched.
+    fn of(&self, tier: Tier) -> Option<Level> {
+        let wall = match tier {
+            Tier::Quarantined => return None,
+            Tier::Untrusted => self.untrusted,
+            Tier::Community => self.community,
+            Tier::Verified => self.verified,
+            Tier::Internal => self.internal,
+        };
+        Some(wall.into())
+    }
+}
+
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Wall {
@@ -195,28 +209,51 @@ impl Policy {
     }
 
     /// Refuses walls that are weaker than this tier's.
-    pub(crate) fn check_level(&mut self, name: &PluginName, tier: Tier, level: Level) -> Result<(), Refusal> {
+    pub(crate) fn check_level(
+        &mut self,
+        name: &PluginName,
+        bundle: Digest,
+        tier: Tier,
+        level: Level,
+    ) -> Result<(), Refusal> {
+        let file = self.file.clone();
         let weakest = &self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?.weakest;
-        let least = match tier {
-            Tier::Quarantined => {
-                return refuse(RefusalCode::Policy, format!("{name} was not started: its bundle is quarantined"));
-            }
-            Tier::Untrusted => weakest.untrusted,
-            Tier::Community => weakest.community,
-            Tier::Verified => weakest.verified,
-            Tier::Internal => weakest.internal,
+        let Some(least) = weakest.of(tier) else {
+            return refuse(
+                RefusalCode::Policy,
+                format!(
+                    "{name} was not started: its bundle {bundle} is quarantined; to run it all the same, the \
+                     launcher's administrator takes that out of the launcher's policy file"
+                ),
+            );
         };
-        let least = Level::from(least);
         if level >= least {
             return Ok(());
         }
+        let enough = [Tier::Community, Tier::Verified, Tier::Internal]
+            .into_iter()
+            .find(|higher| *higher > tier && weakest.of(*higher).is_some_and(|least| level >= least));
+        let next = enough.map_or_else(
+            || "the launcher's policy allows this level to no tier".to_owned(),
+            |enough| {
+                let enough = TrustTier::from(enough);
+                let file = file.map_or_else(
+                    || "a policy file (`version = 1`; plugvisord --launcher-policy FILE)".to_owned(),
+                    |file| file.display().to_string(),
+                );
+                format!(
+                    "if you trust it, put it into a plugin directory of the tier {enough} and start plugvisord again, or \
+                     let the launcher's administrator write into {file} an [[approved]] entry with name = \"{name}\", \
+                     tier = \"{enough}\", digest = \"{bundle}\""
+                )
+            },
+        );
         let tier = TrustTier::from(tier);
         refuse(
             RefusalCode::Policy,
             format!(
                 "{name} was not started: to the launcher its bundle is {tier}, and that needs the level {least:?}, not \
-                 {level:?}; if you trust it, put it into a plugin directory of a higher tier and start plugvisord again, \
-                 or approve it with `plugvisor policy approve {name}`"
+                 {level:?}; {next}"
             ),
         )
     }
@@ -338,7 +375,7 @@ mod tests {
         );
         let mut policy = policy(&text, vec![BundleRoot { tier: Tier::Internal, path: "/opt".into() }]);
         assert_eq!(tier(&mut policy, "a", &["/opt/a"], None), Ok(Tier::Quarantined));
-        assert!(policy.check_level(&name("a"), Tier::Quarantined, Level::Vm).is_err());
+        assert!(policy.check_level(&name("a"), Digest::from_bytes(CONTENT), Tier::Quarantined, Level::Vm).is_err());
     }
 
     #[test]
@@ -385,11 +422,16 @@ mod tests {
         ] {
             let levels = [Level::None, Level::Process, Level::Container, Level::Sandbox, Level::Vm];
             for level in levels {
-                assert_eq!(usual.check_level(&a, tier, level).is_ok(), level >= least, "{tier:?} {level:?}");
+                assert_eq!(
+                    usual.check_level(&a, Digest::from_bytes(CONTENT), tier, level).is_ok(),
+                    level >= least,
+                    "{tier:?} {level:?}"
+                );
             }
         }
         let mut strict = policy("version = 1\n[weakest]\nverified = \"vm\"\n", vec![]);
-        assert!(strict.check_level(&a, Tier::Verified, Level::Sandbox).is_err());
+        let refused = strict.check_level(&a, Digest::from_bytes(CONTENT), Tier::Verified, Level::Sandbox);
+        assert!(refused.is_err_and(|refusal| refusal.message.contains("tier = \"internal\"")));
     }
 
     #[test]
