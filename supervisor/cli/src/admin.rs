@@ -65,6 +65,10 @@ impl Admin {
             Ok(Err(status)) => Err(self.refused(what, &status)),
             Err(_) => Err(Failure::timeout(what)),
         }
+        .map_err(|failure| match failure.outcome {
+            Outcome::Timeout if usual == QUESTION => Failure::mute(what, &self.socket),
+            _ => failure,
+        })
     }
 
     /// What a refusal means.

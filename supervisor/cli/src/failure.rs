@@ -77,6 +77,16 @@ impl Failure {
         )
     }
 
+    /// Somebody holds the socket, and a question that needs no waiting has no answer.
+    pub(crate) fn mute(what: &str, socket: &Path) -> Self {
+        Self::new(
+            Outcome::Timeout,
+            format!("{what}: {} takes connections, but nobody answered in time", socket.display()),
+            "the supervisor hangs, or it ended and its launcher holds the socket for the next one ([launcher] linger): \
+             start it again with the same configuration, or wait longer with --timeout",
+        )
+    }
+
     /// A refusal by the supervisor on its admin socket.
     pub(crate) fn from_admin(what: &str, socket: &Path, status: &Status) -> Self {
         if let Some(error) = io_cause(status) {

@@ -44,8 +44,10 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
             validate::validate(&Output::new(&cli.global)?, &path)
         }
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "plugvisor", &mut std::io::stdout());
-            Ok(())
+            // By way of memory: generate panics when the reader is gone.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "plugvisor", &mut script);
+            Output::new(&cli.global)?.script(&script)
         }
         Command::Config { command: ConfigCommand::Validate { file } } => {
             config::validate(&Output::new(&cli.global)?, file.as_deref())

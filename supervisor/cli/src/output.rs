@@ -75,9 +75,19 @@ impl Output {
             .map_err(|error| broken(&error))
     }
 
+    /// Prints bytes of our own as they are.
+    pub(crate) fn script(&self, bytes: &[u8]) -> Result<(), Failure> {
+        let mut out = io::stdout().lock();
+        Self::written(out.write_all(bytes).and_then(|()| out.flush()))
+    }
+
     fn write(&self, text: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
-        writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
+        Self::written(writeln!(out, "{text}").and_then(|()| out.flush()))
+    }
+
+    fn written(result: io::Result<()>) -> Result<(), Failure> {
+        result.map_err(|error| match error.kind() {
             // The reader, such as `head`, has seen enough.
             io::ErrorKind::BrokenPipe => Failure::silent(Outcome::ReaderGone),
             _ => Failure::new(Outcome::Failed, format!("cannot write to standard output: {error}"), ""),

@@ -47,7 +47,10 @@ pub(crate) async fn reset(admin: &Admin, output: &Output, plugin: Option<&str>) 
         return opened.iter().try_for_each(|breaker| output.line(&Line::new(&breaker.plugin)));
     }
     if opened.is_empty() {
-        return output.line(&Line::new("closed already; its counts begin anew"));
+        return output.line(&Line::new(match plugin {
+            Some(plugin) => format!("the breaker of {plugin} was closed already; its counts begin anew"),
+            None => "every breaker was closed already; their counts begin anew".to_owned(),
+        }));
     }
     opened.iter().try_for_each(|breaker| {
         output.line(&Line::new(format!("closed the breaker of {}, which was {}", breaker.plugin, breaker.state)))
