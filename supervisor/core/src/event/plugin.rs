@@ -299,7 +299,7 @@ impl Group for PluginEvent {
             Self::Hung { .. } => {
                 "see `plugvisor logs` for what it was doing; a handler may block its event loop".into()
             }
-            Self::Exited { expected: false, exit } => exit.hint().into(),
+            Self::Exited { expected: false, exit } => exit.hint("").into(),
             Self::Killed { stage: "terminate" } => "make the plugin end within its grace when it gets SIGTERM".into(),
             Self::Crashloop { .. } => {
                 "`plugvisor logs` shows what it printed last; `plugvisor restart` tries at once".into()
@@ -337,16 +337,18 @@ impl Exit {
         }
     }
 
-    fn hint(&self) -> &'static str {
+    /// `of` is what follows a command: a space and the plugin's name, or nothing where the reader sees the name beside it.
+    fn hint(&self, of: &str) -> String {
         match self.kind {
-            _ if self.oom => "raise maxMemory, or make the plugin use less",
-            ExitKind::Code(78) => {
-                "its configuration is wrong: `plugvisor logs` shows what it said; mend it, then `plugvisor restart`"
-            }
-            ExitKind::Code(_) | ExitKind::Unknown => "`plugvisor logs` shows what it printed last",
-            ExitKind::Signal(_) => {
-                "not sent by Plugvisor: it crashed or was killed; `plugvisor logs` shows what it printed last"
-            }
+            _ if self.oom => "raise maxMemory, or make the plugin use less".to_owned(),
+            ExitKind::Code(78) => format!(
+                "its configuration is wrong: `plugvisor logs{of}` shows what it said; mend it, then `plugvisor \
+                 restart{of}`"
+            ),
+            ExitKind::Code(_) | ExitKind::Unknown => format!("`plugvisor logs{of}` shows what it printed last"),
+            ExitKind::Signal(_) => format!(
+                "not sent by Plugvisor: it crashed or was killed; `plugvisor logs{of}` shows what it printed last"
+            ),
         }
     }
 
@@ -358,6 +360,6 @@ impl Exit {
             ExitKind::Code(78) => Code::PluginMisconfigured,
             ExitKind::Code(_) | ExitKind::Signal(_) | ExitKind::Unknown => Code::PluginExited,
         };
-        Error::new(code, format!("plugin {plugin} {}", self.describe()), self.hint())
+        Error::new(code, format!("plugin {plugin} {}", self.describe()), self.hint(&format!(" {plugin}")))
     }
 }

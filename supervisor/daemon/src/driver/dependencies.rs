@@ -145,12 +145,19 @@ async fn resolve(
                 break;
             }
             if !will_come(&now) {
+                let first = match now.state {
+                    State::Unloaded => format!("`plugvisor load {wanted}`"),
+                    State::Unknown
+                    | State::Discovered
+                    | State::Loading(_)
+                    | State::Loaded(_)
+                    | State::Failed(_)
+                    | State::Quarantined => format!("`plugvisor describe {wanted}` says why"),
+                };
                 let error = Error::new(
                     Code::DependencyNotReady,
                     format!("plugin {name} depends on {wanted}, which is {}", now.state.name()),
-                    format!(
-                        "`plugvisor describe {wanted}` says why; {name} is loaded by itself as soon as {wanted} is"
-                    ),
+                    format!("{first}; {name} is loaded by itself as soon as {wanted} is"),
                 );
                 return Err(Unresolved::Blocked(error, view));
             }
