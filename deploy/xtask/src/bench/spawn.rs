@@ -9,7 +9,7 @@ use std::{path::Path, time::Duration};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 
-use super::figures::{cores, kernel, median, number};
+use super::figures::{cores, kernel, median, number, quartiles};
 use crate::{
     build::{self, Profile},
     demo::{
@@ -39,7 +39,21 @@ pub(crate) struct Options {
 struct Figures {
     launch_exec_ms: Vec<f64>,
     discovery_loaded_ms: Vec<f64>,
+    /// What each part of a launch took, in the order in which they are done.
+    parts_us: Vec<(String, Vec<f64>)>,
     level: Option<String>,
+}
+
+impl Figures {
+    fn add_parts(&mut self, parts: &Value) {
+        for part in parts.as_array().into_iter().flatten() {
+            let (Some(name), Some(took)) = (part[0].as_str(), part[1].as_f64()) else { continue };
+            match self.parts_us.iter_mut().find(|(known, _)| known == name) {
+                Some((_, times)) => times.push(took),
+                None => self.parts_us.push((name.to_owned(), vec![took])),
+            }
+        }
+    }
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -109,6 +123,7 @@ fn measure(
         seen = sequence(&ready);
         let micros = starting["data"]["launch_exec_us"].as_f64().context("the event says no launch_exec_us")?;
         figures.launch_exec_ms.push(micros / 1_000.0);
+        figures.add_parts(&starting["data"]["launch_parts_us"]);
         figures.level = starting["data"]["level"].as_str().map(str::to_owned);
     }
     drop(events);
@@ -141,17 +156,30 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
         options.starts, options.restarts
     );
     println!();
-    println!("{:32} {:>10}", "", "ms");
+    println!("{:32} {:>10} {:>10} {:>10}", "ms", "quarter", "median", "3 quarters");
+    let row = |name: &str, values: &[f64], digits: usize| {
+        let (low, high) = quartiles(values);
+        println!("{name:32} {low:>10.digits$} {:>10.digits$} {high:>10.digits$}", median(values));
+    };
     let mut by_level = Map::new();
     for each in LEVELS {
         if each == level {
-            println!("{:32} {launch:>10.2}", format!("launch to exec, {each}"));
+            row(&format!("launch to exec, {each}"), &figures.launch_exec_ms, 2);
             by_level.insert(each.to_owned(), number(launch));
         } else {
-            println!("{:32} {:>10}", format!("launch to exec, {each}"), "missing");
+            println!("{:32} {:>10} {:>10}", format!("launch to exec, {each}"), "", "missing");
         }
     }
-    println!("{:32} {loaded:>10.1}", "discovery to LOADED");
+    row("discovery to LOADED", &figures.discovery_loaded_ms, 1);
+    if !figures.parts_us.is_empty() {
+        println!();
+        println!("{:32} {:>10} {:>10} {:>10}", "us, parts of launch to exec", "quarter", "median", "3 quarters");
+    }
+    let mut parts = Vec::new();
+    for (name, times) in &figures.parts_us {
+        row(name, times, 0);
+        parts.push(json!({ "part": name, "median_us": number(median(times)), "launches": times.len() }));
+    }
     if !lacking.is_empty() {
         println!("without what this host cannot enforce: {}", lacking.join(", "));
     }
@@ -159,7 +187,10 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
     let missing: Vec<&str> = LEVELS.into_iter().filter(|each| *each != level).collect();
     let result = json!({
         "launch_exec_ms": by_level,
+        "launch_exec_quartiles_ms": spread(&figures.launch_exec_ms),
         "discovery_loaded_ms": number(loaded),
+        "discovery_loaded_quartiles_ms": spread(&figures.discovery_loaded_ms),
+        "parts": parts,
         "cores": cores(),
         "kernel": kernel(),
         "missing": missing,
@@ -167,6 +198,11 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
         "raw": { "launch_exec_ms": figures.launch_exec_ms, "discovery_loaded_ms": figures.discovery_loaded_ms },
     });
     println!("{result}");
+}
+
+fn spread(values: &[f64]) -> Value {
+    let (low, high) = quartiles(values);
+    json!([number(low), number(high)])
 }
 
 #[cfg(test)]

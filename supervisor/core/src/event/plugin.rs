@@ -90,6 +90,8 @@ pub enum PluginEvent {
         level: &'static str,
         /// From the launcher's reading of the request to the exec, in microseconds.
         launch_exec_us: u64,
+        /// What each part of it took, in microseconds, in the order in which they were done.
+        launch_parts_us: Vec<(String, u64)>,
     },
     /// It serves gRPC.
     HandshakeOk {

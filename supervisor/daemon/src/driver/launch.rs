@@ -78,11 +78,13 @@ impl Driver {
         };
         let (pid, cgroups) = (process.launched.pid, process.launched.cgroups.clone());
         let launch_exec_us = process.launched.launch_exec_nanos / 1_000;
+        let parts = process.launched.parts.iter();
+        let launch_parts_us = parts.map(|(part, nanos)| (part.clone(), nanos / 1_000)).collect();
         let missing = self.hold(generation, process, holding);
         self.view.send_modify(|seen| {
             *Arc::make_mut(seen).figures.starts.entry(reason).or_insert(0) += 1;
         });
-        self.emit(PluginEvent::Starting { pid, cgroups, level, launch_exec_us });
+        self.emit(PluginEvent::Starting { pid, cgroups, level, launch_exec_us, launch_parts_us });
         if !missing.is_empty() {
             self.emit(SecurityEvent::SandboxDegraded { missing });
         }
