@@ -133,6 +133,27 @@ pub(crate) fn bundle(source: &Path, program: &Path, into: &Path) -> anyhow::Resu
     mode(&descriptors, 0o644)
 }
 
+/// A bundle once more. Its program is the same file: a benchmark of many plugins needs no copies of it.
+///
+/// # Errors
+/// When `bundle` cannot be read or `into` not be written.
+pub(crate) fn copy_bundle(bundle: &Path, into: &Path) -> anyhow::Result<()> {
+    let binaries = into.join("bin");
+    fs::create_dir_all(&binaries).with_context(|| format!("cannot make {}", binaries.display()))?;
+    for directory in [into, &binaries] {
+        mode(directory, 0o755)?;
+    }
+    for name in ["plugin.json", "descriptor.binpb"] {
+        copy(&bundle.join(name), &into.join(name), 0o644)?;
+    }
+    for entry in fs::read_dir(bundle.join("bin")).context("the bundle has no programs")? {
+        let program = entry.context("cannot read the bundle's programs")?;
+        let link = binaries.join(program.file_name());
+        fs::hard_link(program.path(), &link).with_context(|| format!("cannot make {}", link.display()))?;
+    }
+    Ok(())
+}
+
 fn copy(from: &Path, to: &Path, permissions: u32) -> anyhow::Result<()> {
     fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     mode(to, permissions)

@@ -11,6 +11,7 @@ mod load;
 mod part;
 mod peers;
 mod processes;
+mod reattach;
 mod spawn;
 
 use clap::Subcommand;
@@ -20,7 +21,7 @@ use clap::Subcommand;
 pub(crate) enum Bench {
     /// Calls: direct, copied, brokered, through HAProxy and through nginx.
     Broker(broker::Options),
-    /// Starting plugins: launch to exec, discovery to LOADED.
+    /// Starting plugins: launch to exec, discovery to LOADED, and a restart of the supervisor with 50 of them.
     Spawn(spawn::Options),
     /// One of the processes of a measurement.
     #[command(hide = true, subcommand)]

@@ -9,7 +9,10 @@ use std::{path::Path, time::Duration};
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 
-use super::figures::{cores, kernel, median, number, quartiles};
+use super::{
+    figures::{cores, kernel, median, number, quartiles},
+    reattach::{self, Restart},
+};
 use crate::{
     build::{self, Profile},
     demo::{
@@ -19,10 +22,12 @@ use crate::{
 };
 
 /// The plugin that is started: small, and as real as any.
-const PLUGIN: &str = "markdown";
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PLUGIN: &str = "markdown";
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// The levels of the design. Those that this version cannot launch are named as missing.
 const LEVELS: [&str; 5] = ["none", "process", "container", "sandbox", "vm"];
+/// The part of a launch that one with a child made ahead does not have: the child is in its cgroups already.
+const JOIN: &str = "join";
 
 /// How much to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -33,12 +38,21 @@ pub(crate) struct Options {
     /// Restarts of the plugin in each.
     #[arg(long, default_value_t = 4)]
     restarts: usize,
+    /// Times that a supervisor with 50 plugins is killed and started again.
+    #[arg(long, default_value_t = 3)]
+    reattaches: usize,
 }
 
 #[derive(Default)]
 struct Figures {
     launch_exec_ms: Vec<f64>,
+    /// Those of them that had a child made ahead, and those that began from nothing.
+    ahead_ms: Vec<f64>,
+    from_nothing_ms: Vec<f64>,
     discovery_loaded_ms: Vec<f64>,
+    /// A restart: from the first phase of the new load to LOADED.
+    reloaded_ms: Vec<f64>,
+    reattached: Vec<Restart>,
     /// What each part of a launch took, in the order in which they are done.
     parts_us: Vec<(String, Vec<f64>)>,
     level: Option<String>,
@@ -74,6 +88,10 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         }
         measure(&binaries, &place, &lacking, options.restarts, &mut figures)?;
         place.remove()?;
+    }
+    for reattach in 1..=options.reattaches {
+        eprint!("\rsupervisor with 50 plugins killed, {reattach} of {}", options.reattaches);
+        figures.reattached.push(reattach::measure(&binaries, &lacking)?);
     }
     eprintln!();
     report(&figures, &lacking, options);
@@ -119,11 +137,19 @@ fn measure(
             let (_, found) =
                 events.wait_for("plugin.discovered", PATIENCE, |event| is_about(event, "plugin.discovered", PLUGIN))?;
             figures.discovery_loaded_ms.push(moment(&ready)? - moment(&found)?);
+        } else {
+            let (_, first) = events.wait_for("plugin.loading_progress", PATIENCE, |event| {
+                is_about(event, "plugin.loading_progress", PLUGIN) && sequence(event) > seen
+            })?;
+            figures.reloaded_ms.push(moment(&ready)? - moment(&first)?);
         }
         seen = sequence(&ready);
         let micros = starting["data"]["launch_exec_us"].as_f64().context("the event says no launch_exec_us")?;
         figures.launch_exec_ms.push(micros / 1_000.0);
-        figures.add_parts(&starting["data"]["launch_parts_us"]);
+        let parts = &starting["data"]["launch_parts_us"];
+        let from_nothing = parts.as_array().into_iter().flatten().any(|part| part[0] == JOIN);
+        if from_nothing { &mut figures.from_nothing_ms } else { &mut figures.ahead_ms }.push(micros / 1_000.0);
+        figures.add_parts(parts);
         figures.level = starting["data"]["level"].as_str().map(str::to_owned);
     }
     drop(events);
@@ -132,7 +158,7 @@ fn measure(
 }
 
 /// When an event happened, in milliseconds of its day; the two that are compared are a moment apart.
-fn moment(event: &Value) -> anyhow::Result<f64> {
+pub(super) fn moment(event: &Value) -> anyhow::Result<f64> {
     let text = event["time"].as_str().context("an event without time")?;
     let clock = text.split_once('T').and_then(|(_, clock)| clock.strip_suffix('Z'));
     let mut parts = clock.context("an event's time is not RFC 3339 in UTC")?.splitn(3, ':').map(str::parse::<f64>);
@@ -170,7 +196,14 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
             println!("{:32} {:>10} {:>10}", format!("launch to exec, {each}"), "", "missing");
         }
     }
+    row("  with a child made ahead", &figures.ahead_ms, 2);
+    row("  from nothing", &figures.from_nothing_ms, 2);
     row("discovery to LOADED", &figures.discovery_loaded_ms, 1);
+    let reattached = figures.reattached.iter().map(|restart| restart.reattached_ms).collect::<Vec<_>>();
+    let back = figures.reattached.iter().map(|restart| restart.wall_ms).collect::<Vec<_>>();
+    row("restart: first phase to LOADED", &figures.reloaded_ms, 1);
+    row("50 plugins taken over", &reattached, 1);
+    row("start to ready, with these", &back, 1);
     if !figures.parts_us.is_empty() {
         println!();
         println!("{:32} {:>10} {:>10} {:>10}", "us, parts of launch to exec", "quarter", "median", "3 quarters");
@@ -188,14 +221,27 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
     let result = json!({
         "launch_exec_ms": by_level,
         "launch_exec_quartiles_ms": spread(&figures.launch_exec_ms),
+        "launch_exec_ahead_ms": number(median(&figures.ahead_ms)),
+        "launch_exec_from_nothing_ms": number(median(&figures.from_nothing_ms)),
         "discovery_loaded_ms": number(loaded),
         "discovery_loaded_quartiles_ms": spread(&figures.discovery_loaded_ms),
+        "restart_loaded_ms": number(median(&figures.reloaded_ms)),
+        "reattach_50_ms": number(median(&reattached)),
+        "reattach_50_wall_ms": number(median(&back)),
         "parts": parts,
         "cores": cores(),
         "kernel": kernel(),
         "missing": missing,
         "not_enforced": lacking,
-        "raw": { "launch_exec_ms": figures.launch_exec_ms, "discovery_loaded_ms": figures.discovery_loaded_ms },
+        "raw": {
+            "launch_exec_ms": figures.launch_exec_ms,
+            "launch_exec_ahead_ms": figures.ahead_ms,
+            "launch_exec_from_nothing_ms": figures.from_nothing_ms,
+            "discovery_loaded_ms": figures.discovery_loaded_ms,
+            "restart_loaded_ms": figures.reloaded_ms,
+            "reattach_50_ms": reattached,
+            "reattach_50_wall_ms": back,
+        },
     });
     println!("{result}");
 }

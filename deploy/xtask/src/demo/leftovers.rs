@@ -41,6 +41,21 @@ impl Belongings {
         Ok(belongings)
     }
 
+    /// The processes and cgroups of it that are left.
+    ///
+    /// # Errors
+    /// When the kernel refuses to tell.
+    pub(crate) fn left(&self) -> anyhow::Result<Vec<String>> {
+        let mut left = Vec::new();
+        for process in &self.processes {
+            if !process.ended_within(Duration::ZERO)? {
+                left.push(format!("process {}", process.pid));
+            }
+        }
+        left.extend(self.groups.iter().filter(|group| group.exists()).map(|group| group.display().to_string()));
+        Ok(left)
+    }
+
     /// Checks that nothing of it is left. `runtime` is where its sockets were.
     ///
     /// # Errors

@@ -6,10 +6,10 @@
 mod checks;
 mod fault;
 mod interrupt;
-mod leftovers;
+pub(crate) mod leftovers;
 mod page;
 pub(crate) mod place;
-mod process;
+pub(crate) mod process;
 pub(crate) mod supervisor;
 mod walls;
 

@@ -36,6 +36,14 @@ impl Process {
         pidfd_send_signal(&self.descriptor, Signal::KILL).with_context(|| format!("cannot kill process {}", self.pid))
     }
 
+    /// Sends SIGTERM.
+    ///
+    /// # Errors
+    /// When it is gone or may not be told by this user.
+    pub(crate) fn terminate(&self) -> anyhow::Result<()> {
+        pidfd_send_signal(&self.descriptor, Signal::TERM).with_context(|| format!("cannot end process {}", self.pid))
+    }
+
     /// Waits until it has ended; `false` when it lives on.
     ///
     /// # Errors

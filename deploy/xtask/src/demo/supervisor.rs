@@ -149,6 +149,17 @@ impl Supervisor {
         self.child.wait().context("cannot wait for plugvisord")
     }
 
+    /// kill -9: it has no moment to end anything in order. What its launcher holds lives on if that lingers.
+    ///
+    /// # Errors
+    /// When it has ended already.
+    pub(crate) fn kill(mut self) -> anyhow::Result<()> {
+        self.child.kill().context("cannot kill plugvisord")?;
+        self.child.wait().context("cannot wait for plugvisord")?;
+        self.stopped = true;
+        Ok(())
+    }
+
     fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         // Our own child, not yet waited for: its pid is still its own.
         let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).context("plugvisord has no pid")?;
