@@ -94,7 +94,7 @@ pub(crate) enum Command {
         /// The plugin's name; without it, every plugin's lines.
         name: Option<String>,
     },
-    /// Load a discovered plugin, or a bundle directory.
+    /// Load a plugin, by its name or its bundle's directory.
     Load {
         /// The plugin's name, or the path of a bundle directory.
         plugin: String,

@@ -305,8 +305,8 @@ fn lacks(caller: &PluginCaller, capability: Capability, service: &str) -> Refusa
         Reason::CallerNotAllowed,
         format!("plugin {} called {} without the capability {capability}", caller.name, shown(service)),
         format!(
-            "add {capability} to security.capabilities in its plugin.json and to the grants of [plugin.{}] in \
-             plugvisor.toml",
+            "add {capability} to security.capabilities in its plugin.json, and to the grants of [plugin.{}] or of its \
+             [[directory]] in plugvisor.toml",
             caller.name
         ),
     )

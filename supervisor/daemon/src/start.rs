@@ -128,6 +128,7 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     }
     if let Some(path) = launcher_socket {
         config.launcher = LauncherConfig::External { socket: std::path::absolute(&path).unwrap_or(path) };
+        config.note_flag("launcher.socket", "--launcher-socket");
     }
     let owner = if surroundings.uid == 0 { Some(privileges::find(&config.supervisor.user)?) } else { None };
     let directories = config.directories.iter().map(PluginDirectory::open).collect::<Result<Vec<_>, _>>()?;

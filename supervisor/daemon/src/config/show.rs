@@ -10,7 +10,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Config, DirectoryConfig, LogsConfig, SupervisorConfig, reader::join};
+use super::{Config, DirectoryConfig, LauncherConfig, LogsConfig, SupervisorConfig, reader::join};
 
 /// Where the keys that are set stand, by their full names: the line, and the value's text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,13 +85,24 @@ impl Config {
     pub fn settings(&self) -> Vec<Setting> {
         let mut known = Vec::new();
         let mut add = |key: &str, value: String| known.push((key.to_owned(), value));
-        let SupervisorConfig { runtime_directory, state_directory, metrics_address, user, allow_degraded, .. } =
-            &self.supervisor;
+        let SupervisorConfig {
+            runtime_directory,
+            state_directory,
+            metrics_address,
+            user,
+            parallel_starts,
+            allow_degraded,
+        } = &self.supervisor;
         add("supervisor.runtime_directory", quoted(runtime_directory));
         add("supervisor.state_directory", quoted(state_directory));
         add("supervisor.metrics_address", quoted(metrics_address.to_string()));
         add("supervisor.user", quoted(user));
+        add("supervisor.parallel_starts", parallel_starts.to_string());
         add("supervisor.allow_degraded", list(allow_degraded.iter().map(|control| control.as_str())));
+        match &self.launcher {
+            LauncherConfig::Embedded { linger } => add("launcher.linger", quoted(format!("{}s", linger.as_secs()))),
+            LauncherConfig::External { socket } => add("launcher.socket", quoted(socket)),
+        }
         let LogsConfig { directory: _, files, lines } = &self.logs;
         add("logs.directory", quoted(self.log_directory()));
         add("logs.file_bytes", files.file_bytes.to_string());

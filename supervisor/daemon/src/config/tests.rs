@@ -194,6 +194,8 @@ fn settings_say_where_they_were_set() {
     assert_eq!(of("supervisor.allow_degraded"), ("[\"cpu-limit\"]", Origin::Line(3)));
     assert_eq!(of("supervisor.metrics_address"), ("\"127.0.0.1:4001\"", Origin::Default));
     assert_eq!(of("supervisor.runtime_directory").1, Origin::Flag("--runtime-directory"));
+    assert_eq!(of("supervisor.parallel_starts"), ("8", Origin::Default));
+    assert_eq!(of("launcher.linger"), ("\"0s\"", Origin::Default));
     assert_eq!(of("logs.files"), ("2", Origin::Line(8)));
     assert_eq!(of("logs.file_bytes"), ("4194304", Origin::Default));
     assert_eq!(of("directory[0].path"), ("\"/etc/plugvisor/here\"", Origin::Line(11)), "as it is used");
