@@ -189,7 +189,8 @@ fn join(kit: &Kit<'_>) -> Result<(), Failure> {
 fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
     let Rlimits { core, open_files, file_size, processes } = order.rlimits;
     set_limit(Resource::Core, core)?;
-    // Only raised for now: the child holds what the launcher has open, under numbers beyond a low limit.
+    // Only raised here, and lowered by the program itself: the child holds what the launcher has open, under numbers
+    // beyond a low limit.
     let most = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX).max(open_files);
     set_limit(Resource::Nofile, most)?;
     if let Some(bytes) = file_size {
@@ -208,7 +209,6 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     if kit.landlock > 0 {
         landlock::restrict(kit.landlock, order.socket, order.temp.is_some())?;
     }
-    set_limit(Resource::Nofile, open_files)?;
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match order.socket {
         SocketMode::Bind => Mode::empty(),
@@ -241,7 +241,7 @@ fn start(kit: &Kit<'_>, entry: Entry<'_>, order: &Order, marks: Marks) -> Failur
     };
     // It shares this process's memory until it executes, and takes nothing from it.
     let program = kernel::vfork(|| {
-        let failure = execute(filter, path, &argv, &envp, marks);
+        let failure = execute(filter, path, &argv, &envp, order.rlimits.open_files, marks);
         let message = Message::Failed { step: failure.step, errno: failure.errno };
         drop(report::send(kernel::fixed(REPORT), &message, None));
         kernel::exit_now(1)
@@ -258,6 +258,7 @@ fn execute(
     path: Option<&CStr>,
     argv: &Strings<'_>,
     envp: &Strings<'_>,
+    open_files: u64,
     mut marks: Marks,
 ) -> Failure {
     marks.done(Part::Forked);
@@ -281,6 +282,11 @@ fn execute(
         .and_then(|own| report::send(report, &Message::Executing { marks }, Some(own.as_fd())));
     if let Err(error) = told {
         return Failure::io(Step::Exec, &error);
+    }
+    // Only now: descriptors under way in sockets are counted for the whole uid and held against the sender's limit, so
+    // that other launches could make the message above fail (ETOOMANYREFS).
+    if let Err(failure) = set_limit(Resource::Nofile, open_files) {
+        return failure;
     }
     if let Err(error) = seccompiler::apply_filter(filter) {
         let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());

@@ -28,7 +28,8 @@ use std::{
 
 use plugvisor_package::{BundleFile, Digest, PluginName, read_content_list};
 use rustix::{
-    fs::{FlockOperation, Mode, OFlags, StatVfsMountFlags, flock, fstat, fstatvfs, open},
+    fs::{FlockOperation, Mode, OFlags, StatVfsMountFlags, fcntl_lock, flock, fstat, fstatvfs, open},
+    io::retry_on_intr,
     mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount},
     process::getuid,
 };
@@ -242,12 +243,17 @@ impl Disk {
         let lock =
             open(directory.join("lock"), OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o600));
         let lock = lock.map_err(|error| wrong("opening its lock", &error.into()))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        // Two locks. The first is this process's alone, and goes when it ends: whoever holds it is a launcher.
+        if fcntl_lock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(format!(
                 "--store {}: another launcher uses it; give each plugvisord a directory of its own",
                 directory.display()
             ));
         }
+        // The second is inherited. A launcher that was killed may have left a child that is not dead yet, and that could
+        // still write here; it dies with its launcher, so this is a short wait and no other launcher's life.
+        retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
+            .map_err(|error| wrong("waiting for the last launcher's children", &error.into()))?;
         let layout = directory.join("layout");
         match fs::read_to_string(&layout) {
             Ok(text) if text == LAYOUT => {}
