@@ -17,7 +17,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, announce, digest, is_root, listed, make_bundle, read_all, write_manifest};
+use harness::{
+    As, Harness, PATIENCE, Stopping, announce, digest, is_root, listed, make_bundle, read_all, write_manifest,
+};
 use plugvisor_package::{BundleFile, Digest, content_digest};
 use plugvisor_sandbox::protocol::{Exit, Import, ImportBegin, ImportFile, Launch, RefusalCode, Request, Stored, Tier};
 use sha2::Digest as _;
@@ -386,6 +388,7 @@ fn what_changes_outside_does_not_change_inside() {
                         }
                     }
                 });
+                let _stopping = Stopping(&stop);
                 for _ in 0..20 {
                     match harness.import_listed(begin, &files, &bundle) {
                         Ok(_) => {
@@ -400,7 +403,6 @@ fn what_changes_outside_does_not_change_inside() {
                         }
                     }
                 }
-                stop.store(true, Ordering::Relaxed);
             });
         }
         println!("{as_:?}: {came} came, {refused} refused");

@@ -13,7 +13,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -35,6 +35,15 @@ use rustix::{
 };
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Stops a scoped thread, also when the test fails: the scope would wait for it for ever.
+pub struct Stopping<'a>(pub &'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// An ordinary user that needs no entry anywhere.
 pub const ORDINARY: u32 = 54_321;
 
