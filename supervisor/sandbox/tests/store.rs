@@ -73,7 +73,8 @@ fn on_disk(harness: &Harness) -> BTreeMap<String, u32> {
     fn walk(root: &Path, at: &Path, found: &mut BTreeMap<String, u32>) {
         for entry in fs::read_dir(at).into_iter().flatten().flatten() {
             let path = entry.path();
-            let mode = entry.metadata().expect("metadata").mode();
+            // What the store removes meanwhile is gone.
+            let Ok(mode) = entry.metadata().map(|metadata| metadata.mode()) else { continue };
             found.insert(path.strip_prefix(root).expect("inside").display().to_string(), mode & 0o7777);
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 walk(root, &path, found);
@@ -666,4 +667,44 @@ fn two_launchers_do_not_share_a_store() {
     let store = first.path("store");
     let mut second = Harness::start_with_refusal(As::Root, |options| options.store = Some(store));
     assert_eq!(second.process.wait().expect("it refuses").code(), Some(78));
+}
+
+/// Copies of a bundle's files, opened in a mount that is attached nowhere any more and has them at the same path: what
+/// anybody can do in a user namespace.
+fn opened_elsewhere(bundle: &Path, files: &[ImportFile], scratch: &Path) -> Vec<File> {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    fs::create_dir(scratch).expect("a mount point");
+    mount("tmpfs", scratch, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"size=64m").expect("a tmpfs");
+    let same = scratch.join(bundle.strip_prefix("/").expect("absolute"));
+    let copies = files.iter().map(|file| {
+        let path = same.join(&file.path);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("its directory");
+        fs::copy(bundle.join(&file.path), &path).expect("a copy");
+        File::open(path).expect("the copy")
+    });
+    let copies: Vec<File> = copies.collect();
+    unmount(scratch, UnmountFlags::DETACH).expect("detached");
+    copies
+}
+
+#[test]
+fn a_path_in_mounts_of_the_supervisors_own_gives_no_tier() {
+    if !is_root() {
+        println!("SKIP forged-origin: mounting needs privileges in this test");
+        return;
+    }
+    let mut harness = start(As::Root);
+    let bundle = fs::canonicalize(harness.path("bundles/walled")).expect("the bundle");
+    let (begin, files) = listed(&bundle);
+    let forged = opened_elsewhere(&bundle, &files, &harness.path("elsewhere"));
+    let shown =
+        fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&forged[0]))).expect("a path");
+    assert_eq!(shown, bundle.join(&files[0].path), "the kernel gives the trusted path for it");
+    harness.step(Import::Begin(begin), &[]).expect("begun");
+    let packet: Vec<BorrowedFd<'_>> = forged.iter().map(AsFd::as_fd).collect();
+    harness.step(Import::Files(files.clone()), &packet).expect("copied");
+    let stored = harness.step(Import::Commit, &[]).expect("committed").expect("what was committed");
+    assert_eq!(stored.tier, Tier::Untrusted);
+    // From where it really is, it has its tier.
+    assert_eq!(harness.import(&bundle).expect("imported").tier, Tier::Verified);
 }

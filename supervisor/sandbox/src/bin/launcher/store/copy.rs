@@ -8,13 +8,14 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use plugvisor_package::{Manifest, ManifestLimits};
 use plugvisor_sandbox::protocol::ImportFile;
 use rustix::{
-    fs::{FileType, OFlags, fcntl_getfl, fstat},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fcntl_getfl, fstat, openat2},
     io::Errno,
     process::{Pid, Resource, Rlimit, Signal, getppid, set_parent_process_death_signal, setrlimit},
 };
@@ -36,6 +37,8 @@ pub(super) struct Job<'a> {
     pub(super) source: BorrowedFd<'a>,
     pub(super) target: BorrowedFd<'a>,
     pub(super) file: &'a ImportFile,
+    /// The path that the kernel gives for the source: a name in whatever mount namespace it was opened in.
+    pub(super) path: PathBuf,
 }
 
 /// What holds for the child.
@@ -50,8 +53,13 @@ pub(super) struct Terms<'a> {
 /// What the child found.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Every file is what was said of it. The name that the manifest gives, when it was among them.
-    Copied(Option<String>),
+    /// Every file is what was said of it.
+    Copied {
+        /// The name that the manifest gives, when it was among them.
+        name: Option<String>,
+        /// Whether each of them is the file at its path here, and not one in mounts of the supervisor's own.
+        in_place: bool,
+    },
     /// One is not.
     Wrong {
         /// Its number in the packet.
@@ -82,7 +90,9 @@ pub(super) enum Wrong {
 impl Outcome {
     fn encode(&self) -> Vec<u8> {
         let mut bytes = match self {
-            Self::Copied(name) => [&[0][..], name.as_deref().unwrap_or_default().as_bytes()].concat(),
+            Self::Copied { name, in_place } => {
+                [&[0, u8::from(*in_place)][..], name.as_deref().unwrap_or_default().as_bytes()].concat()
+            }
             Self::Wrong { index, why } => {
                 let (tag, errno, text) = match why {
                     Wrong::Kind => (1, 0, ""),
@@ -106,7 +116,8 @@ impl Outcome {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (tag, rest) = bytes.split_first()?;
         if *tag == 0 {
-            return Some(Self::Copied((!rest.is_empty()).then(|| text(rest))));
+            let (in_place, name) = rest.split_first()?;
+            return Some(Self::Copied { name: (!name.is_empty()).then(|| text(name)), in_place: *in_place == 1 });
         }
         let (index, rest) = rest.split_first()?;
         let (errno, rest) = rest.split_first_chunk::<4>()?;
@@ -129,7 +140,7 @@ impl Outcome {
 pub(super) fn run(jobs: &[Job<'_>], report: BorrowedFd<'_>, terms: &Terms<'_>) -> ! {
     kernel::set_name(c"plugvisor-import");
     let (outcome, report) = match confine(jobs, report, terms) {
-        Ok((pairs, report)) => (copy_all(jobs, &pairs, terms.manifest), report),
+        Ok((pairs, report, in_place)) => (copy_all(jobs, &pairs, terms.manifest, in_place), report),
         Err(errno) => (Outcome::Wrong { index: 0, why: Wrong::Confine(errno) }, report),
     };
     let told = rustix::io::write(report, &outcome.encode()).is_ok();
@@ -143,7 +154,7 @@ fn confine(
     jobs: &[Job<'_>],
     report: BorrowedFd<'_>,
     terms: &Terms<'_>,
-) -> Result<(Vec<Pair>, BorrowedFd<'static>), i32> {
+) -> Result<(Vec<Pair>, BorrowedFd<'static>, bool), i32> {
     let errno = |error: &io::Error| error.raw_os_error().unwrap_or(libc::EIO);
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(Errno::raw_os_error)?;
     if getppid() != Some(terms.launcher) {
@@ -160,6 +171,9 @@ fn confine(
         placed += 1;
     }
     kernel::close_from(placed).map_err(|error| errno(&error))?;
+
+    // Still with the launcher's rights: the copier need not reach the directories on the way.
+    let in_place = jobs.iter().zip(0..).all(|(job, index)| is_at(kernel::fixed(1 + 2 * index), &job.path));
 
     let largest = jobs.iter().map(|job| job.file.size).max().unwrap_or(0).max(1);
     let limits = [
@@ -180,10 +194,21 @@ fn confine(
     }
     rustix::thread::set_no_new_privs(true).map_err(Errno::raw_os_error)?;
     let pairs = (0..jobs.len()).filter_map(|index| RawFd::try_from(1 + 2 * index).ok());
-    Ok((pairs.map(|at| (kernel::fixed(at), kernel::fixed(at + 1))).collect(), kernel::fixed(0)))
+    Ok((pairs.map(|at| (kernel::fixed(at), kernel::fixed(at + 1))).collect(), kernel::fixed(0), in_place))
 }
 
-fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits) -> Outcome {
+/// Whether the source is the file at this path, as the launcher sees it. In a mount namespace of its own, which a user
+/// namespace gives to anybody, the supervisor can mount what it likes at any path, and the kernel then gives that path.
+fn is_at(source: BorrowedFd<'_>, path: &Path) -> bool {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(found) = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) else { return false };
+    match (fstat(source), fstat(&found)) {
+        (Ok(source), Ok(found)) => (source.st_dev, source.st_ino) == (found.st_dev, found.st_ino),
+        _ => false,
+    }
+}
+
+fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits, in_place: bool) -> Outcome {
     let mut name = None;
     for (index, (job, (source, target))) in jobs.iter().zip(pairs).enumerate() {
         let copied = if job.file.path == Manifest::FILE_NAME {
@@ -195,7 +220,7 @@ fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits) -> Outcom
             return Outcome::Wrong { index, why };
         }
     }
-    Outcome::Copied(name)
+    Outcome::Copied { name, in_place }
 }
 
 /// The size of a file that may be read.
@@ -297,15 +322,15 @@ mod tests {
     #[test]
     fn what_the_child_says_is_read_back() {
         for outcome in [
-            Outcome::Copied(None),
-            Outcome::Copied(Some("gallery".into())),
+            Outcome::Copied { name: None, in_place: false },
+            Outcome::Copied { name: Some("gallery".into()), in_place: true },
             Outcome::Wrong { index: 0, why: Wrong::Kind },
             Outcome::Wrong { index: 7, why: Wrong::Read(5) },
             Outcome::Wrong { index: 3, why: Wrong::Manifest("name: missing".into()) },
         ] {
             assert_eq!(Outcome::decode(&outcome.encode()), Some(outcome));
         }
-        for nonsense in [&[][..], &[1], &[4, 0, 1], &[99, 0, 0, 0, 0, 0]] {
+        for nonsense in [&[][..], &[0], &[1], &[4, 0, 1], &[99, 0, 0, 0, 0, 0]] {
             assert_eq!(Outcome::decode(nonsense), None);
         }
     }

@@ -183,7 +183,13 @@ impl Store {
         let read = rustix::io::read(&report, &mut message).unwrap_or(0);
         let result = match (refusal, Outcome::decode(&message[..read])) {
             (Some(refusal), _) => Err(refusal),
-            (None, Some(Outcome::Copied(name))) => transaction.arrived(name),
+            (None, Some(Outcome::Copied { name, in_place })) => {
+                if !in_place {
+                    // Nobody is trusted for a path that only the supervisor sees.
+                    transaction.origin = Origin::Scattered;
+                }
+                transaction.arrived(name)
+            }
             (None, Some(Outcome::Wrong { index, why })) => Err(wrong(files.get(index), &why)),
             (None, None) => refuse(
                 RefusalCode::File,
@@ -344,9 +350,10 @@ impl Transaction {
                 ),
             );
         }
+        let mut paths = Vec::with_capacity(files.len());
         for (file, descriptor) in files.iter().zip(descriptors) {
             self.expect(file, limits)?;
-            self.note_origin(file, descriptor);
+            paths.push(self.note_origin(file, descriptor));
         }
         let mut targets = Vec::with_capacity(files.len());
         for file in &files {
@@ -371,7 +378,8 @@ impl Transaction {
             .iter()
             .zip(descriptors)
             .zip(&targets)
-            .map(|((file, source), target)| Job { source: source.as_fd(), target: target.as_fd(), file })
+            .zip(paths)
+            .map(|(((file, source), target), path)| Job { source: source.as_fd(), target: target.as_fd(), file, path })
             .collect();
         let terms =
             Terms { launcher: getpid(), identity: copier, manifest: &limits.bundle.manifest, time: limits.copy_time };
@@ -420,8 +428,9 @@ impl Transaction {
         Ok(())
     }
 
-    /// The kernel tells the path behind a descriptor without asking the file system.
-    fn note_origin(&mut self, file: &ImportFile, descriptor: &OwnedFd) {
+    /// The kernel tells the path behind a descriptor without asking the file system. Whether that file is there for the
+    /// launcher too is for the child to see.
+    fn note_origin(&mut self, file: &ImportFile, descriptor: &OwnedFd) -> PathBuf {
         let path = fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd())).unwrap_or_default();
         let within = format!("/{}", file.path);
         let text = path.as_os_str().as_bytes();
@@ -432,6 +441,7 @@ impl Transaction {
             (Origin::Bundle(before), Some(bundle)) if before == bundle => Origin::Bundle(before),
             _ => Origin::Scattered,
         };
+        path
     }
 
     /// Makes the file, empty, with its directories.
