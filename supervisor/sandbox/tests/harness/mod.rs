@@ -552,7 +552,8 @@ impl Harness {
         children.split_whitespace().any(|child| {
             let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
             let name = name.trim();
-            name == "plugvisor-close" || (!only_named && name != "plugvisor-init" && name != "plugvisor-spare")
+            let others = ["plugvisor-init", "plugvisor-early", "plugvisor-spare"];
+            name == "plugvisor-close" || (!only_named && !others.contains(&name))
         })
     }
 

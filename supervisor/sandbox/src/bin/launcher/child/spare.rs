@@ -31,7 +31,7 @@ const LINE: RawFd = 3;
 
 /// Runs the spare. Never returns to the launcher's code.
 pub(crate) fn run(kit: &Kit<'_>) -> ! {
-    kernel::set_name(c"plugvisor-spare");
+    kernel::set_name(c"plugvisor-early");
     let (kit, common) = match prepare(kit) {
         Ok(prepared) => prepared,
         Err(failure) => fail(kit, failure),
@@ -52,6 +52,8 @@ fn prepare<'a>(kit: &Kit<'a>) -> Result<(Kit<'a>, Common), Failure> {
     kernel::unshare(NAMESPACES).map_err(|error| Failure::io(Step::Propagation, &error))?;
     mounts::separate()?;
     let common = Common::enter()?;
+    // For whoever looks from outside: from here on it only waits.
+    kernel::set_name(c"plugvisor-spare");
     report::send(kit.report, &Message::Ready, None).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     Ok((kit, common))
 }
