@@ -690,7 +690,7 @@ fn opened_elsewhere(bundle: &Path, files: &[ImportFile], scratch: &Path) -> Vec<
 #[test]
 fn a_path_in_mounts_of_the_supervisors_own_gives_no_tier() {
     if !is_root() {
-        println!("SKIP forged-origin: mounting needs privileges in this test");
+        println!("SKIP privileged-lane: mounting needs privileges in this test");
         return;
     }
     let mut harness = start(As::Root);
