@@ -11,10 +11,16 @@ fn needs(name: &str, dependencies: &[&str]) -> BundleBuilder {
     BundleBuilder::hostile(name, &["echo"]).set("/dependencies", json!(dependencies))
 }
 
-/// Where in the log the first event of this type about this plugin is.
-fn place(daemon: &Daemon, kind: &str, plugin: &str) -> anyhow::Result<usize> {
-    let found = daemon.events().all().iter().position(|event: &Event| events::is(event, kind, plugin));
-    found.with_context(|| format!("no {kind} of {plugin}\n{}", daemon.account()))
+/// Where in the daemon's log the first event of this type about each of these plugins is. Events come by a stream of their
+/// own, so an answer to a command may be here before the events that it told of: each is awaited.
+async fn places(daemon: &Daemon, kind: &str, plugins: &[&str]) -> anyhow::Result<Vec<u64>> {
+    let mut places = Vec::with_capacity(plugins.len());
+    for plugin in plugins {
+        let what = format!("{kind} of {plugin}");
+        let found = daemon.events().wait(&what, |event: &Event| events::is(event, kind, plugin)).await?;
+        places.push(found.sequence);
+    }
+    Ok(places)
 }
 
 /// Dependencies first, then loadOrder; unloading goes the other way round.
@@ -30,14 +36,11 @@ async fn order_is_kept(lane: Lane) -> anyhow::Result<()> {
     for name in ["web", "api", "db", "first", "echo"] {
         daemon.loaded(name).await?;
     }
-    let starts: Vec<usize> = ["first", "echo", "db", "api", "web"]
-        .iter()
-        .map(|name| place(&daemon, "plugin.starting", name))
-        .collect::<Result<_, _>>()?;
+    let starts = places(&daemon, "plugin.starting", &["first", "echo", "db", "api", "web"]).await?;
     ensure!(starts.is_sorted(), "{starts:?}\n{}", daemon.account());
     // One place: nobody starts before the one before is loaded.
-    let ready = place(&daemon, "plugin.ready", "first")?;
-    ensure!(ready < starts[1], "{}", daemon.account());
+    let ready = places(&daemon, "plugin.ready", &["first"]).await?;
+    ensure!(ready[0] < starts[1], "{}", daemon.account());
     told_waiting(&daemon, "web").await?;
 
     let refused = daemon.cli(&["unload", "db"]).await?;
@@ -46,8 +49,7 @@ async fn order_is_kept(lane: Lane) -> anyhow::Result<()> {
     daemon.loaded("db").await?;
     let cascade = daemon.cli(&["unload", "db", "--cascade"]).await?;
     ensure!(cascade.code == Some(0), "{cascade:?}\n{}", daemon.account());
-    let ends: Vec<usize> =
-        ["web", "api", "db"].iter().map(|name| place(&daemon, "plugin.unloaded", name)).collect::<Result<_, _>>()?;
+    let ends = places(&daemon, "plugin.unloaded", &["web", "api", "db"]).await?;
     ensure!(ends.is_sorted(), "{ends:?}\n{}", daemon.account());
     daemon.loaded("first").await?;
     daemon.stop().await
