@@ -9,6 +9,7 @@ mod store;
 
 use std::fmt;
 
+use plugvisor_package::{Capability, IsolationLevel};
 use serde::{Deserialize, Serialize};
 
 pub use self::keep::{
@@ -17,7 +18,7 @@ pub use self::keep::{
 pub use self::store::{Approval, Import, ImportBegin, ImportFile, Imported, Stored, Tier, approval_text};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The largest packet, in bytes. A longer one is refused unread.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -127,30 +128,23 @@ pub struct Hello {
     pub version: u16,
 }
 
-/// Which process to start, and how walled in.
+/// Which bundle to start, and how walled in. What is executed, with which arguments, variables and socket, is nothing that
+/// can be asked for: it stands in the bundle's manifest, and the launcher has it from there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
     /// The plugin's name, in the grammar of `PluginName`.
     pub plugin: String,
     /// The plugin's generation, for its environment and its cgroup's name.
     pub generation: u64,
-    /// How strong the walls are. Only PROCESS is launched yet.
+    /// How strong the walls are: at least as strong as the manifest asks. Only PROCESS is launched yet.
     pub level: Level,
     /// The content digest of a bundle in the store.
     pub bundle: [u8; 32],
-    /// The path of the program in the bundle.
-    pub entry: String,
     /// What an administrator signed for this bundle, if anything.
     pub approval: Option<Approval>,
-    /// Arguments after `argv[0]`.
-    pub args: Vec<String>,
-    /// The plugin's own variables. `PLUGVISOR_*`, `LISTEN_*` and loader variables (`LD_*`) are refused.
-    pub env: Vec<(String, String)>,
-    /// Who makes the worker socket.
-    pub socket: SocketMode,
     /// Limits that the kernel holds.
     pub limits: Limits,
-    /// Granted capabilities that open something in the kernel.
+    /// Granted capabilities that open something in the kernel: none that the manifest does not ask for.
     pub grants: Vec<Grant>,
     /// Controls that the operator allows to be missing.
     pub allow_degraded: Vec<Control>,
@@ -165,6 +159,18 @@ pub enum Level {
     Container,
     Sandbox,
     Vm,
+}
+
+impl From<IsolationLevel> for Level {
+    fn from(level: IsolationLevel) -> Self {
+        match level {
+            IsolationLevel::None => Self::None,
+            IsolationLevel::Process => Self::Process,
+            IsolationLevel::Container => Self::Container,
+            IsolationLevel::Sandbox => Self::Sandbox,
+            IsolationLevel::Vm => Self::Vm,
+        }
+    }
 }
 
 /// Who makes the worker socket.
@@ -198,6 +204,18 @@ pub enum Grant {
     WriteTemp,
     /// fork, vfork and clone without namespace flags.
     SpawnChild,
+}
+
+impl Grant {
+    /// What a capability opens in the kernel; `None` for those that the broker holds.
+    #[must_use]
+    pub const fn of(capability: Capability) -> Option<Self> {
+        match capability {
+            Capability::WriteTemp => Some(Self::WriteTemp),
+            Capability::SpawnChild => Some(Self::SpawnChild),
+            _ => None,
+        }
+    }
 }
 
 /// One control of the walls, each with its name in `allow_degraded` and in every report.
@@ -398,7 +416,7 @@ pub enum RefusalCode {
     LevelUnsupported,
     /// A control that is required and not in `allow_degraded` cannot be enforced here.
     ControlUnavailable,
-    /// The entry is missing, not a regular file, too large or not executable here.
+    /// The program that the manifest names is missing or not executable here.
     Entry,
     /// The entry's bytes have another digest.
     DigestMismatch,
@@ -416,6 +434,9 @@ pub enum RefusalCode {
     File,
     /// What is to be removed is in use, or an import is under way already.
     InUse,
+    /// The walls are too weak for the bundle's tier, and the directory that it came from gives none: somebody else can
+    /// write it, or not all of the bundle came from there.
+    Directory,
 }
 
 /// What the launcher tells unasked.

@@ -6,7 +6,7 @@ use plugvisor_sandbox::{
     protocol::{
         Approval, Condition, Control, ControlState, Exit, Grant, Hello, Import, ImportBegin, ImportFile, Kept, Known,
         Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState,
-        Reattached, Refusal, RefusalCode, Reply, Request, SocketMode, Stats, Stored, Tier, VERSION,
+        Reattached, Refusal, RefusalCode, Reply, Request, Stats, Stored, Tier, VERSION,
     },
 };
 use proptest::prelude::*;
@@ -23,22 +23,16 @@ fn launch() -> impl Strategy<Value = Launch> {
         },
     );
     let lists = (
-        prop::collection::vec(text(), 0..5),
-        prop::collection::vec((text(), text()), 0..5),
         prop::sample::subsequence(Control::ALL.to_vec(), 0..=Control::ALL.len()),
         prop::sample::subsequence(vec![Grant::WriteTemp, Grant::SpawnChild], 0..=2),
     );
-    (text(), any::<u64>(), any::<[u8; 32]>(), text(), limits, lists, any::<bool>()).prop_map(
-        |(plugin, generation, bundle, entry, limits, (args, env, allow_degraded, grants), bind)| Launch {
+    (text(), any::<u64>(), any::<[u8; 32]>(), limits, lists, any::<bool>()).prop_map(
+        |(plugin, generation, bundle, limits, (allow_degraded, grants), strong)| Launch {
             plugin,
             generation,
-            level: if bind { Level::Vm } else { Level::Process },
+            level: if strong { Level::Vm } else { Level::Process },
             bundle,
-            approval: bind.then(|| Approval { tier: Tier::Verified, key: "k".into(), signature: vec![7; 64] }),
-            entry,
-            args,
-            env,
-            socket: if bind { SocketMode::Bind } else { SocketMode::Inherit },
+            approval: strong.then(|| Approval { tier: Tier::Verified, key: "k".into(), signature: vec![7; 64] }),
             limits,
             grants,
             allow_degraded,
@@ -150,7 +144,6 @@ fn answers_survive() {
         generation: 4,
         level: Level::Process,
         bundle: [7; 32],
-        socket: SocketMode::Bind,
         limits: Limits { pids: Some(4), ..Limits::default() },
         grants: vec![Grant::WriteTemp],
         allow_degraded: vec![Control::OwnUid],
@@ -201,7 +194,11 @@ fn each_error_is_typed() {
     use codec::kind;
     assert_eq!(codec::decode_request(&[1, 0, 1]), Err(DecodeError::Short { len: 3 }));
     assert_eq!(codec::decode_request(&vec![0; MAX_PACKET + 1]), Err(DecodeError::Long { len: MAX_PACKET + 1 }));
-    assert_eq!(codec::decode_request(&header(2, kind::PROBE, 7)), Err(DecodeError::Version { id: 7, version: 2 }));
+    let next = VERSION + 1;
+    assert_eq!(
+        codec::decode_request(&header(next, kind::PROBE, 7)),
+        Err(DecodeError::Version { id: 7, version: next })
+    );
     for reserved in [0, 99, kind::DONE] {
         assert_eq!(
             codec::decode_request(&header(VERSION, reserved, 7)),

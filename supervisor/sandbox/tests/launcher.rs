@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, is_root, read_all, wait_readable};
+use harness::{As, Harness, Manner, PATIENCE, is_root, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{
     Control, Exit, Grant, Launch, Limits, Notice, ProbeState, RefusalCode, Reply, Request, SocketMode,
 };
@@ -169,8 +169,8 @@ fn both_sockets_reach_their_other_side() {
 fn a_plugin_may_bind_its_own_socket() {
     for as_ in As::possible() {
         let mut harness = Harness::start(as_);
-        let mut request = harness.request(&["bind-accept", "/run/plugvisor/worker/worker.sock"]);
-        request.socket = SocketMode::Bind;
+        let bound = Manner::of(&["bind-accept", "/run/plugvisor/worker/worker.sock"]);
+        let request = harness.request_in(&Manner { socket: SocketMode::Bind, ..bound });
         let mut plugin = harness.launch(request);
         assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE), "it says when it is bound");
         let path = format!("/proc/self/fd/{}/worker.sock", plugin.worker.as_raw_fd());

@@ -429,10 +429,9 @@ fn a_launch_under_way_is_known_or_gone() {
         let mut wait = Duration::ZERO;
         for round in 0..12 {
             let mut request = harness.request(&["pause"]);
-            request.plugin = format!("round-{round}");
-            let entry = fs::File::open(harness.path("bundles/walled/bin/walled")).expect("the entry");
-            let bundle = fs::File::open(harness.path("bundles/walled")).expect("the bundle");
-            harness.send(&Request::Launch(Box::new(request)), &[entry.as_fd(), bundle.as_fd()]);
+            request.plugin = format!("walled-round-{round}");
+            let request = harness.prepared(request);
+            harness.send(&Request::Launch(Box::new(request)), &[]);
             // Killed at another moment of the launch each time.
             std::thread::sleep(wait);
             wait += Duration::from_micros(500);

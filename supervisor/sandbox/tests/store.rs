@@ -18,9 +18,9 @@ use std::{
 };
 
 use harness::{
-    As, Harness, PATIENCE, Stopping, announce, digest, is_root, listed, make_bundle, read_all, write_manifest,
+    As, Harness, Manner, PATIENCE, Stopping, announce, digest, is_root, listed, make_bundle, read_all, write_manifest,
 };
-use plugvisor_package::{BundleFile, Digest, content_digest};
+use plugvisor_package::{BundleFile, Digest, Manifest, ManifestLimits, content_digest};
 use plugvisor_sandbox::protocol::{Exit, Import, ImportBegin, ImportFile, Launch, RefusalCode, Request, Stored, Tier};
 use sha2::Digest as _;
 
@@ -49,11 +49,16 @@ fn scripted(harness: &Harness, script: &str, others: &[(&str, &[u8])]) -> std::p
     bundle
 }
 
+/// The canonical form of a bundle's manifest.
+fn canonical(bundle: &Path) -> Vec<u8> {
+    let bytes = fs::read(bundle.join("plugin.json")).expect("the manifest");
+    Manifest::parse(&bytes, &ManifestLimits::default()).expect("a manifest").canonical()
+}
+
 /// A launch of `bin/run` in the bundle with this digest.
 fn run_of(harness: &Harness, bundle: [u8; 32]) -> Launch {
     let mut request = harness.request(&[]);
     request.bundle = bundle;
-    request.entry = "bin/run".to_owned();
     // Shells fork for whatever is not built in.
     request.grants = vec![plugvisor_sandbox::protocol::Grant::SpawnChild];
     request
@@ -100,14 +105,17 @@ fn a_bundle_is_imported_once_and_found_again() {
     for as_ in As::possible() {
         let mut harness = start(as_);
         let bundle = harness.path("bundles/walled");
-        let (begin, files) = listed(&bundle);
+        let (begin, _) = listed(&bundle);
         assert_eq!(harness.find(begin.bundle), None);
         let stored = harness.import(&bundle).expect("imported");
         assert_eq!(stored, Stored { tier: Tier::Verified, bytes: begin.bytes });
         assert_eq!(harness.find(begin.bundle), Some(stored));
         // What a plugin sees is what the digest covers.
-        let lines = harness.attempt(|_| (), &["cat", "/plugin/plugin.json", "list", "/plugin/bin"]);
-        assert_eq!(lines[0].1, r#"{"name":"walled","runtime":{"exec":"bin/walled"},"version":"1.0.0"}"#);
+        let args = ["cat", "/plugin/plugin.json", "list", "/plugin/bin"];
+        let made = harness.made("walled", &Manner::of(&args));
+        let lines = harness.attempt(|_| (), &args);
+        assert!(lines[0].1.contains(r#""args":["cat","/plugin/plugin.json","#), "{}", lines[0].1);
+        let (_, files) = listed(&harness.place_of(made));
         let manifest = files.iter().find(|file| file.path == "plugin.json").expect("the manifest");
         assert_eq!(sha256(lines[0].1.as_bytes()), manifest.sha256);
         if as_ == As::Root {
@@ -299,7 +307,7 @@ fn set_id_bits_and_links_do_not_come_along() {
         fs::set_permissions(bundle.join("bin/run"), fs::Permissions::from_mode(0o6755)).expect("chmod");
         fs::set_permissions(bundle.join("assets/a"), fs::Permissions::from_mode(0o2666)).expect("chmod");
         std::os::unix::fs::symlink("a", bundle.join("assets/l")).expect("a link");
-        let canonical = br#"{"name":"walled","runtime":{"exec":"bin/run"},"version":"1.0.0"}"#;
+        let canonical = canonical(&bundle);
         let file = |path: &str, executable, bytes: &[u8]| BundleFile {
             path: path.into(),
             executable,
@@ -308,7 +316,7 @@ fn set_id_bits_and_links_do_not_come_along() {
         };
         let script = fs::read(bundle.join("bin/run")).expect("the script");
         let said = [
-            file("plugin.json", false, canonical),
+            file("plugin.json", false, &canonical),
             file("bin/run", true, &script),
             file("assets/a", false, b"a"),
             // What is behind the link is what was opened: a file of its own in the store.
@@ -459,7 +467,7 @@ fn scripts_run_from_where_they_are() {
             ("an ELF for another machine", elf),
         ] {
             let bundle = scripted(&harness, "", &[]);
-            let manifest = br#"{"name":"walled","runtime":{"exec":"bin/run"},"version":"1.0.0"}"#;
+            let manifest = canonical(&bundle);
             fs::write(bundle.join("bin/run"), &bytes).expect("the entry");
             let said = [("plugin.json", false, manifest.as_slice()), ("bin/run", true, &bytes)].map(
                 |(path, executable, bytes)| BundleFile {
@@ -556,10 +564,8 @@ fn an_import_that_takes_too_long_ends() {
 fn the_store_is_bounded_and_keeps_what_runs() {
     for as_ in As::possible() {
         let mut harness = Harness::start_with_store(as_, |options| options.store_bundles = 2);
-        for name in ["walled-1", "walled-2", "walled-3"] {
-            make_bundle(&harness.path("bundles"), name);
-        }
-        let of = |harness: &Harness, name: &str| digest(&harness.path(&format!("bundles/{name}")));
+        let of = |harness: &Harness, name: &str| harness.made(name, &Manner::of(&["pause"]));
+        let import = |harness: &mut Harness, name: &str| harness.import(&harness.place_of(of(harness, name)));
         let first = of(&harness, "walled-1");
         let launch = |harness: &mut Harness, name: &str| {
             let mut request = harness.request(&["pause"]);
@@ -573,13 +579,13 @@ fn the_store_is_bounded_and_keeps_what_runs() {
         };
         assert_eq!(refusal.code, RefusalCode::InUse, "{}", refusal.message);
         // What does not run makes room, what runs does not.
-        harness.import(&harness.path("bundles/walled-2")).expect("a second");
-        harness.import(&harness.path("bundles/walled-3")).expect("the second goes");
+        import(&mut harness, "walled-2").expect("a second");
+        import(&mut harness, "walled-3").expect("the second goes");
         let second = of(&harness, "walled-2");
         assert_eq!(harness.find(second), None);
         assert!(harness.find(first).is_some());
         let _third = launch(&mut harness, "walled-3").expect("launched");
-        let refusal = harness.import(&harness.path("bundles/walled-2")).expect_err("full");
+        let refusal = import(&mut harness, "walled-2").expect_err("full");
         assert_eq!(refusal.code, RefusalCode::Exhausted);
         assert!(refusal.message.contains("--store-bundles"), "{}", refusal.message);
         harness.ask(&Request::Kill { launch: running.launched.launch }, &[]);
@@ -602,8 +608,7 @@ fn a_store_on_the_disk_outlives_its_launcher() {
         return;
     }
     let mut harness = start(As::Root);
-    let walled = harness.path("bundles/walled");
-    let bundle = digest(&walled);
+    let bundle = harness.made("walled", &Manner::of(&["pause"]));
     make_bundle(&harness.path("bundles"), "walled-2");
     let plugin = harness.attempt(|_| (), &["thread"]);
     assert_eq!(plugin[0].1, "ok");
@@ -632,7 +637,8 @@ fn a_store_on_the_disk_outlives_its_launcher() {
     other.plugin = "walled-2".to_owned();
     let other = harness.launch(other).launched.uid;
     let request = harness.request(&["pause"]);
-    assert_eq!(harness.launch_stored(request).expect("launched").launched.uid, uid);
+    let again = harness.launch_stored(request).expect("launched");
+    assert_eq!(again.launched.uid, uid);
     assert_ne!(other, uid);
     // A uids file that cannot be read, and a store that others can write, are never begun anew.
     let stop = |harness: &mut Harness| {

@@ -1,5 +1,7 @@
 //! Bundles that are wrong before anything of them runs.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use anyhow::{Context, ensure};
 use plugvisor_package::{Bundle, BundleLimits};
 use plugvisor_proto::admin::v1::PluginState;
@@ -125,7 +127,35 @@ async fn a_name_that_is_taken_is_refused(lane: Lane) -> anyhow::Result<()> {
     daemon.stop().await
 }
 
-scenarios!(each_wrong_bundle_is_named, tiers_that_cannot_run_are_refused, a_name_that_is_taken_is_refused);
+/// Whoever can write a plugin directory decides what runs with its tier: a root launcher gives it none. An ordinary user's
+/// launcher is that user's, and nothing is claimed.
+async fn a_directory_that_others_can_write_gives_no_tier(lane: Lane) -> anyhow::Result<()> {
+    let world = world(lane)?;
+    let plugins = world.plugins();
+    let mode = |mode| std::fs::set_permissions(&plugins, std::fs::Permissions::from_mode(mode));
+    mode(0o775)?;
+    let daemon = world.start().await?;
+    if lane == Lane::Rootless {
+        daemon.loaded("echo").await?;
+        return daemon.stop().await;
+    }
+    let status = daemon.in_state("echo", PluginState::Failed).await?;
+    let fix = format!("`chmod go-w \"{}\"`", plugins.display());
+    says("the error", &status.last_error, &["gives no tier", "mode 0775", "owner uid 0", &fix])?;
+    ensure!(!status.hint.is_empty(), "{status:?}");
+    mode(0o755)?;
+    let load = daemon.cli(&["load", "echo"]).await?;
+    ensure!(load.code == Some(0), "`load echo` ended with {load:?}");
+    daemon.loaded("echo").await?;
+    daemon.stop().await
+}
+
+scenarios!(
+    each_wrong_bundle_is_named,
+    tiers_that_cannot_run_are_refused,
+    a_name_that_is_taken_is_refused,
+    a_directory_that_others_can_write_gives_no_tier
+);
 
 /// What the scenarios take for good is good, and nothing but the damage makes the corpus bad.
 #[test]

@@ -24,6 +24,8 @@ impl Place {
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).context("cannot chmod it")?;
         let place = Self { directory };
         fs::create_dir(place.bundles()).context("cannot make the bundles' directory")?;
+        // Whatever our umask is: a directory that a group may write gives a root launcher's bundles no tier.
+        fs::set_permissions(place.bundles(), fs::Permissions::from_mode(0o755)).context("cannot chmod it")?;
         Ok(place)
     }
 

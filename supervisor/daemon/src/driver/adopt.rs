@@ -14,14 +14,7 @@ use plugvisor_sandbox::protocol::{self, Control, ControlState, Known, Over, Refu
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Driver, Inward, Run,
-    exit::TAIL,
-    launch::{Holding, asked_socket, kernel_grant},
-    load::permanent,
-    settings,
-    verify::Verified,
-};
+use super::{Driver, Inward, Run, exit::TAIL, launch::Holding, load::permanent, settings, verify::Verified};
 use crate::{
     events::{Events, Subject},
     launcher::{Found, Launcher, LauncherError, Process, Reattachment, signal_name},
@@ -226,7 +219,7 @@ fn difference(
     allow_degraded: &[Control],
 ) -> Option<&'static str> {
     let Verified { info, verdict, .. } = verified;
-    let grants: Vec<protocol::Grant> = verdict.granted.iter().filter_map(kernel_grant).collect();
+    let grants: Vec<protocol::Grant> = verdict.granted.iter().filter_map(protocol::Grant::of).collect();
     let asked = settings::kernel_limits(&verdict.limits);
     // A limit that this host cannot enforce was not in force at the launch either.
     let lacking =
@@ -247,8 +240,6 @@ fn difference(
         Some("its bundle")
     } else if known.grants != grants {
         Some("its capabilities")
-    } else if known.socket != asked_socket(&info.manifest) {
-        Some("its socket")
     } else if known_limits != in_force {
         Some("its limits")
     } else if known.allow_degraded != allow_degraded {

@@ -7,7 +7,7 @@ use plugvisor_core::{
     event::{PluginEvent, SecurityEvent},
     lifecycle::{Failure, Permanence, Phase},
 };
-use plugvisor_package::{Capability, Manifest, PluginName, SocketMode};
+use plugvisor_package::PluginName;
 use plugvisor_sandbox::protocol::{self, Launch, Level, RefusalCode};
 use tokio::time::Instant;
 
@@ -26,20 +26,16 @@ use crate::{
 impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {
         let asked = self.of(generation).and_then(|run| run.verified.as_ref()).map(|verified| {
-            let Verified { info, entry_path, files, verdict } = verified;
+            let Verified { info, files, verdict } = verified;
             let manifest = &info.manifest;
             let launch = Launch {
                 plugin: manifest.name.to_string(),
                 generation: generation.0,
                 level: Level::Process,
                 bundle: *info.digest.as_bytes(),
-                entry: entry_path.clone(),
                 approval: None,
-                args: manifest.runtime.args.clone(),
-                env: manifest.runtime.env.clone().into_iter().collect(),
-                socket: asked_socket(manifest),
                 limits: settings::kernel_limits(&verdict.limits),
-                grants: verdict.granted.iter().filter_map(kernel_grant).collect(),
+                grants: verdict.granted.iter().filter_map(protocol::Grant::of).collect(),
                 allow_degraded: Vec::new(),
             };
             (launch, Arc::clone(files), verdict.tier)
@@ -152,23 +148,6 @@ pub(super) struct Holding {
     pub(super) memory_limit: Option<u64>,
 }
 
-/// Who makes the worker socket.
-pub(super) fn asked_socket(manifest: &Manifest) -> protocol::SocketMode {
-    match manifest.runtime.socket {
-        SocketMode::Inherit => protocol::SocketMode::Inherit,
-        SocketMode::Bind => protocol::SocketMode::Bind,
-    }
-}
-
-/// The capabilities that open something in the kernel; the broker holds the others.
-pub(super) fn kernel_grant(capability: Capability) -> Option<protocol::Grant> {
-    match capability {
-        Capability::WriteTemp => Some(protocol::Grant::WriteTemp),
-        Capability::SpawnChild => Some(protocol::Grant::SpawnChild),
-        _ => None,
-    }
-}
-
 fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
     let message = format!("plugin {name} was not launched: {error}");
     let LauncherError::Refused(refusal) = error else {
@@ -193,6 +172,11 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
             Code::LaunchRefused,
             Permanence::Permanent,
             "the launcher's policy is set when plugvisord starts: correct the plugin, or plugvisor.toml",
+        ),
+        RefusalCode::Directory => (
+            Code::LaunchRefused,
+            Permanence::Permanent,
+            "make its directory root's alone as it says, then `plugvisor load`",
         ),
         RefusalCode::LevelUnsupported => (
             Code::LevelNotImplemented,

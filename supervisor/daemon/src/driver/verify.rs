@@ -24,7 +24,6 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Verified {
     pub(super) info: Arc<BundleInfo>,
-    pub(super) entry_path: String,
     pub(super) files: Arc<BundleFiles>,
     pub(super) verdict: Arc<Verdict>,
 }
@@ -123,7 +122,7 @@ fn verify(
     let directory = bundle.directory().as_fd().try_clone_to_owned().map_err(read)?;
     let info = Arc::new(info(&bundle));
     let files = BundleFiles { digest: bundle.digest, files: bundle.files, directory };
-    Ok(Verified { info, entry_path: bundle.entry.path, files: Arc::new(files), verdict: Arc::new(verdict) })
+    Ok(Verified { info, files: Arc::new(files), verdict: Arc::new(verdict) })
 }
 
 /// Several errors as one: the first one's code, everyone's text.

@@ -394,7 +394,7 @@ pub fn signal_name(signal: i32) -> String {
 mod tests {
     use plugvisor_sandbox::{
         codec::{decode_request, encode_notice, encode_reply},
-        protocol::{Level, Limits, RefusalCode, SocketMode},
+        protocol::{Level, Limits, RefusalCode},
     };
 
     use super::*;
@@ -433,10 +433,6 @@ mod tests {
             level: Level::Process,
             bundle: [0; 32],
             approval: None,
-            entry: "bin/gallery".into(),
-            args: Vec::new(),
-            env: Vec::new(),
-            socket: SocketMode::Inherit,
             limits: Limits::default(),
             grants: Vec::new(),
             allow_degraded: Vec::new(),

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Control, ControlState, Exit, Grant, LaunchId, Launched, Level, Limits, SocketMode};
+use super::{Control, ControlState, Exit, Grant, LaunchId, Launched, Level, Limits};
 
 /// The most descriptors that are held under names.
 pub const MAX_HELD: usize = 16;
@@ -41,10 +41,8 @@ pub struct Known {
     pub generation: u64,
     /// How strong its walls are.
     pub level: Level,
-    /// The content digest of its bundle.
+    /// The content digest of its bundle. It covers the manifest, and so what was executed, how, and with which socket.
     pub bundle: [u8; 32],
-    /// Who made its worker socket.
-    pub socket: SocketMode,
     /// The limits in force, as far as they were enforced.
     pub limits: Limits,
     /// What it was granted.

@@ -2,6 +2,7 @@
 #![allow(unreachable_pub, dead_code, missing_docs, reason = "a module of tests, each of which uses a part")]
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom},
@@ -12,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Mutex, OnceLock, PoisonError,
+        Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -85,8 +86,47 @@ pub struct Harness {
     notices: Vec<Notice>,
     last: u64,
     args: Vec<OsString>,
-    /// The digest of the bundle `walled`.
-    bundle: OnceLock<[u8; 32]>,
+    /// The bundles that were made for launches: how they run, and where they are.
+    made: Mutex<BTreeMap<[u8; 32], (Manner, PathBuf)>>,
+}
+
+/// What a bundle's manifest says is executed, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manner {
+    pub args: Vec<String>,
+    pub env: Vec<(String, String)>,
+    pub socket: SocketMode,
+    /// The whole of `security`.
+    pub security: serde_json::Value,
+}
+
+impl Default for Manner {
+    fn default() -> Self {
+        Self {
+            args: Vec::new(),
+            env: vec![("COLOUR".to_owned(), "blue".to_owned())],
+            socket: SocketMode::Inherit,
+            security: serde_json::json!({ "capabilities": ["filesystem:write-temp", "process:spawn-child"] }),
+        }
+    }
+}
+
+impl Manner {
+    pub fn of(args: &[&str]) -> Self {
+        Self { args: args.iter().map(ToString::to_string).collect(), ..Self::default() }
+    }
+
+    /// The manifest of a bundle that runs so.
+    pub fn manifest(&self, name: &str, exec: &str) -> String {
+        let Self { args, env, socket, security } = self;
+        let env: BTreeMap<&String, &String> = env.iter().map(|(name, value)| (name, value)).collect();
+        let socket = if *socket == SocketMode::Bind { "bind" } else { "inherit" };
+        let manifest = serde_json::json!({
+            "name": name, "version": "1.0.0", "security": security,
+            "runtime": { "exec": exec, "args": args, "env": env, "socket": socket },
+        });
+        serde_json::to_string_pretty(&manifest).expect("JSON")
+    }
 }
 
 /// A launched plugin and its ends.
@@ -346,8 +386,8 @@ impl Harness {
         drop(command);
         drop(copying);
         let spares = if as_ == As::Root { usize::try_from(options.spares).expect("few") } else { 0 };
-        let bundle = OnceLock::new();
-        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0, args, bundle }
+        let made = Mutex::default();
+        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0, args, made }
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {
@@ -412,23 +452,48 @@ impl Harness {
         })
     }
 
-    /// A launch of the test plugin with what is lacking allowed, so that the rest can be seen.
+    /// A launch of the test plugin with these arguments, with what is lacking allowed, so that the rest can be seen.
     pub fn request(&self, args: &[&str]) -> Launch {
+        self.request_in(&Manner::of(args))
+    }
+
+    /// A launch of the test plugin as it runs in a bundle made for it.
+    pub fn request_in(&self, manner: &Manner) -> Launch {
         let lacking = [Control::OwnUid, Control::MemoryLimit, Control::CpuLimit, Control::PidsLimit];
         Launch {
             plugin: "walled".to_owned(),
             generation: 7,
             level: Level::Process,
-            bundle: *self.bundle.get_or_init(|| digest(&self.path("bundles/walled"))),
-            entry: "bin/walled".to_owned(),
+            bundle: self.made("walled", manner),
             approval: None,
-            args: args.iter().map(ToString::to_string).collect(),
-            env: vec![("COLOUR".to_owned(), "blue".to_owned())],
-            socket: SocketMode::Inherit,
             limits: Limits::default(),
             grants: Vec::new(),
             allow_degraded: if self.as_ == As::Ordinary { lacking.to_vec() } else { Vec::new() },
         }
+    }
+
+    /// The digest of a bundle of this name that runs so; it is made when there is none.
+    pub fn made(&self, name: &str, manner: &Manner) -> [u8; 32] {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.path("bundles").join(format!("made-{name}-{}", made.len()));
+        let known = made.iter().find(|(_, (known, path))| known == manner && named(path, name));
+        if let Some((digest, _)) = known {
+            return *digest;
+        }
+        fs::create_dir_all(path.join("bin")).expect("the bundle");
+        // The same file: a bundle is a manifest's worth.
+        fs::hard_link(self.path("bundles/walled/bin/walled"), path.join("bin/walled")).expect("the entry");
+        fs::write(path.join("plugin.json"), manner.manifest(name, "bin/walled")).expect("the manifest");
+        open_to_all(&path);
+        let digest = digest(&path);
+        made.insert(digest, (manner.clone(), path));
+        digest
+    }
+
+    /// Where a bundle is that was made.
+    pub fn place_of(&self, bundle: [u8; 32]) -> PathBuf {
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.get(&bundle).map(|(_, path)| path.clone()).expect("it was made")
     }
 
     /// Launches; the bundle of the plugin's name is made and imported first, when there is none.
@@ -443,13 +508,17 @@ impl Harness {
     }
 
     fn try_prepare(&mut self, mut launch: Launch) -> Result<Launch, Refusal> {
-        if launch.plugin != "walled" && launch.plugin.starts_with("walled-") {
-            make_bundle(&self.path("bundles"), &launch.plugin);
-            launch.bundle = digest(&self.path(&format!("bundles/{}", launch.plugin)));
+        let known = |harness: &Self, bundle| {
+            let made = harness.made.lock().unwrap_or_else(PoisonError::into_inner);
+            made.get(&bundle).cloned()
+        };
+        if let Some((manner, _)) = known(self, launch.bundle).filter(|_| launch.plugin.starts_with("walled-")) {
+            launch.bundle = self.made(&launch.plugin, &manner);
         }
-        let bundle = self.path(&format!("bundles/{}", launch.plugin));
-        if self.find(launch.bundle).is_none() && bundle.join("plugin.json").exists() {
-            self.import(&bundle)?;
+        if let Some((_, path)) = known(self, launch.bundle)
+            && self.find(launch.bundle).is_none()
+        {
+            self.import(&path)?;
         }
         Ok(launch)
     }
@@ -657,15 +726,26 @@ pub fn make_bundle(bundles: &Path, name: &str) {
     fs::create_dir_all(bundle.join("bin")).expect("the bundle");
     fs::copy(env!("CARGO_BIN_EXE_plugvisor-walled"), bundle.join("bin/walled")).expect("the entry");
     write_manifest(&bundle, name, "bin/walled");
-    for directory in [bundles, &bundle, &bundle.join("bin")] {
+    fs::set_permissions(bundles, fs::Permissions::from_mode(0o755)).expect("chmod");
+    open_to_all(&bundle);
+}
+
+/// Whether the bundle here has been made under this name.
+fn named(path: &Path, name: &str) -> bool {
+    let own = path.file_name().and_then(|file| file.to_str()).and_then(|file| file.strip_prefix("made-"));
+    own.and_then(|own| own.rsplit_once('-')).is_some_and(|(own, _)| own == name)
+}
+
+/// Whatever the umask is, everybody reads a bundle and its owner alone writes it.
+pub fn open_to_all(bundle: &Path) {
+    for directory in [bundle, &bundle.join("bin")] {
         fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("chmod");
     }
+    fs::set_permissions(bundle.join("plugin.json"), fs::Permissions::from_mode(0o644)).expect("chmod");
 }
 
 pub fn write_manifest(bundle: &Path, name: &str, exec: &str) {
-    let manifest =
-        format!("{{\n  \"name\": \"{name}\", \"version\": \"1.0.0\", \"runtime\": {{\"exec\": \"{exec}\"}}\n}}\n");
-    fs::write(bundle.join("plugin.json"), manifest).expect("the manifest");
+    fs::write(bundle.join("plugin.json"), Manner::default().manifest(name, exec)).expect("the manifest");
 }
 
 /// What a supervisor says of a bundle.

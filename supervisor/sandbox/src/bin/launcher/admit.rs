@@ -1,16 +1,29 @@
 //! Whether a bundle may be launched as it was asked: it is in the store, it is this plugin's, and the walls are those of
-//! its tier.
+//! its tier and of its manifest.
 
-use std::{os::fd::OwnedFd, path::PathBuf};
+use std::{os::fd::OwnedFd, path::PathBuf, time::SystemTime};
 
 use plugvisor_package::{Digest, PluginName};
-use plugvisor_sandbox::protocol::{Launch, Refusal, RefusalCode};
+use plugvisor_sandbox::protocol::{Launch, Refusal, RefusalCode, Tier};
 
-use crate::{check::refuse, launch::Launcher};
+use crate::{
+    check::{self, Checked, refuse},
+    launch::Launcher,
+    store::Bundle,
+};
+
+/// A bundle that may be launched.
+pub(crate) struct Admitted {
+    /// Its directory, open.
+    pub(crate) directory: OwnedFd,
+    /// Where that is.
+    pub(crate) path: PathBuf,
+    /// What is executed, as its manifest says.
+    pub(crate) checked: Checked,
+}
 
 impl Launcher {
-    /// The bundle's directory, open, and where it is.
-    pub(crate) fn admit(&mut self, request: &Launch, plugin: &PluginName) -> Result<(OwnedFd, PathBuf), Refusal> {
+    pub(crate) fn admit(&mut self, request: &Launch, plugin: &PluginName) -> Result<Admitted, Refusal> {
         let named = Digest::from_bytes(request.bundle);
         let bundle = self.store.use_bundle(&request.bundle)?;
         // The manifest is part of the digest: no content is launched under another plugin's name and uid.
@@ -20,22 +33,46 @@ impl Launcher {
                 format!("{plugin} was not started: the bundle {named} is {}, and no other plugin", bundle.name),
             );
         }
-        if bundle.executable(&request.entry).is_none() {
-            let entry: String = request.entry.chars().take(200).collect();
-            return refuse(
-                RefusalCode::Entry,
-                format!("{plugin} was not started: its bundle has no executable file {entry:?}; correct the bundle"),
-            );
-        }
-        let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref())?;
-        self.policy.check_level(plugin, named, tier, request.level)?;
+        within(request, plugin, bundle)?;
+        let now = SystemTime::now();
+        let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref(), now)?;
+        let tier = claimed(tier, bundle);
+        self.policy.check_level(plugin, named, tier, request.level, bundle.doubt.as_ref(), now)?;
+        let checked = check::program(plugin, request.generation, &bundle.stated)?;
         let path = bundle.path().to_owned();
         match bundle.open() {
-            Ok(directory) => Ok((directory, path)),
+            Ok(directory) => Ok(Admitted { directory, path, checked }),
             Err(error) => refuse(
                 RefusalCode::Kernel,
                 format!("{plugin} was not started: its bundle in the store cannot be opened: {error}"),
             ),
         }
+    }
+}
+
+/// The tier, which is never above what the manifest claims.
+pub(crate) fn claimed(tier: Tier, bundle: &Bundle) -> Tier {
+    bundle.stated.tier.map_or(tier, |claim| claim.min(tier))
+}
+
+/// Whether the request keeps within what the manifest fixes.
+fn within(request: &Launch, plugin: &PluginName, bundle: &Bundle) -> Result<(), Refusal> {
+    if let Some(least) = bundle.stated.level.filter(|least| request.level < *least) {
+        return refuse(
+            RefusalCode::Policy,
+            format!(
+                "{plugin} was not started: its manifest asks for the level {least:?} at least, and {:?} is weaker",
+                request.level
+            ),
+        );
+    }
+    match request.grants.iter().find(|grant| !bundle.stated.grants.contains(grant)) {
+        Some(grant) => refuse(
+            RefusalCode::Policy,
+            format!(
+                "{plugin} was not started: its manifest does not ask for {grant:?}; add it to security.capabilities"
+            ),
+        ),
+        None => Ok(()),
     }
 }

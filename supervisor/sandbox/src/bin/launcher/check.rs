@@ -1,5 +1,5 @@
-//! What a Launch may say: every field of the request against the launcher's policy. Pure. What its bundle may be is in
-//! `store` and `policy`.
+//! What a Launch may say: every field of the request, and what its bundle's manifest says is executed, against the
+//! launcher's rules. Pure. What its bundle may be is in `store` and `policy`.
 
 use std::{
     ffi::CString,
@@ -9,7 +9,7 @@ use std::{
 use plugvisor_package::PluginName;
 use plugvisor_sandbox::protocol::{Launch, Level, Limits, Refusal, RefusalCode, SocketMode};
 
-use crate::mounts;
+use crate::{mounts, store::Stated};
 
 const MAX_ARGS: usize = 256;
 const MAX_VARIABLES: usize = 256;
@@ -17,11 +17,12 @@ const MAX_ENTRY_PATH: usize = 1024;
 /// Below this a program cannot start at all.
 const MIN_MEMORY: u64 = 1 << 20;
 
-/// A request that passed.
+/// What is executed, and how: what the bundle's manifest says, as the kernel takes it.
 pub(crate) struct Checked {
     pub(crate) plugin: PluginName,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
+    pub(crate) socket: SocketMode,
 }
 
 pub(crate) fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
@@ -32,8 +33,8 @@ fn policy<T>(message: impl Into<String>) -> Result<T, Refusal> {
     refuse(RefusalCode::Policy, message)
 }
 
-/// Checks a request.
-pub(crate) fn launch(request: &Launch) -> Result<Checked, Refusal> {
+/// Checks a request, and gives the plugin's name.
+pub(crate) fn launch(request: &Launch) -> Result<PluginName, Refusal> {
     let Ok(plugin) = request.plugin.parse::<PluginName>() else {
         return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
     };
@@ -51,8 +52,13 @@ pub(crate) fn launch(request: &Launch) -> Result<Checked, Refusal> {
         }
     }
     limits(&plugin, request)?;
-    let argv = argv(&plugin, request)?;
-    Ok(Checked { argv, envp: envp(&plugin, request)?, plugin })
+    Ok(plugin)
+}
+
+/// Checks what a manifest says is executed. Asked when it is imported, so that a launch finds nothing wrong.
+pub(crate) fn program(plugin: &PluginName, generation: u64, stated: &Stated) -> Result<Checked, Refusal> {
+    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, generation, stated)?);
+    Ok(Checked { plugin: plugin.clone(), argv, envp, socket: stated.socket })
 }
 
 fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {
@@ -79,30 +85,30 @@ pub(crate) fn bounds(limits: &Limits) -> Option<&'static str> {
     None
 }
 
-fn argv(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> {
-    let entry = Path::new(&request.entry);
+fn argv(plugin: &PluginName, stated: &Stated) -> Result<Vec<CString>, Refusal> {
+    let entry = Path::new(&stated.exec);
     let plain = entry.components().all(|part| matches!(part, Component::Normal(_)));
-    if request.entry.is_empty() || request.entry.len() > MAX_ENTRY_PATH || !plain {
-        return policy(format!("{plugin} was not started: its entry must be a relative path inside the bundle"));
+    if stated.exec.is_empty() || stated.exec.len() > MAX_ENTRY_PATH || !plain {
+        return policy(format!("{plugin} may not run: its entry must be a relative path inside the bundle"));
     }
-    if request.args.len() > MAX_ARGS {
-        return policy(format!("{plugin} was not started: it has more than {MAX_ARGS} arguments"));
+    if stated.args.len() > MAX_ARGS {
+        return policy(format!("{plugin} may not run: it has more than {MAX_ARGS} arguments"));
     }
-    let first = format!("{}/{}", mounts::BUNDLE, request.entry);
-    let all = std::iter::once(first).chain(request.args.iter().cloned()).map(CString::new);
+    let first = format!("{}/{}", mounts::BUNDLE, stated.exec);
+    let all = std::iter::once(first).chain(stated.args.iter().cloned()).map(CString::new);
     let Ok(argv) = all.collect::<Result<_, _>>() else {
-        return policy(format!("{plugin} was not started: its path or an argument holds a NUL byte"));
+        return policy(format!("{plugin} may not run: its path or an argument holds a NUL byte"));
     };
     Ok(argv)
 }
 
-fn envp(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> {
-    if request.env.len() > MAX_VARIABLES {
-        return policy(format!("{plugin} was not started: it has more than {MAX_VARIABLES} variables"));
+fn envp(plugin: &PluginName, generation: u64, stated: &Stated) -> Result<Vec<CString>, Refusal> {
+    if stated.env.len() > MAX_VARIABLES {
+        return policy(format!("{plugin} may not run: it has more than {MAX_VARIABLES} variables"));
     }
     let broker = format!("{}/broker.sock", mounts::SOCKETS);
-    let generation = request.generation.to_string();
-    let listen = match request.socket {
+    let generation = generation.to_string();
+    let listen = match stated.socket {
         SocketMode::Inherit => format!("{}/worker.sock", mounts::SOCKETS),
         SocketMode::Bind => format!("{}/worker.sock", mounts::WORKER_DIRECTORY),
     };
@@ -115,18 +121,18 @@ fn envp(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> 
         ("PLUGVISOR_PLUGIN", plugin.as_str()),
         ("PLUGVISOR_GENERATION", &generation),
     ];
-    if request.socket == SocketMode::Inherit {
+    if stated.socket == SocketMode::Inherit {
         // sd_listen_fds(3) compares LISTEN_PID with its own pid: in a fresh PID namespace the init is 1, the program 2.
         all.extend([("LISTEN_FDS", "1"), ("LISTEN_PID", "2")]);
     }
-    for (name, value) in &request.env {
+    for (name, value) in &stated.env {
         let reserved = ["PLUGVISOR_", "LISTEN_", "LD_", "GLIBC_TUNABLES"].iter().any(|prefix| name.starts_with(prefix));
         let grammar = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
             && name.bytes().next().is_some_and(|byte| !byte.is_ascii_digit());
         if reserved || !grammar {
             let name: String = name.chars().take(64).collect();
             return policy(format!(
-                "{plugin} was not started: it may not set the variable {name:?} (PLUGVISOR_*, LISTEN_*, LD_* and \
+                "{plugin} may not run: it may not set the variable {name:?} (PLUGVISOR_*, LISTEN_*, LD_* and \
                  GLIBC_TUNABLES are not its own); remove it from runtime.env"
             ));
         }
@@ -135,7 +141,7 @@ fn envp(plugin: &PluginName, request: &Launch) -> Result<Vec<CString>, Refusal> 
     }
     let all = all.into_iter().map(|(name, value)| CString::new(format!("{name}={value}")));
     let Ok(envp) = all.collect::<Result<_, _>>() else {
-        return policy(format!("{plugin} was not started: a variable holds a NUL byte"));
+        return policy(format!("{plugin} may not run: a variable holds a NUL byte"));
     };
     Ok(envp)
 }

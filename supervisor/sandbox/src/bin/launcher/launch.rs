@@ -271,7 +271,7 @@ impl Launcher {
             message: format!("{} was not started: {doing} failed: {error}", request.plugin),
         };
         let sockets =
-            Sockets::make(id, request.socket, identity).map_err(|error| failed(("making its sockets", error)))?;
+            Sockets::make(id, checked.socket, identity).map_err(|error| failed(("making its sockets", error)))?;
         let pipes = Pipes::make(identity).map_err(|error| failed(("making its pipes", error)))?;
         marks.done(Part::Sockets);
         let name = format!("{}-{}-{}", request.plugin, request.generation, id.0);
@@ -279,7 +279,7 @@ impl Launcher {
         let mut order = Order {
             identity,
             rlimits: self.rlimits(&request.limits),
-            socket: request.socket,
+            socket: checked.socket,
             temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
             grants: request.grants.clone(),
             argv: checked.argv.clone(),
@@ -348,7 +348,7 @@ impl Launcher {
         spare.groups.set_limits(&self.enforceable(&request.limits)).map_err(drop)?;
         let memory = watch_memory(request, &spare.groups).map_err(drop)?;
         order.marks.done(Part::Groups);
-        let own = Own::of(program.directory, &id.0.to_string(), request.socket).map_err(drop)?;
+        let own = Own::of(program.directory, &id.0.to_string(), order.socket).map_err(drop)?;
         child::spare::send(spare.report.as_fd(), order, &own, ends).map_err(drop)?;
         report::send_packet(spare.report.as_fd(), &[0], &[pipes.exec_write.as_fd()]).map_err(drop)?;
         Ok(memory)

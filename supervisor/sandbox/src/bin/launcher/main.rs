@@ -19,6 +19,7 @@ mod child;
 mod closer;
 mod creds;
 mod door;
+mod expiry;
 mod held;
 mod kernel;
 mod landlock;
@@ -125,7 +126,10 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     let closer = Closer::new().map_err(system("dividing its descriptor table"))?;
     let directory =
         own_directory(&options.runtime_directory).map_err(system("making its directory in --runtime-directory"))?;
-    let policy = Policy::load(&mut options).map_err(Wrong::Policy)?;
+    let mut policy = Policy::load(&mut options).map_err(Wrong::Policy)?;
+    if rustix::process::geteuid().is_root() {
+        policy.shared_roots().iter().for_each(|shared| eprintln!("plugvisor-launcher: {shared}"));
+    }
     let copier = Identity::copier(&options.uids);
     let store = Store::open(&options, mounts, copier).map_err(Wrong::Policy)?;
     let uids = Uids::open(options.uids.clone(), store.directory()).map_err(Wrong::Policy)?;

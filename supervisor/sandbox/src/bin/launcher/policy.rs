@@ -8,8 +8,9 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use ed25519_dalek::{Signature, VerifyingKey};
@@ -18,9 +19,14 @@ use plugvisor_sandbox::{
     options::{BundleRoot, Options},
     protocol::{Approval, Level, Refusal, RefusalCode, Tier, approval_text},
 };
+use rustix::fs::{Mode, OFlags};
 use serde::Deserialize;
 
-use crate::{check::refuse, store};
+use crate::{
+    check::refuse,
+    expiry::Expiry,
+    store::{self, Doubt},
+};
 
 const MOST_BYTES: u64 = 1 << 20;
 
@@ -127,6 +133,8 @@ struct Approved {
     name: PluginName,
     tier: TrustTier,
     digest: Digest,
+    /// From when on it no longer holds.
+    expires: Option<Expiry>,
 }
 
 /// Whoever has the private key may approve bundles up to this tier.
@@ -137,6 +145,13 @@ struct Key {
     #[serde(deserialize_with = "public_key")]
     public_key: VerifyingKey,
     tier: TrustTier,
+    /// From when on nothing that it signed holds.
+    expires: Option<Expiry>,
+}
+
+/// Whether something that may expire holds now.
+fn holds(expires: Option<Expiry>, now: SystemTime) -> bool {
+    expires.is_none_or(|expires| !expires.is_over(now))
 }
 
 fn public_key<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<VerifyingKey, D::Error> {
@@ -184,6 +199,21 @@ impl Policy {
         self.read.as_ref().map(|(_, rules)| rules).ok_or_else(|| "--policy was not read".to_owned())
     }
 
+    /// The directories that have a tier.
+    pub(crate) fn roots(&mut self) -> Result<BTreeSet<PathBuf>, Refusal> {
+        let given: Vec<PathBuf> = self.roots.iter().map(|root| root.path.clone()).collect();
+        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        Ok(given.into_iter().chain(rules.directory.iter().map(|directory| directory.path.clone())).collect())
+    }
+
+    /// Says which directories give no tier because others than root can change them. Asked at the start, for whoever
+    /// reads what a starting launcher prints; what counts is asked anew at each import.
+    pub(crate) fn shared_roots(&mut self) -> Vec<String> {
+        let roots = self.roots().unwrap_or_default();
+        let shared = roots.iter().filter_map(|root| store::check_root(root).err());
+        shared.map(|doubt| format!("a plugin directory gives its bundles no tier: {doubt}")).collect()
+    }
+
     /// The tier of a bundle that is to run under this name.
     pub(crate) fn tier(
         &mut self,
@@ -191,6 +221,7 @@ impl Policy {
         bundle: &[u8; 32],
         origins: &BTreeSet<PathBuf>,
         approval: Option<&Approval>,
+        now: SystemTime,
     ) -> Result<Tier, Refusal> {
         let roots = self.roots.clone();
         let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
@@ -199,12 +230,15 @@ impl Policy {
         if entries().any(|entry| entry.tier == TrustTier::Quarantined) {
             return Ok(Tier::Quarantined);
         }
-        let named = entries().filter(|entry| entry.name == *name).map(|entry| Tier::from(entry.tier));
-        let beneath = |root: &Path| origins.iter().any(|origin| origin.starts_with(root));
+        let named = entries()
+            .filter(|entry| entry.name == *name && holds(entry.expires, now))
+            .map(|entry| Tier::from(entry.tier));
+        // Directly in it: a directory deeper down is a part of a bundle, whatever it holds.
+        let beneath = |root: &Path| origins.iter().any(|origin| origin.parent() == Some(root));
         let directories = rules.directory.iter().map(|directory| (&directory.path, Tier::from(directory.tier)));
         let directories = directories.chain(roots.iter().map(|root| (&root.path, root.tier)));
         let from = directories.filter(|(path, _)| beneath(path)).map(|(_, tier)| tier);
-        let signed = approval.map(|approval| signed(rules, name, bundle, approval)).transpose()?;
+        let signed = approval.map(|approval| signed(rules, name, bundle, approval, now)).transpose()?;
         Ok(named.chain(from).chain(signed).max().unwrap_or(Tier::Untrusted))
     }
 
@@ -215,9 +249,12 @@ impl Policy {
         bundle: Digest,
         tier: Tier,
         level: Level,
+        doubt: Option<&Doubt>,
+        now: SystemTime,
     ) -> Result<(), Refusal> {
         let file = self.file.clone();
-        let weakest = &self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?.weakest;
+        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let weakest = &rules.weakest;
         let Some(least) = weakest.of(tier) else {
             return refuse(
                 RefusalCode::Policy,
@@ -229,6 +266,31 @@ impl Policy {
         };
         if level >= least {
             return Ok(());
+        }
+        let refused = |code, next: &str| {
+            let tier = TrustTier::from(tier);
+            refuse(
+                code,
+                format!(
+                    "{name} was not started: to the launcher its bundle is {tier}, and that needs the level {least:?}, not \
+                     {level:?}; {next}"
+                ),
+            )
+        };
+        // Where it came from is nearer to what is wrong than what an administrator could do instead.
+        match doubt.filter(|_| tier == Tier::Untrusted) {
+            None | Some(Doubt::Elsewhere | Doubt::Scattered) => {}
+            Some(doubt) => return refused(RefusalCode::Directory, &format!("its directory gives no tier: {doubt}")),
+        }
+        let expired = |entry: &Approved| {
+            entry.name == *name && entry.digest == bundle && entry.tier > tier.into() && !holds(entry.expires, now)
+        };
+        if rules.approved.iter().any(expired) {
+            return refused(
+                RefusalCode::Policy,
+                "its [[approved]] entry in the launcher's policy file has expired: let the administrator look at the plugin \
+                 again, and give the entry another expires",
+            );
         }
         let enough = [Tier::Community, Tier::Verified, Tier::Internal]
             .into_iter()
@@ -248,19 +310,18 @@ impl Policy {
                 )
             },
         );
-        let tier = TrustTier::from(tier);
-        refuse(
-            RefusalCode::Policy,
-            format!(
-                "{name} was not started: to the launcher its bundle is {tier}, and that needs the level {least:?}, not \
-                 {level:?}; {next}"
-            ),
-        )
+        refused(RefusalCode::Policy, &next)
     }
 }
 
 /// The tier of a signed approval.
-fn signed(rules: &Rules, name: &PluginName, bundle: &[u8; 32], approval: &Approval) -> Result<Tier, Refusal> {
+fn signed(
+    rules: &Rules,
+    name: &PluginName,
+    bundle: &[u8; 32],
+    approval: &Approval,
+    now: SystemTime,
+) -> Result<Tier, Refusal> {
     let Approval { tier, key, signature } = approval;
     let wrong = |why: &str| {
         let key: String = key.chars().take(64).collect();
@@ -272,6 +333,9 @@ fn signed(rules: &Rules, name: &PluginName, bundle: &[u8; 32], approval: &Approv
     let Some(known) = rules.key.iter().find(|known| known.id == *key) else {
         return wrong("the launcher's policy file names no such key");
     };
+    if !holds(known.expires, now) {
+        return wrong("the key has expired in the launcher's policy file");
+    }
     let Ok(signature) = Signature::from_slice(signature) else { return wrong("it is no Ed25519 signature") };
     let text = approval_text(name.as_str(), *tier, bundle);
     match known.public_key.verify_strict(text.as_bytes(), &signature) {
@@ -292,7 +356,9 @@ fn stamp(path: &Path) -> Result<Stamp, String> {
 
 fn read(path: &Path) -> Result<Rules, String> {
     let wrong = |why: String| format!("--policy {}: {why}; correct it", path.display());
-    let file = OwnedFd::from(File::open(path).map_err(|error| wrong(error.to_string()))?);
+    // A FIFO put there would make the launcher wait for a writer.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| wrong(error.to_string()))?;
     store::only_ours(&file).map_err(|why| wrong(format!("{why}; chown it to the launcher's user and chmod it 644")))?;
     let file = File::from(file);
     let kind = file.metadata().map_err(|error| wrong(error.to_string()))?;
@@ -312,9 +378,20 @@ fn parse(text: &str) -> Result<Rules, String> {
     if let Some(directory) = rules.directory.iter().find(relative) {
         return Err(format!("the directory {} is not absolute", directory.path.display()));
     }
-    let mut ids = BTreeSet::new();
-    match rules.key.iter().find(|key| !ids.insert(key.id.as_str())) {
-        Some(key) => Err(format!("two keys have the id {:?}", key.id)),
+    // It would end by itself what somebody took the trouble to stop.
+    if let Some(entry) = rules.approved.iter().find(|e| e.tier == TrustTier::Quarantined && e.expires.is_some()) {
+        return Err(format!(
+            "the quarantine of {} {} has an expires, and a quarantine has none",
+            entry.name, entry.digest
+        ));
+    }
+    let (mut ids, mut material) = (BTreeSet::new(), BTreeSet::new());
+    if let Some(key) = rules.key.iter().find(|key| !ids.insert(key.id.as_str())) {
+        return Err(format!("two keys have the id {:?}", key.id));
+    }
+    // One that was taken back under one name would go on under the other.
+    match rules.key.iter().find(|key| !material.insert(key.public_key.as_bytes())) {
+        Some(key) => Err(format!("the public_key of {:?} is that of another key; each key stands once", key.id)),
         None => Ok(rules),
     }
 }
@@ -327,6 +404,11 @@ mod tests {
 
     const CONTENT: [u8; 32] = [7; 32];
 
+    /// 2026-01-01.
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_767_225_600)
+    }
+
     fn name(text: &str) -> PluginName {
         text.parse().expect("a name")
     }
@@ -338,7 +420,7 @@ mod tests {
 
     fn tier(policy: &mut Policy, plugin: &str, origins: &[&str], approval: Option<&Approval>) -> Result<Tier, String> {
         let origins: BTreeSet<PathBuf> = origins.iter().map(PathBuf::from).collect();
-        policy.tier(&name(plugin), &CONTENT, &origins, approval).map_err(|refusal| refusal.message)
+        policy.tier(&name(plugin), &CONTENT, &origins, approval, now()).map_err(|refusal| refusal.message)
     }
 
     fn hex(bytes: &[u8]) -> String {
@@ -375,7 +457,46 @@ mod tests {
         );
         let mut policy = policy(&text, vec![BundleRoot { tier: Tier::Internal, path: "/opt".into() }]);
         assert_eq!(tier(&mut policy, "a", &["/opt/a"], None), Ok(Tier::Quarantined));
-        assert!(policy.check_level(&name("a"), Digest::from_bytes(CONTENT), Tier::Quarantined, Level::Vm).is_err());
+        assert!(
+            policy
+                .check_level(&name("a"), Digest::from_bytes(CONTENT), Tier::Quarantined, Level::Vm, None, now())
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn what_has_expired_approves_nothing() {
+        let digest = Digest::from_bytes(CONTENT);
+        let entry = |expires: &str| {
+            format!("version = 1\n[[approved]]\nname = \"a\"\ntier = \"verified\"\ndigest = \"{digest}\"\n{expires}\n")
+        };
+        for (expires, expected) in [
+            ("", Tier::Verified),
+            ("expires = 2026-01-02", Tier::Verified),
+            ("expires = 2026-01-01T00:00:01Z", Tier::Verified),
+            ("expires = 2026-01-01", Tier::Untrusted),
+            ("expires = 2026-01-01T00:00:00+01:00", Tier::Untrusted),
+        ] {
+            let mut policy = policy(&entry(expires), vec![]);
+            assert_eq!(tier(&mut policy, "a", &[], None), Ok(expected), "{expires}");
+            let checked = policy.check_level(&name("a"), digest, expected, Level::Process, None, now());
+            let told = checked.map_err(|refusal| refusal.message.contains("has expired"));
+            assert_eq!(told, if expected == Tier::Verified { Ok(()) } else { Err(true) }, "{expires}");
+        }
+        for wrong in ["expires = \"soon\"", "expires = \"2026-01-02\"", "expires = 2026-01-02T00:00:00", "expires = 7"]
+        {
+            assert!(parse(&entry(wrong)).is_err(), "{wrong}");
+        }
+        let quarantined = entry("expires = 2030-01-01").replace("verified", "quarantined");
+        assert!(parse(&quarantined).is_err_and(|why| why.contains("a quarantine has none")));
+    }
+
+    #[test]
+    fn a_key_stands_once() {
+        let public = hex(SigningKey::from_bytes(&[3; 32]).verifying_key().as_bytes());
+        let key = |id: &str| format!("[[key]]\nid = \"{id}\"\npublic_key = \"{public}\"\ntier = \"verified\"\n");
+        let twice = parse(&format!("version = 1\n{}{}", key("a"), key("b")));
+        assert!(twice.is_err_and(|why| why.contains("that of another key")));
     }
 
     #[test]
@@ -423,14 +544,14 @@ mod tests {
             let levels = [Level::None, Level::Process, Level::Container, Level::Sandbox, Level::Vm];
             for level in levels {
                 assert_eq!(
-                    usual.check_level(&a, Digest::from_bytes(CONTENT), tier, level).is_ok(),
+                    usual.check_level(&a, Digest::from_bytes(CONTENT), tier, level, None, now()).is_ok(),
                     level >= least,
                     "{tier:?} {level:?}"
                 );
             }
         }
         let mut strict = policy("version = 1\n[weakest]\nverified = \"vm\"\n", vec![]);
-        let refused = strict.check_level(&a, Digest::from_bytes(CONTENT), Tier::Verified, Level::Sandbox);
+        let refused = strict.check_level(&a, Digest::from_bytes(CONTENT), Tier::Verified, Level::Sandbox, None, now());
         assert!(refused.is_err_and(|refusal| refusal.message.contains("tier = \"internal\"")));
     }
 

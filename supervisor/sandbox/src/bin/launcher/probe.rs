@@ -98,11 +98,7 @@ impl Launcher {
             generation: 0,
             level: Level::Process,
             bundle: [0; 32],
-            entry: TRIAL.to_owned(),
             approval: None,
-            args: Vec::new(),
-            env: Vec::new(),
-            socket: SocketMode::Inherit,
             limits: Limits { pids: Some(4), ..Limits::default() },
             grants: Vec::new(),
             allow_degraded: Control::ALL.to_vec(),
@@ -112,7 +108,7 @@ impl Launcher {
         let path = std::env::current_dir().map_err(plain)?;
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
         let plugin = request.plugin.parse().expect("a plugin's name");
-        let checked = Checked { plugin, argv, envp: Vec::new() };
+        let checked = Checked { plugin, argv, envp: Vec::new(), socket: SocketMode::Inherit };
         let program = Program {
             directory: here.as_fd(),
             path: &path,

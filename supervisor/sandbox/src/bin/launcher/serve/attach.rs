@@ -19,7 +19,7 @@ use std::{
 
 use plugvisor_sandbox::protocol::{
     Condition, Control, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed, Over,
-    ReattachState, Reattached, Refusal, RefusalCode, Reply, SocketMode,
+    ReattachState, Reattached, Refusal, RefusalCode, Reply,
 };
 use rustix::event::epoll;
 
@@ -52,7 +52,6 @@ pub(super) struct Origin {
     generation: u64,
     level: Level,
     bundle: [u8; 32],
-    socket: SocketMode,
     pub(super) limits: Limits,
     grants: Vec<Grant>,
     allow_degraded: Vec<Control>,
@@ -68,7 +67,6 @@ impl Origin {
             generation: request.generation,
             level: request.level,
             bundle: request.bundle,
-            socket: request.socket,
             limits: request.limits.clone(),
             grants: request.grants.clone(),
             allow_degraded: request.allow_degraded.clone(),
@@ -84,7 +82,6 @@ impl Origin {
             generation: self.generation,
             level: self.level,
             bundle: self.bundle,
-            socket: self.socket,
             limits: self.limits.clone(),
             grants: self.grants.clone(),
             allow_degraded: self.allow_degraded.clone(),

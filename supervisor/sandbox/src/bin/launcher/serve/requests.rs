@@ -13,6 +13,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{Phase, Server, Slot, attach::Origin};
 use crate::{
+    admit::Admitted,
     check::{self, refuse},
     child::Entry,
     launch::{Program, Running, SETUP_TIME},
@@ -110,18 +111,18 @@ impl Server {
     }
 
     pub(super) fn launch(&mut self, id: u64, request: &Launch, arrived: Instant) -> Result<(), Refusal> {
-        let checked = check::launch(request)?;
+        let plugin = check::launch(request)?;
         if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
             return refuse(
                 RefusalCode::Exhausted,
                 format!(
-                    "{} was not started: {} plugins run already, the most that --max-plugins allows",
-                    checked.plugin, self.launcher.options.max_plugins
+                    "{plugin} was not started: {} plugins run already, the most that --max-plugins allows",
+                    self.launcher.options.max_plugins
                 ),
             );
         }
         self.launcher.require(request)?;
-        let (directory, path) = self.launcher.admit(request, &checked.plugin)?;
+        let Admitted { directory, path, checked } = self.launcher.admit(request, &plugin)?;
         let program = Program { directory: directory.as_fd(), path: &path, entry: Entry::InBundle, identity: None };
         self.launcher.spares.launched();
         let running = self.launcher.start(request, &checked, &program, arrived)?;

@@ -1,21 +1,26 @@
 //! The store's requests, and its children in the loop.
 
-use std::{collections::BTreeSet, io, os::fd::OwnedFd};
+use std::{collections::BTreeSet, io, os::fd::OwnedFd, time::SystemTime};
 
 use plugvisor_sandbox::protocol::{Import, Refusal, Reply, Stored};
 use rustix::event::epoll;
 
 use super::{Server, Source};
+use crate::admit::claimed;
 
 impl Server {
     /// Answers a step of an import; `None` when the answer comes later.
     pub(super) fn import(&mut self, id: u64, step: Import, descriptors: &[OwnedFd]) -> Option<Reply> {
         let in_use = self.bundles_in_use();
+        let roots = match self.launcher.policy.roots() {
+            Ok(roots) => roots,
+            Err(refusal) => return Some(Reply::Refused(refusal)),
+        };
         let store = &mut self.launcher.store;
         let result = match step {
             Import::Find { bundle } => self.stored(&bundle).map(Reply::Imported),
             Import::Begin(begin) => store.begin(begin, &in_use).map(|()| Reply::Done),
-            Import::Files(files) => match store.take_files(id, files, descriptors) {
+            Import::Files(files) => match store.take_files(id, files, descriptors, &roots) {
                 Ok(pidfd) => {
                     let data = epoll::EventData::new_u64(Source::Copier.token());
                     if epoll::add(&self.epoll, pidfd, data, epoll::EventFlags::IN).is_err() {
@@ -26,7 +31,7 @@ impl Server {
                 }
                 Err(refusal) => Err(refusal),
             },
-            Import::Commit => store.commit().and_then(|bundle| self.stored(&bundle)).map(Reply::Imported),
+            Import::Commit => store.commit(&roots).and_then(|bundle| self.stored(&bundle)).map(Reply::Imported),
             Import::Abort => {
                 store.abort();
                 Ok(Reply::Done)
@@ -42,8 +47,8 @@ impl Server {
 
     fn stored(&mut self, bundle: &[u8; 32]) -> Result<Option<Stored>, Refusal> {
         let Some(found) = self.launcher.store.get(bundle) else { return Ok(None) };
-        let tier = self.launcher.policy.tier(&found.name, bundle, &found.origins, None)?;
-        Ok(Some(Stored { tier, bytes: found.bytes }))
+        let tier = self.launcher.policy.tier(&found.name, bundle, &found.origins, None, SystemTime::now())?;
+        Ok(Some(Stored { tier: claimed(tier, found), bytes: found.bytes }))
     }
 
     /// The bundles that a launch runs from.

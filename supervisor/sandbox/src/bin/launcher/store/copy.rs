@@ -3,7 +3,7 @@
 //!
 //! Everything that could wait or lie is met here and not in the launcher: a FIFO, a device, a file that grows, a server
 //! behind a mount. It is also the one place where a manifest is parsed: its canonical form, which the content digest
-//! covers, is what is stored. What it found goes to the launcher in one small message.
+//! covers, is what is stored. What it says of a launch goes to the launcher in one bounded message.
 
 use std::{
     io,
@@ -12,23 +12,31 @@ use std::{
     time::Duration,
 };
 
-use plugvisor_package::{Manifest, ManifestLimits};
+use plugvisor_package::{BundleLimits, Manifest, ManifestLimits};
 use plugvisor_sandbox::protocol::ImportFile;
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fcntl_getfl, fstat, openat2},
     io::Errno,
+    net::SendFlags,
     process::{Pid, Resource, Rlimit, Signal, getppid, set_parent_process_death_signal, setrlimit},
 };
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::{
+    origin::{self, Doubt, Owners},
+    stated::{self, Stated},
+};
 use crate::{
     creds::{self, Identity},
     kernel,
 };
 
 const CHUNK: usize = 256 << 10;
-/// The longest message: a pipe takes it in one piece (`PIPE_BUF`).
-const MESSAGE: usize = 1024;
+/// The longest message, in bytes.
+pub(super) const MESSAGE: usize = stated::MOST + (8 << 10);
+/// The most that is told of a manifest that is none, in bytes.
+const MOST_PROBLEMS: usize = 1 << 10;
 /// Above the numbers that the child places its descriptors at.
 const LIFTED: RawFd = 64;
 
@@ -46,19 +54,25 @@ pub(super) struct Terms<'a> {
     pub(super) launcher: Pid,
     /// Who it becomes.
     pub(super) identity: Identity,
-    pub(super) manifest: &'a ManifestLimits,
+    pub(super) limits: &'a BundleLimits,
+    /// The directory that may vouch for the bundle, when its manifest is among the files.
+    pub(super) vouching: Option<PathBuf>,
+    /// Who may change it.
+    pub(super) owners: Owners,
     pub(super) time: Duration,
 }
 
 /// What the child found.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Outcome {
     /// Every file is what was said of it.
     Copied {
-        /// The name that the manifest gives, when it was among them.
-        name: Option<String>,
+        /// What the manifest says, when it was among them.
+        told: Option<Told>,
         /// Whether each of them is the file at its path here, and not one in mounts of the supervisor's own.
         in_place: bool,
+        /// What the directory that may vouch for them has, when it was to be looked at.
+        listing: Option<Result<[u8; 32], Doubt>>,
     },
     /// One is not.
     Wrong {
@@ -68,8 +82,15 @@ pub(super) enum Outcome {
     },
 }
 
+/// What a manifest says that the launcher needs.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Told {
+    pub(super) name: String,
+    pub(super) stated: Stated,
+}
+
 /// Why a file was not taken.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Wrong {
     /// Not a regular file that is open for reading.
     Kind,
@@ -83,56 +104,24 @@ pub(super) enum Wrong {
     Write(i32),
     /// The manifest is not one.
     Manifest(String),
+    /// The program's arguments and variables are too much.
+    TooMuch,
     /// The child itself could not be confined.
     Confine(i32),
 }
 
 impl Outcome {
-    fn encode(&self) -> Vec<u8> {
-        let mut bytes = match self {
-            Self::Copied { name, in_place } => {
-                [&[0, u8::from(*in_place)][..], name.as_deref().unwrap_or_default().as_bytes()].concat()
-            }
-            Self::Wrong { index, why } => {
-                let (tag, errno, text) = match why {
-                    Wrong::Kind => (1, 0, ""),
-                    Wrong::Size => (2, 0, ""),
-                    Wrong::Digest => (3, 0, ""),
-                    Wrong::Read(errno) => (4, *errno, ""),
-                    Wrong::Write(errno) => (5, *errno, ""),
-                    Wrong::Manifest(text) => (6, 0, text.as_str()),
-                    Wrong::Confine(errno) => (7, *errno, ""),
-                };
-                let index = u8::try_from(*index).unwrap_or(u8::MAX);
-                [&[tag, index][..], &errno.to_le_bytes(), text.as_bytes()].concat()
-            }
-        };
-        bytes.truncate(MESSAGE);
-        bytes
+    fn encode(mut self) -> Vec<u8> {
+        if let Self::Wrong { why: Wrong::Manifest(problems), .. } = &mut self {
+            problems.truncate(problems.floor_char_boundary(MOST_PROBLEMS));
+        }
+        // Nothing that is bounded as above fails to be written, and saying nothing is a refusal.
+        postcard::to_extend(&self, Vec::new()).unwrap_or_default()
     }
 
     /// What the child wrote; `None` when it said nothing.
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (tag, rest) = bytes.split_first()?;
-        if *tag == 0 {
-            let (in_place, name) = rest.split_first()?;
-            return Some(Self::Copied { name: (!name.is_empty()).then(|| text(name)), in_place: *in_place == 1 });
-        }
-        let (index, rest) = rest.split_first()?;
-        let (errno, rest) = rest.split_first_chunk::<4>()?;
-        let errno = i32::from_le_bytes(*errno);
-        let why = match tag {
-            1 => Wrong::Kind,
-            2 => Wrong::Size,
-            3 => Wrong::Digest,
-            4 => Wrong::Read(errno),
-            5 => Wrong::Write(errno),
-            6 => Wrong::Manifest(text(rest)),
-            7 => Wrong::Confine(errno),
-            _ => return None,
-        };
-        Some(Self::Wrong { index: usize::from(*index), why })
+        postcard::from_bytes(bytes).ok()
     }
 }
 
@@ -140,21 +129,32 @@ impl Outcome {
 pub(super) fn run(jobs: &[Job<'_>], report: BorrowedFd<'_>, terms: &Terms<'_>) -> ! {
     kernel::set_name(c"plugvisor-import");
     let (outcome, report) = match confine(jobs, report, terms) {
-        Ok((pairs, report, in_place)) => (copy_all(jobs, &pairs, terms.manifest, in_place), report),
+        Ok(Confined { pairs, report, in_place, listing }) => {
+            let outcome = match copy_all(jobs, &pairs, &terms.limits.manifest) {
+                Ok(told) => Outcome::Copied { told, in_place, listing },
+                Err((index, why)) => Outcome::Wrong { index, why },
+            };
+            (outcome, report)
+        }
         Err(errno) => (Outcome::Wrong { index: 0, why: Wrong::Confine(errno) }, report),
     };
-    let told = rustix::io::write(report, &outcome.encode()).is_ok();
+    let told = rustix::net::send(report, &outcome.encode(), SendFlags::NOSIGNAL).is_ok();
     kernel::exit_now(i32::from(!told))
 }
 
 type Pair = (BorrowedFd<'static>, BorrowedFd<'static>);
 
-/// Gives up everything but the descriptors of the jobs: sources and targets in pairs, and the report.
-fn confine(
-    jobs: &[Job<'_>],
-    report: BorrowedFd<'_>,
-    terms: &Terms<'_>,
-) -> Result<(Vec<Pair>, BorrowedFd<'static>, bool), i32> {
+/// A child that has given everything up but the descriptors of its jobs, and what it saw before.
+struct Confined {
+    /// Sources and targets.
+    pairs: Vec<Pair>,
+    report: BorrowedFd<'static>,
+    in_place: bool,
+    listing: Option<Result<[u8; 32], Doubt>>,
+}
+
+/// Gives up everything but the descriptors of the jobs and the report.
+fn confine(jobs: &[Job<'_>], report: BorrowedFd<'_>, terms: &Terms<'_>) -> Result<Confined, i32> {
     let errno = |error: &io::Error| error.raw_os_error().unwrap_or(libc::EIO);
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(Errno::raw_os_error)?;
     if getppid() != Some(terms.launcher) {
@@ -174,6 +174,8 @@ fn confine(
 
     // Still with the launcher's rights: the copier need not reach the directories on the way.
     let in_place = jobs.iter().zip(0..).all(|(job, index)| is_at(kernel::fixed(1 + 2 * index), &job.path));
+    let listing = terms.vouching.as_ref().filter(|_| in_place);
+    let listing = listing.map(|bundle| origin::look(bundle, terms.limits, terms.owners));
 
     let largest = jobs.iter().map(|job| job.file.size).max().unwrap_or(0).max(1);
     let limits = [
@@ -194,7 +196,8 @@ fn confine(
     }
     rustix::thread::set_no_new_privs(true).map_err(Errno::raw_os_error)?;
     let pairs = (0..jobs.len()).filter_map(|index| RawFd::try_from(1 + 2 * index).ok());
-    Ok((pairs.map(|at| (kernel::fixed(at), kernel::fixed(at + 1))).collect(), kernel::fixed(0), in_place))
+    let pairs = pairs.map(|at| (kernel::fixed(at), kernel::fixed(at + 1))).collect();
+    Ok(Confined { pairs, report: kernel::fixed(0), in_place, listing })
 }
 
 /// Whether the source is the file at this path, as the launcher sees it. In a mount namespace of its own, which a user
@@ -208,19 +211,17 @@ fn is_at(source: BorrowedFd<'_>, path: &Path) -> bool {
     }
 }
 
-fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits, in_place: bool) -> Outcome {
-    let mut name = None;
+fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits) -> Result<Option<Told>, (usize, Wrong)> {
+    let mut told = None;
     for (index, (job, (source, target))) in jobs.iter().zip(pairs).enumerate() {
         let copied = if job.file.path == Manifest::FILE_NAME {
-            copy_manifest(*source, *target, job.file, limits).map(|found| name = Some(found))
+            copy_manifest(*source, *target, job.file, limits).map(|found| told = Some(found))
         } else {
             copy(*source, *target, job.file)
         };
-        if let Err(why) = copied {
-            return Outcome::Wrong { index, why };
-        }
+        copied.map_err(|why| (index, why))?;
     }
-    Outcome::Copied { name, in_place }
+    Ok(told)
 }
 
 /// The size of a file that may be read.
@@ -261,13 +262,13 @@ fn copy(source: BorrowedFd<'_>, target: BorrowedFd<'_>, said: &ImportFile) -> Re
     if <[u8; 32]>::from(hash.finalize()) == said.sha256 { Ok(()) } else { Err(Wrong::Digest) }
 }
 
-/// Stores the canonical form, and tells the name.
+/// Stores the canonical form, and tells what it says.
 fn copy_manifest(
     source: BorrowedFd<'_>,
     target: BorrowedFd<'_>,
     said: &ImportFile,
     limits: &ManifestLimits,
-) -> Result<String, Wrong> {
+) -> Result<Told, Wrong> {
     size_of(source)?;
     let mut bytes = vec![0; limits.bytes + 1];
     let mut filled = 0;
@@ -286,8 +287,12 @@ fn copy_manifest(
     if <[u8; 32]>::from(Sha256::digest(&canonical)) != said.sha256 {
         return Err(Wrong::Digest);
     }
+    let stated = Stated::of(&manifest);
+    if postcard::to_extend(&stated, Vec::new()).map_or(usize::MAX, |bytes| bytes.len()) > stated::MOST {
+        return Err(Wrong::TooMuch);
+    }
     write_all(target, &canonical, 0)?;
-    Ok(manifest.name.to_string())
+    Ok(Told { name: manifest.name.to_string(), stated })
 }
 
 /// Positioned: the offset of the description is shared with the supervisor, which could move it.
@@ -317,21 +322,45 @@ fn write_all(target: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> Resul
 
 #[cfg(test)]
 mod tests {
-    use super::{Outcome, Wrong};
+    use plugvisor_package::{Manifest, ManifestLimits};
+
+    use super::{Doubt, MESSAGE, Outcome, Stated, Told, Wrong, stated};
+
+    fn told(args: &str) -> Told {
+        let text = format!(r#"{{"name":"gallery","version":"1.0.0","runtime":{{"args":[{args}]}}}}"#);
+        let manifest = Manifest::parse(text.as_bytes(), &ManifestLimits::default()).expect("a manifest");
+        Told { name: manifest.name.to_string(), stated: Stated::of(&manifest) }
+    }
 
     #[test]
     fn what_the_child_says_is_read_back() {
+        let copied = |told, listing| Outcome::Copied { told, in_place: true, listing };
         for outcome in [
-            Outcome::Copied { name: None, in_place: false },
-            Outcome::Copied { name: Some("gallery".into()), in_place: true },
-            Outcome::Wrong { index: 0, why: Wrong::Kind },
-            Outcome::Wrong { index: 7, why: Wrong::Read(5) },
-            Outcome::Wrong { index: 3, why: Wrong::Manifest("name: missing".into()) },
+            || Outcome::Copied { told: None, in_place: false, listing: None },
+            || Outcome::Wrong { index: 0, why: Wrong::Kind },
+            || Outcome::Wrong { index: 7, why: Wrong::Read(5) },
+            || Outcome::Wrong { index: 3, why: Wrong::Manifest("name: missing".into()) },
         ] {
-            assert_eq!(Outcome::decode(&outcome.encode()), Some(outcome));
+            assert_eq!(Outcome::decode(&outcome().encode()), Some(outcome()));
+        }
+        for listing in [None, Some(Ok([7; 32])), Some(Err(Doubt::Scattered))] {
+            let outcome = || copied(Some(told(r#""--fast""#)), listing.clone());
+            assert_eq!(Outcome::decode(&outcome().encode()), Some(outcome()));
         }
         for nonsense in [&[][..], &[0], &[1], &[4, 0, 1], &[99, 0, 0, 0, 0, 0]] {
             assert_eq!(Outcome::decode(nonsense), None);
         }
+    }
+
+    #[test]
+    fn no_message_is_longer_than_its_reader_takes() {
+        let long = "x".repeat(4096);
+        let path = std::path::PathBuf::from("/".repeat(7000));
+        let told = told(&vec![format!("\"{long}\""); stated::MOST / 4100].join(","));
+        let listing = Some(Err(Doubt::Unfit { path, why: "has a name that is not UTF-8".into() }));
+        let most = Outcome::Copied { told: Some(told), in_place: true, listing }.encode().len();
+        assert!((stated::MOST..=MESSAGE).contains(&most), "{most}");
+        let wrong = Outcome::Wrong { index: 1, why: Wrong::Manifest("…".repeat(5000)) };
+        assert!(wrong.encode().len() < MESSAGE);
     }
 }

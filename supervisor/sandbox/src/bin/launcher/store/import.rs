@@ -14,23 +14,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use plugvisor_package::{BundleFile, Digest, PluginName, content_digest, content_list};
+use plugvisor_package::{BundleFile, Digest, Manifest, PluginName, content_digest, content_list};
 use plugvisor_sandbox::protocol::{ImportBegin, ImportFile, Refusal, RefusalCode};
 use rustix::{
     fs::{Mode, OFlags, ResolveFlags, fchmod, mkdirat, open, openat2},
     io::Errno,
-    pipe::{PipeFlags, pipe_with},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
     process::{Signal, WaitId, WaitIdOptions, getpid, pidfd_send_signal, waitid},
 };
 
 use super::{
-    Bundle, Store,
+    Bundle, Store, StoreLimits,
     chore::Chore,
-    copy::{self, Job, Outcome, Terms, Wrong},
-    place::{About, MOST_ORIGINS, Staged},
+    copy::{self, Job, Outcome, Terms, Told, Wrong},
+    origin::{Doubt, Listing, Owners},
+    place::{About, Staged},
+    stated::{self, Stated},
 };
 use crate::{
-    check::refuse,
+    check::{self, refuse},
+    creds::Identity,
     kernel::{self, Cloned},
 };
 
@@ -47,7 +50,7 @@ pub(super) struct Transaction {
     bytes: u64,
     /// Every directory so far.
     directories: BTreeSet<String>,
-    name: Option<PluginName>,
+    manifest: Option<(PluginName, Stated)>,
     origin: Origin,
     copying: Option<Copying>,
 }
@@ -55,10 +58,22 @@ pub(super) struct Transaction {
 /// Where the files were, as far as they have come.
 enum Origin {
     Unknown,
-    /// All of them beneath this directory, each at its own path.
-    Bundle(PathBuf),
-    /// Here and there.
-    Scattered,
+    /// All of them beneath this directory, each at its own path. What it has, once that was looked at.
+    Bundle {
+        path: PathBuf,
+        listing: Option<[u8; 32]>,
+    },
+    /// Where nothing vouches for them.
+    None(Doubt),
+}
+
+/// What holds for a packet, whoever sends it.
+struct Given<'a> {
+    limits: &'a StoreLimits,
+    copier: Identity,
+    owners: Owners,
+    /// The directories that have a tier.
+    roots: &'a BTreeSet<PathBuf>,
 }
 
 /// The child that copies the files of one packet.
@@ -132,7 +147,7 @@ impl Store {
                     files: Vec::new(),
                     bytes: 0,
                     directories: BTreeSet::new(),
-                    name: None,
+                    manifest: None,
                     origin: Origin::Unknown,
                     copying: None,
                 });
@@ -152,13 +167,14 @@ impl Store {
         request: u64,
         files: Vec<ImportFile>,
         descriptors: &[OwnedFd],
+        roots: &BTreeSet<PathBuf>,
     ) -> Result<BorrowedFd<'_>, Refusal> {
         let Some(transaction) = &mut self.transaction else { return no_import() };
         if transaction.copying.is_some() {
             return refuse(RefusalCode::InUse, "files of this import are being copied; wait for the answer");
         }
-        let limits = &self.limits;
-        match transaction.take(request, files, descriptors, limits, self.copier) {
+        let (limits, copier, owners) = (&self.limits, self.copier, self.owners);
+        match transaction.take(request, files, descriptors, &Given { limits, copier, owners, roots }) {
             Ok(()) => {}
             Err(refusal) => {
                 self.abort();
@@ -179,16 +195,13 @@ impl Store {
             return None;
         }
         let Copying { request, pidfd, report, files, refusal, .. } = transaction.copying.take()?;
-        let mut message = [0; 4096];
+        let mut message = vec![0; copy::MESSAGE];
         let read = rustix::io::read(&report, &mut message).unwrap_or(0);
         let result = match (refusal, Outcome::decode(&message[..read])) {
             (Some(refusal), _) => Err(refusal),
-            (None, Some(Outcome::Copied { name, in_place })) => {
-                if !in_place {
-                    // Nobody is trusted for a path that only the supervisor sees.
-                    transaction.origin = Origin::Scattered;
-                }
-                transaction.arrived(name)
+            (None, Some(Outcome::Copied { told, in_place, listing })) => {
+                transaction.seen(in_place, listing);
+                transaction.arrived(told)
             }
             (None, Some(Outcome::Wrong { index, why })) => Err(wrong(files.get(index), &why)),
             (None, None) => refuse(
@@ -203,36 +216,32 @@ impl Store {
     }
 
     /// Ends the import.
-    pub(crate) fn commit(&mut self) -> Result<[u8; 32], Refusal> {
+    pub(crate) fn commit(&mut self, roots: &BTreeSet<PathBuf>) -> Result<[u8; 32], Refusal> {
         if self.transaction.as_ref().is_some_and(|transaction| transaction.copying.is_some()) {
             return refuse(RefusalCode::InUse, "files of this import are being copied; wait for the answer");
         }
         let Some(transaction) = self.transaction.take() else { return no_import() };
-        let Transaction { begin, staged, files, bytes, name, origin, .. } = transaction;
+        let Transaction { begin, staged, files, bytes, manifest, origin, .. } = transaction;
         let result = complete(&begin, &files, bytes).and_then(|()| {
-            name.ok_or_else(|| Refusal {
+            let (name, stated) = manifest.ok_or_else(|| Refusal {
                 code: RefusalCode::File,
                 message: "the bundle was not imported: no plugin.json came; a bundle has one".to_owned(),
-            })
+            })?;
+            runnable(&name, &stated, &files).map(|()| (name, stated))
         });
-        let name = match result {
-            Ok(name) => name,
+        let (name, stated) = match result {
+            Ok(manifest) => manifest,
             Err(refusal) => {
                 self.let_go(&staged);
                 return Err(refusal);
             }
         };
-        let origin = match origin {
-            Origin::Bundle(directory) => Some(directory),
-            Origin::Unknown | Origin::Scattered => None,
-        };
+        let origin = origin.vouches(&files);
         self.uses += 1;
         let uses = self.uses;
         if let Some(known) = self.bundles.get_mut(&begin.bundle) {
             known.used = uses;
-            if known.origins.len() < MOST_ORIGINS {
-                known.origins.extend(origin);
-            }
+            known.came_from(origin, roots);
             self.let_go(&staged);
         } else {
             let digest = Digest::from_bytes(begin.bundle);
@@ -243,8 +252,10 @@ impl Store {
                     return refuse(RefusalCode::Kernel, format!("bundle {digest} was not imported: {error}"));
                 }
             };
-            let origins = origin.into_iter().collect();
-            self.bundles.insert(begin.bundle, Bundle { path, files, name, bytes, origins, used: uses });
+            let origins = BTreeSet::new();
+            let mut bundle = Bundle { path, files, name, stated, bytes, origins, doubt: None, used: uses };
+            bundle.came_from(origin, roots);
+            self.bundles.insert(begin.bundle, bundle);
         }
         self.make_durable(&begin.bundle);
         Ok(begin.bundle)
@@ -321,12 +332,16 @@ impl Store {
 
     fn make_durable(&mut self, digest: &[u8; 32]) {
         let Some(bundle) = self.bundles.get(digest).filter(|_| self.place.lasts()) else { return };
-        let origins: Vec<&str> = bundle.origins.iter().filter_map(|origin| origin.to_str()).collect();
-        let about = About { name: bundle.name.as_str(), origins };
+        let about = About {
+            name: bundle.name.to_string(),
+            stated: bundle.stated.clone(),
+            // A path that is no text is not written: nobody is approved by it.
+            origins: bundle.origins.iter().filter_map(|origin| origin.to_str()).map(str::to_owned).collect(),
+        };
         self.chores.add([Chore::MakeDurable {
             files: bundle.path.clone(),
             list: content_list(&bundle.files),
-            about: about.to_string(),
+            about: about.write(),
         }]);
     }
 }
@@ -337,9 +352,9 @@ impl Transaction {
         request: u64,
         files: Vec<ImportFile>,
         descriptors: &[OwnedFd],
-        limits: &super::StoreLimits,
-        copier: crate::creds::Identity,
+        given: &Given<'_>,
     ) -> Result<(), Refusal> {
+        let Given { limits, copier, owners, roots } = *given;
         if files.is_empty() || files.len() != descriptors.len() {
             return refuse(
                 RefusalCode::Policy,
@@ -353,7 +368,7 @@ impl Transaction {
         let mut paths = Vec::with_capacity(files.len());
         for (file, descriptor) in files.iter().zip(descriptors) {
             self.expect(file, limits)?;
-            paths.push(self.note_origin(file, descriptor));
+            paths.push(self.note_origin(file, descriptor, roots));
         }
         let mut targets = Vec::with_capacity(files.len());
         for file in &files {
@@ -372,8 +387,10 @@ impl Transaction {
             code: RefusalCode::Exhausted,
             message: format!("the bundle was not imported: no process could be started to copy it: {error}"),
         };
-        let (report, write) =
-            pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|errno| failed(errno.into()))?;
+        // One message, however long: a pipe would take a part of it.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (report, write) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .map_err(|errno| failed(errno.into()))?;
         let jobs: Vec<Job<'_>> = files
             .iter()
             .zip(descriptors)
@@ -381,8 +398,20 @@ impl Transaction {
             .zip(paths)
             .map(|(((file, source), target), path)| Job { source: source.as_fd(), target: target.as_fd(), file, path })
             .collect();
-        let terms =
-            Terms { launcher: getpid(), identity: copier, manifest: &limits.bundle.manifest, time: limits.copy_time };
+        let vouching = match &self.origin {
+            Origin::Bundle { path, .. } if files.iter().any(|file| file.path == Manifest::FILE_NAME) => {
+                Some(path.clone())
+            }
+            Origin::Bundle { .. } | Origin::Unknown | Origin::None(_) => None,
+        };
+        let terms = Terms {
+            launcher: getpid(),
+            identity: copier,
+            limits: &limits.bundle,
+            vouching,
+            owners,
+            time: limits.copy_time,
+        };
         match kernel::clone3(0, None) {
             Ok(Cloned::Child) => copy::run(&jobs, write.as_fd(), &terms),
             Ok(Cloned::Parent { pidfd, pid }) => {
@@ -397,7 +426,7 @@ impl Transaction {
     }
 
     /// Whether the file may come, by its name and size.
-    fn expect(&mut self, file: &ImportFile, limits: &super::StoreLimits) -> Result<(), Refusal> {
+    fn expect(&mut self, file: &ImportFile, limits: &StoreLimits) -> Result<(), Refusal> {
         let name = shown(&file.path);
         let bounds = &limits.bundle;
         let wrong = |why: String| refuse(RefusalCode::Policy, format!("{name} was not imported: {why}"));
@@ -430,18 +459,37 @@ impl Transaction {
 
     /// The kernel tells the path behind a descriptor without asking the file system. Whether that file is there for the
     /// launcher too is for the child to see.
-    fn note_origin(&mut self, file: &ImportFile, descriptor: &OwnedFd) -> PathBuf {
+    fn note_origin(&mut self, file: &ImportFile, descriptor: &OwnedFd, roots: &BTreeSet<PathBuf>) -> PathBuf {
         let path = fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd())).unwrap_or_default();
         let within = format!("/{}", file.path);
         let text = path.as_os_str().as_bytes();
         let bundle = text.strip_suffix(within.as_bytes()).filter(|bundle| bundle.starts_with(b"/"));
         let bundle = bundle.map(|bundle| PathBuf::from(std::ffi::OsStr::from_bytes(bundle)));
-        self.origin = match (std::mem::replace(&mut self.origin, Origin::Scattered), bundle) {
-            (Origin::Unknown, Some(bundle)) => Origin::Bundle(bundle),
-            (Origin::Bundle(before), Some(bundle)) if before == bundle => Origin::Bundle(before),
-            _ => Origin::Scattered,
+        self.origin = match (std::mem::replace(&mut self.origin, Origin::Unknown), bundle) {
+            // Looked at by nobody when it gives nothing: the supervisor named it.
+            (Origin::Unknown, Some(path)) if !roots.iter().any(|root| path.starts_with(root)) => {
+                Origin::None(Doubt::Elsewhere)
+            }
+            (Origin::Unknown, Some(path)) if !path.parent().is_some_and(|parent| roots.contains(parent)) => {
+                Origin::None(Doubt::Nested { bundle: path })
+            }
+            (Origin::Unknown, Some(path)) => Origin::Bundle { path, listing: None },
+            (Origin::Bundle { path, listing }, Some(bundle)) if path == bundle => Origin::Bundle { path, listing },
+            (Origin::Unknown | Origin::Bundle { .. }, _) => Origin::None(Doubt::Scattered),
+            (Origin::None(doubt), _) => Origin::None(doubt),
         };
         path
+    }
+
+    /// What the child saw of where the files are.
+    fn seen(&mut self, in_place: bool, found: Option<Result<[u8; 32], Doubt>>) {
+        self.origin = match (std::mem::replace(&mut self.origin, Origin::Unknown), found) {
+            // Nobody is trusted for a path that only the supervisor sees.
+            (Origin::Bundle { .. }, _) if !in_place => Origin::None(Doubt::Scattered),
+            (Origin::Bundle { path, .. }, Some(Ok(listing))) => Origin::Bundle { path, listing: Some(listing) },
+            (Origin::Bundle { .. }, Some(Err(doubt))) => Origin::None(doubt),
+            (origin, _) => origin,
+        };
     }
 
     /// Makes the file, empty, with its directories.
@@ -468,15 +516,44 @@ impl Transaction {
     }
 
     /// What the child copied is here.
-    fn arrived(&mut self, name: Option<String>) -> Result<(), Refusal> {
-        if let Some(name) = name {
+    fn arrived(&mut self, told: Option<Told>) -> Result<(), Refusal> {
+        if let Some(Told { name, stated }) = told {
             match name.parse() {
-                Ok(name) => self.name = Some(name),
+                Ok(name) => self.manifest = Some((name, stated)),
                 Err(_) => return refuse(RefusalCode::File, "plugin.json gives no name that a plugin may have"),
             }
         }
         Ok(())
     }
+}
+
+impl Origin {
+    /// The directory that vouches for a bundle with these files.
+    fn vouches(self, files: &[BundleFile]) -> Result<PathBuf, Doubt> {
+        match self {
+            Self::Bundle { path, listing } => {
+                let mut came = Listing::default();
+                files.iter().for_each(|file| came.add(&file.path, file.executable));
+                if listing == Some(came.digest()) { Ok(path) } else { Err(Doubt::Partial { bundle: path }) }
+            }
+            Self::None(doubt) => Err(doubt),
+            Self::Unknown => Err(Doubt::Elsewhere),
+        }
+    }
+}
+
+/// Whether it has the program that it names, and may be given what it asks for.
+fn runnable(name: &PluginName, stated: &Stated, files: &[BundleFile]) -> Result<(), Refusal> {
+    if !files.iter().any(|file| file.path == stated.exec && file.executable) {
+        return refuse(
+            RefusalCode::Entry,
+            format!(
+                "the bundle of {name} was not imported: it has no executable file {}, which its runtime.exec names;                  correct the bundle",
+                shown(&stated.exec)
+            ),
+        );
+    }
+    check::program(name, 0, stated).map(drop)
 }
 
 fn no_import<T>() -> Result<T, Refusal> {
@@ -556,6 +633,13 @@ fn wrong(file: Option<&ImportFile>, why: &Wrong) -> Refusal {
             format!("writing its copy failed: {}; look at the space left where the store is", errno(*number)),
         ),
         Wrong::Manifest(problems) => (RefusalCode::File, format!("it is no manifest: {problems}")),
+        Wrong::TooMuch => (
+            RefusalCode::File,
+            format!(
+                "the arguments and variables of its runtime take more than {} bytes; put them into a file of the bundle",
+                stated::MOST
+            ),
+        ),
         Wrong::Confine(number) => {
             (RefusalCode::Kernel, format!("the process that was to copy it could not be confined: {}", errno(*number)))
         }

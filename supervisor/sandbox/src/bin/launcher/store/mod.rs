@@ -9,7 +9,9 @@
 mod chore;
 mod copy;
 mod import;
+mod origin;
 mod place;
+mod stated;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,11 +31,15 @@ use rustix::{
     process::{getgid, getuid},
 };
 
-pub(crate) use self::place::{beside, only_ours, write_beside};
 use self::{
     chore::{Chore, Chores},
     import::Transaction,
-    place::{Disk, Memory, Place},
+    place::{Disk, MOST_ORIGINS, Memory, Place},
+};
+pub(crate) use self::{
+    origin::{Doubt, Owners, check_root},
+    place::{beside, only_ours, write_beside},
+    stated::Stated,
 };
 use crate::{
     check::refuse,
@@ -79,9 +85,13 @@ pub(crate) struct Bundle {
     pub(crate) files: Vec<BundleFile>,
     /// The name that its manifest gives.
     pub(crate) name: PluginName,
+    /// What else its manifest fixes.
+    pub(crate) stated: Stated,
     pub(crate) bytes: u64,
-    /// The directories that it came from.
+    /// The directories that it came from, each of which vouched for it.
     pub(crate) origins: BTreeSet<PathBuf>,
+    /// Why the last one that it came from did not.
+    pub(crate) doubt: Option<Doubt>,
     /// When it was last used, by the store's own count.
     used: u64,
 }
@@ -97,10 +107,22 @@ impl Bundle {
         &self.path
     }
 
-    /// The digest of an executable file in it.
-    pub(crate) fn executable(&self, path: &str) -> Option<[u8; 32]> {
-        let found = self.files.iter().find(|file| file.path == path && file.executable);
-        found.map(|file| *file.sha256.as_bytes())
+    /// It was imported once more. The directories that have a tier now are `roots`.
+    fn came_from(&mut self, origin: Result<PathBuf, Doubt>, roots: &BTreeSet<PathBuf>) {
+        match origin {
+            Ok(origin) => {
+                // What gives nothing any more makes room for what does.
+                if self.origins.len() >= MOST_ORIGINS {
+                    self.origins.retain(|origin| origin.parent().is_some_and(|parent| roots.contains(parent)));
+                }
+                if self.origins.len() >= MOST_ORIGINS && !self.origins.contains(&origin) {
+                    self.origins.pop_first();
+                }
+                self.origins.insert(origin);
+                self.doubt = None;
+            }
+            Err(doubt) => self.doubt = Some(doubt),
+        }
     }
 }
 
@@ -113,6 +135,8 @@ pub(crate) struct Store {
     chores: Chores,
     /// Who copies.
     copier: Identity,
+    /// Who may change what vouches for a bundle.
+    owners: Owners,
     uses: u64,
 }
 
@@ -131,7 +155,16 @@ impl Store {
                     let origins = left.origins.into_iter().collect();
                     bundles.insert(
                         left.digest,
-                        Bundle { path, files: left.files, name: left.name, bytes, origins, used: 0 },
+                        Bundle {
+                            path,
+                            files: left.files,
+                            name: left.name,
+                            stated: left.stated,
+                            bytes,
+                            origins,
+                            doubt: None,
+                            used: 0,
+                        },
                     );
                 }
                 Place::Disk(disk)
@@ -141,7 +174,8 @@ impl Store {
                 Err(error) => Place::Nowhere(format!("the launcher has no mounts of its own: {error}")),
             },
         };
-        Ok(Self { place, limits, bundles, transaction: None, chores: Chores::default(), copier, uses: 0 })
+        let owners = if rustix::process::geteuid().is_root() { Owners::Root } else { Owners::Anybody };
+        Ok(Self { place, limits, bundles, transaction: None, chores: Chores::default(), copier, owners, uses: 0 })
     }
 
     /// A bundle by its digest.

@@ -8,7 +8,7 @@
 //! uids              who has which uid, see `uids`
 //! bundles/<digest>/files/…   the bundle, as a plugin sees it
 //! bundles/<digest>/list      its content list; written last, when everything else is on the disk
-//! bundles/<digest>/about     the name in its manifest, and the directories that it came from, one on a line
+//! bundles/<digest>/about     what its manifest fixes, and the directories that it came from, as JSON
 //! staging/          what is not finished; emptied at the start
 //! ```
 //!
@@ -18,7 +18,7 @@
 
 use std::{
     collections::BTreeSet,
-    fmt, fs, io,
+    fs, io,
     os::{
         fd::OwnedFd,
         unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
@@ -33,6 +33,9 @@ use rustix::{
     mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount},
     process::getuid,
 };
+use serde::{Deserialize, Serialize};
+
+use super::stated::Stated;
 
 const LAYOUT: &str = "plugvisor store 1\n";
 /// The largest file that is read back.
@@ -77,27 +80,27 @@ pub(super) struct Left {
     pub(super) digest: [u8; 32],
     pub(super) files: Vec<BundleFile>,
     pub(super) name: PluginName,
+    pub(super) stated: Stated,
     pub(super) origins: Vec<PathBuf>,
 }
 
-/// What is known of a bundle besides its files.
-pub(super) struct About<'a> {
-    pub(super) name: &'a str,
-    pub(super) origins: Vec<&'a str>,
+/// What is known of a bundle besides its files. One that an earlier version wrote, with less in it, is not read: its bundle
+/// is imported anew.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct About {
+    pub(super) name: String,
+    pub(super) stated: Stated,
+    pub(super) origins: Vec<String>,
 }
 
-impl<'a> About<'a> {
-    fn read(text: &'a str) -> Option<Self> {
-        let mut lines = text.lines();
-        Some(Self { name: lines.next()?, origins: lines.take(MOST_ORIGINS).collect() })
+impl About {
+    pub(super) fn write(&self) -> String {
+        serde_json::to_string(self).expect("texts and numbers can be written as JSON")
     }
-}
 
-impl fmt::Display for About<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}", self.name)?;
-        // A path with a line feed would be read as two; nobody is approved by it.
-        self.origins.iter().filter(|origin| !origin.contains('\n')).try_for_each(|origin| writeln!(f, "{origin}"))
+    fn read(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok().filter(|about: &Self| about.origins.len() <= MOST_ORIGINS)
     }
 }
 
@@ -312,9 +315,9 @@ fn read_left(own: &Path) -> Option<Left> {
     }
     let files = read_content_list(&text)?;
     let about = read_text(&own.join("about"))?;
-    let About { name, origins } = About::read(&about)?;
+    let About { name, stated, origins } = About::read(&about)?;
     let origins = origins.into_iter().map(PathBuf::from).collect();
-    Some(Left { digest: *digest.as_bytes(), files, name: name.parse().ok()?, origins })
+    Some(Left { digest: *digest.as_bytes(), files, name: name.parse().ok()?, stated, origins })
 }
 
 fn read_text(path: &Path) -> Option<String> {
