@@ -7,7 +7,10 @@
 mod keep;
 mod store;
 
-use std::fmt;
+use std::{
+    fmt,
+    net::{Ipv4Addr, SocketAddrV4},
+};
 
 use plugvisor_package::{Capability, IsolationLevel};
 use serde::{Deserialize, Serialize};
@@ -204,19 +207,38 @@ pub enum Grant {
     WriteTemp,
     /// fork, vfork and clone without namespace flags.
     SpawnChild,
+    /// TCP sockets in its own network namespace, where somebody listens at [`EGRESS`] and nothing else is: the supervisor,
+    /// as a proxy.
+    Egress,
 }
 
 impl Grant {
-    /// What a capability opens in the kernel; `None` for those that the broker holds.
+    /// What a capability opens in the kernel; `None` for those that the supervisor holds alone.
     #[must_use]
     pub const fn of(capability: Capability) -> Option<Self> {
         match capability {
             Capability::WriteTemp => Some(Self::WriteTemp),
             Capability::SpawnChild => Some(Self::SpawnChild),
+            Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve => Some(Self::Egress),
             _ => None,
         }
     }
+
+    /// What these capabilities open, each once: several of them open the way to the proxy.
+    #[must_use]
+    pub fn of_all(capabilities: impl IntoIterator<Item = Capability>) -> Vec<Self> {
+        let mut grants = Vec::new();
+        for grant in capabilities.into_iter().filter_map(Self::of) {
+            if !grants.contains(&grant) {
+                grants.push(grant);
+            }
+        }
+        grants
+    }
 }
+
+/// Where the egress proxy is reached inside the network namespace of a launch with [`Grant::Egress`].
+pub const EGRESS: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 3128);
 
 /// One control of the walls, each with its name in `allow_degraded` and in every report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -312,7 +334,8 @@ pub enum Reply {
     Probe(Vec<Probed>),
     /// To [`Request::Launch`]. Descriptors: 0 a pidfd, 1 the listening broker socket, 2 an `O_PATH` descriptor through
     /// which the worker socket is reached (the socket itself when inherited, its directory when the plugin binds it),
-    /// 3 stdout and 4 stderr, the reading ends.
+    /// 3 stdout and 4 stderr, the reading ends; with [`Grant::Egress`], 5 a TCP socket that listens at [`EGRESS`] in the
+    /// plugin's network namespace.
     Launched(Launched),
     /// To [`Request::Signal`], [`Request::Kill`], [`Request::Freeze`], [`Request::Thaw`], [`Request::HoldFd`] and
     /// [`Request::Acknowledge`] and [`Request::End`].

@@ -24,7 +24,7 @@ fn launch() -> impl Strategy<Value = Launch> {
     );
     let lists = (
         prop::sample::subsequence(Control::ALL.to_vec(), 0..=Control::ALL.len()),
-        prop::sample::subsequence(vec![Grant::WriteTemp, Grant::SpawnChild], 0..=2),
+        prop::sample::subsequence(vec![Grant::WriteTemp, Grant::SpawnChild, Grant::Egress], 0..=3),
     );
     (text(), any::<u64>(), any::<[u8; 32]>(), limits, lists, any::<bool>()).prop_map(
         |(plugin, generation, bundle, limits, (allow_degraded, grants), strong)| Launch {

@@ -6,14 +6,21 @@ mod harness;
 
 use std::{
     fs,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
     os::{
+        fd::{AsFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener},
     },
+    time::Instant,
 };
 
-use harness::{As, Harness};
-use plugvisor_sandbox::protocol::{Exit, Grant};
+use harness::{As, Harness, PATIENCE, read_all, wait_readable};
+use plugvisor_sandbox::{
+    options::Linger,
+    protocol::{Exit, Grant},
+};
 
 const EPERM: &str = "1";
 const ENOENT: &str = "2";
@@ -21,6 +28,7 @@ const EACCES: &str = "13";
 const EINVAL: &str = "22";
 const EROFS: &str = "30";
 const ENOSYS: &str = "38";
+const ENETUNREACH: &str = "101";
 const ECONNREFUSED: &str = "111";
 const SIGSYS: i32 = 31;
 
@@ -183,6 +191,111 @@ fn system_calls() {
     }
 }
 
+/// With the grant there is TCP to the proxy in a namespace of its own, and nothing else: no other protocol, no other port,
+/// no other address, and nobody to serve.
+#[test]
+fn egress_is_tcp_to_the_proxy_alone() {
+    use libc_numbers::*;
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        // The control: something listens on the host's loopback, and others reach it.
+        let host = TcpListener::bind("127.0.0.1:0").expect("the host's port");
+        let address = host.local_addr().expect("its address");
+        TcpStream::connect(address).expect("reachable from outside");
+        // Both as a child made ahead of the launch, where there are such, and as one that is made for it.
+        for spared in [true, false] {
+            if spared {
+                harness.await_spares();
+            }
+            let raw = |call: i64, arguments: &str| vec!["raw".to_owned(), call.to_string(), arguments.to_owned()];
+            let mut attempts: Vec<(Vec<String>, &str)> = vec![
+                (raw(SOCKET, "2,1,0"), "ok"),
+                (raw(SOCKET, "2,0x80801,6"), "ok"),
+                (raw(SOCKET, "10,1,6"), "ok"),
+                (raw(SOCKET, "1,2,0"), "ok"),
+                // UDP, raw, MPTCP (262), SCTP (132), DCCP, and families with something in the high half.
+                (raw(SOCKET, "2,2,0"), EPERM),
+                (raw(SOCKET, "2,3,6"), EPERM),
+                (raw(SOCKET, "10,3,58"), EPERM),
+                (raw(SOCKET, "2,1,262"), EPERM),
+                (raw(SOCKET, "0x100000002,1,262"), EPERM),
+                (raw(SOCKET, "2,1,132"), EPERM),
+                (raw(SOCKET, "2,5,132"), EPERM),
+                (raw(SOCKET, "2,6,33"), EPERM),
+                (raw(SOCKET, "2,0x100000002,0"), EPERM),
+                (raw(SOCKETPAIR, "2,1,0,0"), EPERM),
+                (raw(SENDTO, "0,0,0,0x20000000,0,0"), EPERM),
+                (raw(SENDMSG, "0,0,0x20000000"), EPERM),
+                (raw(SENDMMSG, "0,0,0,0x20000000"), EPERM),
+            ];
+            for family in [16, 17, 38, 40] {
+                for kind in [1, 2, 3] {
+                    attempts.push((raw(SOCKET, &format!("{family},{kind},0")), EPERM));
+                }
+            }
+            let host = address.to_string();
+            let attempts: Vec<(Vec<&str>, &str)> = attempts
+                .iter()
+                .map(|(args, expected)| (args.iter().map(String::as_str).collect(), *expected))
+                .collect();
+            let mut attempts: Vec<(&[&str], &str)> =
+                attempts.iter().map(|(args, expected)| (args.as_slice(), *expected)).collect();
+            let connects: [(&[&str], &str); 9] = [
+                (&["fastopen", "3128"], EPERM),
+                (&["tcp", "127.0.0.1:3128"], "ok"),
+                (&["tcp", &host], EACCES),
+                (&["tcp", "169.254.169.254:80"], EACCES),
+                (&["tcp", "192.0.2.1:443"], EACCES),
+                // At the one port that Landlock lets through, there is no way to anywhere.
+                (&["tcp", "192.0.2.1:3128"], ENETUNREACH),
+                (&["tcp", "[2001:db8::1]:3128"], ENETUNREACH),
+                (&["tcp-bind", "127.0.0.1:0"], EACCES),
+                // Landlock lets it listen where the kernel chooses, and nobody, itself included, connect to it.
+                (&["listen-unbound"], "ok then 13"),
+            ];
+            attempts.extend(connects);
+            expect(&mut harness, &[Grant::Egress], &attempts);
+        }
+    }
+}
+
+/// The supervisor accepts, in the plugin's namespace, what the plugin dials; the next supervisor gets the same socket.
+#[test]
+fn who_dials_the_proxy_is_the_plugin() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start_listening(as_, Linger::Forever);
+        let mut request =
+            harness.request(&["env", "tcp-say", "127.0.0.1:3128", "hello", "tcp-say", "127.0.0.1:3128", "again"]);
+        request.grants = vec![Grant::Egress];
+        let plugin = harness.launch(request);
+        let serve = |socket: OwnedFd, wanted: &[u8]| {
+            assert!(wait_readable(socket.as_fd(), Instant::now() + PATIENCE), "it dials");
+            let listener = TcpListener::from(socket);
+            let (mut stream, from) = listener.accept().expect("a connection");
+            assert!(from.ip().is_loopback());
+            stream.set_nonblocking(false).expect("waits");
+            let mut bytes = vec![0; wanted.len()];
+            stream.read_exact(&mut bytes).expect("what it says");
+            assert_eq!(bytes, wanted);
+            stream.write_all(b"heard").expect("answers");
+        };
+        let launch = plugin.launched.launch;
+        serve(plugin.egress.expect("its socket"), b"hello");
+        let mut stdout = plugin.stdout;
+        drop((plugin.pidfd, plugin.broker, plugin.worker, plugin.stderr));
+        harness.disconnect();
+        harness.connect();
+        let (_, [text, _], again) = harness.reattach(launch);
+        serve(again.expect("it is up").egress.expect("the same socket"), b"again");
+        let text = text + &read_all(&mut stdout);
+        assert!(text.ends_with("tcp-say heard\ntcp-say heard\n"), "{text}");
+        for variable in ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"] {
+            assert!(text.contains(&format!("{variable}=http://127.0.0.1:3128")), "{variable}: {text}");
+        }
+        assert_eq!(harness.exit_of(launch), (Exit::Code(0), false));
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn other_gates_into_the_kernel_kill() {
@@ -258,7 +371,7 @@ mod libc_numbers {
         PROCESS_VM_READV SYS_process_vm_readv; PERF_EVENT_OPEN SYS_perf_event_open; USERFAULTFD SYS_userfaultfd;
         ADD_KEY SYS_add_key; KEYCTL SYS_keyctl; IO_URING_SETUP SYS_io_uring_setup; IO_SETUP SYS_io_setup; SETUID SYS_setuid;
         OPEN_BY_HANDLE_AT SYS_open_by_handle_at; FINIT_MODULE SYS_finit_module; KEXEC_LOAD SYS_kexec_load;
-        SHMGET SYS_shmget; MQ_OPEN SYS_mq_open; PERSONALITY SYS_personality; PRLIMIT64 SYS_prlimit64;
+        SOCKET SYS_socket; SENDTO SYS_sendto; SENDMSG SYS_sendmsg; SENDMMSG SYS_sendmmsg; SHMGET SYS_shmget; MQ_OPEN SYS_mq_open; PERSONALITY SYS_personality; PRLIMIT64 SYS_prlimit64;
         PRCTL SYS_prctl; MEMFD_CREATE SYS_memfd_create; IOCTL SYS_ioctl; SOCKETPAIR SYS_socketpair;
     }
 }

@@ -85,8 +85,8 @@ pub struct Over {
 /// A launch, handed to a supervisor that did not start it.
 ///
 /// Descriptors: 0 what stdout and 1 what stderr wrote while nobody read them, sealed memory files to be read from
-/// offset 0; and when it is up, 2 to 6 are those of a new launch: a pidfd, the broker's listener, the worker socket,
-/// stdout, stderr. What the memory files hold was written before what is still in the pipes; nothing is in both.
+/// offset 0; and when it is up, those from 2 on are those of a new launch: a pidfd, the broker's listener, the worker
+/// socket, stdout, stderr, and the egress proxy's listener when it was granted. What the memory files hold was written before what is still in the pipes; nothing is in both.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reattached {
     /// The launch: as it was answered when it was launched, but with its controls read anew; or how it ended.

@@ -106,7 +106,7 @@ impl Default for Manner {
             args: Vec::new(),
             env: vec![("COLOUR".to_owned(), "blue".to_owned())],
             socket: SocketMode::Inherit,
-            security: serde_json::json!({ "capabilities": ["filesystem:write-temp", "process:spawn-child"] }),
+            security: serde_json::json!({ "capabilities": ["filesystem:write-temp", "process:spawn-child", "network:http-client"] }),
         }
     }
 }
@@ -137,6 +137,17 @@ pub struct Plugin {
     pub worker: OwnedFd,
     pub stdout: File,
     pub stderr: File,
+    /// Where the egress proxy accepts, when it was granted.
+    pub egress: Option<OwnedFd>,
+}
+
+impl Plugin {
+    fn of(launched: Launched, mut descriptors: Vec<OwnedFd>) -> Self {
+        let egress = (descriptors.len() == 6).then(|| descriptors.remove(5));
+        let [pidfd, broker, worker, stdout, stderr] =
+            <[OwnedFd; 5]>::try_from(descriptors).expect("five descriptors, or six with egress");
+        Self { launched, pidfd, broker, worker, stdout: stdout.into(), stderr: stderr.into(), egress }
+    }
 }
 
 impl Harness {
@@ -322,11 +333,7 @@ impl Harness {
         let texts = [texts.next().expect("stdout"), texts.next().expect("stderr")];
         assert_eq!([reattached.stdout.bytes, reattached.stderr.bytes], [texts[0].len() as u64, texts[1].len() as u64]);
         let plugin = match &reattached.state {
-            ReattachState::Up(launched) => {
-                let [pidfd, broker, worker, stdout, stderr] = <[OwnedFd; 5]>::try_from(ends).expect("five descriptors");
-                let launched = launched.clone();
-                Some(Plugin { launched, pidfd, broker, worker, stdout: stdout.into(), stderr: stderr.into() })
-            }
+            ReattachState::Up(launched) => Some(Plugin::of(launched.clone(), ends)),
             ReattachState::Over(_) => {
                 assert!(ends.is_empty());
                 None
@@ -526,11 +533,7 @@ impl Harness {
     /// Launches from what the store has.
     pub fn launch_stored(&mut self, launch: Launch) -> Result<Plugin, Refusal> {
         match self.ask(&Request::Launch(Box::new(launch)), &[]) {
-            (Reply::Launched(launched), descriptors) => {
-                let [pidfd, broker, worker, stdout, stderr] =
-                    <[OwnedFd; 5]>::try_from(descriptors).expect("five descriptors");
-                Ok(Plugin { launched, pidfd, broker, worker, stdout: stdout.into(), stderr: stderr.into() })
-            }
+            (Reply::Launched(launched), descriptors) => Ok(Plugin::of(launched, descriptors)),
             (Reply::Refused(refusal), descriptors) => {
                 assert!(descriptors.is_empty());
                 Err(refusal)

@@ -6,8 +6,9 @@
 use std::{
     fs,
     io::{Read, Write},
+    net::{TcpListener, TcpStream},
     os::{
-        fd::FromRawFd,
+        fd::{FromRawFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener, UnixStream},
     },
@@ -33,6 +34,11 @@ fn main() {
                 let (family, kind) = (next(), next());
                 sys(libc::SYS_socket, [number(&family), number(&kind), 0, 0, 0, 0])
             }
+            "tcp" => io(TcpStream::connect(next())),
+            "tcp-bind" => io(TcpListener::bind(next())),
+            "tcp-say" => tcp_say(&next(), &next()),
+            "listen-unbound" => listen_unbound(),
+            "fastopen" => fastopen(number(&next())),
             "kill" => sys(libc::SYS_kill, [number(&next()), 0, 0, 0, 0, 0]),
             "thread" => {
                 std::thread::Builder::new().spawn(|| ()).map_or_else(|e| io::<()>(Err(e)), |t| io(Ok(t.join())))
@@ -104,6 +110,49 @@ fn sys(call: i64, [a, b, c, d, e, f]: [i64; 6]) -> String {
     // it answers with an error.
     let result = unsafe { libc::syscall(call, a, b, c, d, e, f) };
     if result < 0 { io::<()>(Err(std::io::Error::last_os_error())) } else { "ok".to_owned() }
+}
+
+/// Says something over TCP and gives what is answered until the end.
+fn tcp_say(to: &str, text: &str) -> String {
+    let answer = TcpStream::connect(to).and_then(|mut stream| {
+        stream.write_all(text.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    answer.unwrap_or_else(|error| io::<()>(Err(error)))
+}
+
+/// Listens at no address of its own choice, and connects to what the kernel chose.
+fn listen_unbound() -> String {
+    // SAFETY: the arguments are plain numbers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) };
+    if fd < 0 {
+        return io::<()>(Err(std::io::Error::last_os_error()));
+    }
+    // SAFETY: fd is a new socket that nothing else owns.
+    let listener = TcpListener::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let listened = sys(libc::SYS_listen, [fd.into(), 1, 0, 0, 0, 0]);
+    let port = listener.local_addr().map_or(0, |address| address.port());
+    format!("{listened} then {}", io(TcpStream::connect(("127.0.0.1", port))))
+}
+
+/// Connects with the first bytes, to this port of 127.0.0.1.
+fn fastopen(port: i64) -> String {
+    // SAFETY: the arguments are plain numbers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) };
+    let address = libc::sockaddr_in {
+        sin_family: 2,
+        sin_port: u16::try_from(port).expect("a port").to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_be_bytes([127, 0, 0, 1]).to_be() },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: the text and the address are valid for the lengths given and outlive the call.
+    let sent = unsafe {
+        let address = (&raw const address).cast();
+        libc::sendto(fd, c"x".as_ptr().cast(), 1, libc::MSG_FASTOPEN, address, 16)
+    };
+    if sent < 0 { io::<()>(Err(std::io::Error::last_os_error())) } else { "ok".to_owned() }
 }
 
 fn list(path: &str) -> String {

@@ -38,7 +38,7 @@ impl Launcher {
         let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref(), now)?;
         let tier = claimed(tier, bundle);
         self.policy.check_level(plugin, named, tier, request.level, bundle.doubt.as_ref(), now)?;
-        let checked = check::program(plugin, request.generation, &bundle.stated)?;
+        let checked = check::program(plugin, request.generation, &bundle.stated, &request.grants)?;
         let path = bundle.path().to_owned();
         match bundle.open() {
             Ok(directory) => Ok(Admitted { directory, path, checked }),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{Launch, Level, Limits, Refusal, RefusalCode, SocketMode};
+use plugvisor_sandbox::protocol::{EGRESS, Grant, Launch, Level, Limits, Refusal, RefusalCode, SocketMode};
 
 use crate::{mounts, store::Stated};
 
@@ -55,9 +55,15 @@ pub(crate) fn launch(request: &Launch) -> Result<PluginName, Refusal> {
     Ok(plugin)
 }
 
-/// Checks what a manifest says is executed. Asked when it is imported, so that a launch finds nothing wrong.
-pub(crate) fn program(plugin: &PluginName, generation: u64, stated: &Stated) -> Result<Checked, Refusal> {
-    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, generation, stated)?);
+/// Checks what a manifest says is executed. Asked when it is imported, with all that it asks for, so that a launch finds
+/// nothing wrong.
+pub(crate) fn program(
+    plugin: &PluginName,
+    generation: u64,
+    stated: &Stated,
+    grants: &[Grant],
+) -> Result<Checked, Refusal> {
+    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, generation, stated, grants)?);
     Ok(Checked { plugin: plugin.clone(), argv, envp, socket: stated.socket })
 }
 
@@ -102,7 +108,7 @@ fn argv(plugin: &PluginName, stated: &Stated) -> Result<Vec<CString>, Refusal> {
     Ok(argv)
 }
 
-fn envp(plugin: &PluginName, generation: u64, stated: &Stated) -> Result<Vec<CString>, Refusal> {
+fn envp(plugin: &PluginName, generation: u64, stated: &Stated, grants: &[Grant]) -> Result<Vec<CString>, Refusal> {
     if stated.env.len() > MAX_VARIABLES {
         return policy(format!("{plugin} may not run: it has more than {MAX_VARIABLES} variables"));
     }
@@ -124,6 +130,12 @@ fn envp(plugin: &PluginName, generation: u64, stated: &Stated) -> Result<Vec<CSt
     if stated.socket == SocketMode::Inherit {
         // sd_listen_fds(3) compares LISTEN_PID with its own pid: in a fresh PID namespace the init is 1, the program 2.
         all.extend([("LISTEN_FDS", "1"), ("LISTEN_PID", "2")]);
+    }
+    let proxy = format!("http://{EGRESS}");
+    if grants.contains(&Grant::Egress) {
+        // Programs read one or the other. Nothing is to be reached without the proxy, so that no name is left out.
+        all.extend(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"].map(|name| (name, proxy.as_str())));
+        all.extend([("NO_PROXY", ""), ("no_proxy", "")]);
     }
     for (name, value) in &stated.env {
         let reserved = ["PLUGVISOR_", "LISTEN_", "LD_", "GLIBC_TUNABLES"].iter().any(|prefix| name.starts_with(prefix));

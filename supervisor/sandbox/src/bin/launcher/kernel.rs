@@ -264,6 +264,19 @@ pub(crate) fn execve(path: &CStr, argv: &Strings<'_>, envp: &Strings<'_>) -> io:
     io::Error::last_os_error()
 }
 
+/// Brings the loopback interface of the calling process's network namespace up, through any socket of that namespace.
+pub(crate) fn raise_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let mut name = [0; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(c"lo".to_bytes()) {
+        *to = c_char::from_ne_bytes([*from]);
+    }
+    let up = libc::__c_anonymous_ifr_ifru { ifru_flags: 1 };
+    let request = libc::ifreq { ifr_name: name, ifr_ifru: up };
+    // SAFETY: SIOCSIFFLAGS reads a struct ifreq, with a name that ends in a zero; request is one and outlives the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Ends the process without running anything that the launcher registered for its own end.
 pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: _exit takes a number and does not return.

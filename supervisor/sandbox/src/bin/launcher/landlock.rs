@@ -1,14 +1,14 @@
 //! The Landlock rules of PROCESS: deny everything that this kernel's Landlock knows, then open the plugin's own tree.
 //!
 //! Built in the child after it changed its root, because rules hold on to files as the child sees them. What an older
-//! Landlock lacks is held elsewhere too: TCP by seccomp (no such sockets), signals by the PID namespace, abstract Unix
+//! Landlock lacks is held elsewhere too: TCP by seccomp (no such sockets without a grant) and the empty network namespace, signals by the PID namespace, abstract Unix
 //! sockets by the empty network namespace (see `launch`).
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, PathFdError, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetError, Scope, make_bitflags,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, NetPort, PathBeneath, PathFd, PathFdError,
+    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, Scope, make_bitflags,
 };
-use plugvisor_sandbox::protocol::SocketMode;
+use plugvisor_sandbox::protocol::{EGRESS, SocketMode};
 use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
@@ -16,6 +16,8 @@ use rustix::{
 
 use crate::{child::Failure, kernel, mounts, step::Step};
 
+/// The first version with rules for TCP.
+const TCP: i32 = 4;
 /// The first version that scopes signals and abstract Unix sockets.
 const SCOPES: i32 = 6;
 
@@ -25,9 +27,9 @@ pub(crate) fn version() -> i32 {
 }
 
 /// Restricts the calling process and everything it starts, then tries it.
-pub(crate) fn restrict(version: i32, socket: SocketMode, temp: bool) -> Result<(), Failure> {
+pub(crate) fn restrict(version: i32, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Failure> {
     let failure = |error: &RulesetError| Failure::new(Step::Landlock, errno(error));
-    apply(version, socket, temp).map_err(|error| match error {
+    apply(version, socket, temp, egress).map_err(|error| match error {
         Wrong::Rules(error) => failure(&error),
         Wrong::Path => Failure::new(Step::Landlock, Errno::NOENT),
     })?;
@@ -56,7 +58,7 @@ impl From<PathFdError> for Wrong {
     }
 }
 
-fn apply(version: i32, socket: SocketMode, temp: bool) -> Result<(), Wrong> {
+fn apply(version: i32, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Wrong> {
     let abi = ABI::from(version);
     let all = AccessFs::from_all(abi);
     let read: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
@@ -65,7 +67,7 @@ fn apply(version: i32, socket: SocketMode, temp: bool) -> Result<(), Wrong> {
     let device = make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}) & all;
 
     let mut ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(all)?;
-    if version >= 4 {
+    if version >= TCP {
         ruleset = ruleset.handle_access(AccessNet::from_all(abi))?;
     }
     if version >= SCOPES {
@@ -95,6 +97,10 @@ fn apply(version: i32, socket: SocketMode, temp: bool) -> Result<(), Wrong> {
     if temp {
         let denied = make_bitflags!(AccessFs::{Execute | MakeSock | MakeChar | MakeBlock | IoctlDev});
         open("/tmp", all & !denied)?;
+    }
+    if egress && version >= TCP {
+        // Nothing else is there to be reached: without this version, the empty namespace holds it alone.
+        ruleset = ruleset.add_rule(NetPort::new(EGRESS.port(), AccessNet::ConnectTcp))?;
     }
     ruleset.restrict_self()?;
     Ok(())

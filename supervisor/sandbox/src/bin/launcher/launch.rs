@@ -106,6 +106,8 @@ pub(crate) struct Running {
     pub(crate) oom: bool,
     /// For the supervisor: broker, worker, stdout, stderr. Taken when the launch has succeeded.
     pub(crate) ends: Vec<OwnedFd>,
+    /// For the supervisor, when egress was granted: what its child listens with in its network namespace.
+    pub(crate) egress: Option<OwnedFd>,
     /// The content digest of its bundle.
     pub(crate) bundle: [u8; 32],
     /// Which writing of the uids its child made durable.
@@ -240,6 +242,7 @@ impl Launcher {
                 memory: begun.memory,
                 oom: false,
                 ends: begun.ends,
+                egress: None,
                 bundle: request.bundle,
                 uids_mark: unsaved.map(|unsaved| unsaved.mark),
             }),
@@ -550,6 +553,7 @@ impl Running {
             match message {
                 Message::Failed { step, errno } => self.failure = self.failure.or(Some(Failure { step, errno })),
                 Message::Ready => {}
+                Message::Listening => self.egress = descriptor,
                 Message::Executing { marks } => {
                     self.program = descriptor;
                     self.executing = true;

@@ -35,6 +35,8 @@ pub(crate) enum Message {
     Ready,
     /// From the program, with its pidfd: all walls but the last are up, seccomp and exec come next.
     Executing { marks: Marks },
+    /// Before its mounts, with a TCP socket that listens in its network namespace.
+    Listening,
     /// From the init: how the program ended.
     Ended { signal: bool, value: i32 },
 }
@@ -46,6 +48,7 @@ impl Message {
             Self::Ready => (3, 0, 0, None),
             Self::Executing { marks } => (4, 0, 0, Some(marks)),
             Self::Ended { signal, value } => (5, u8::from(signal), value, None),
+            Self::Listening => (6, 0, 0, None),
         };
         let mut bytes = [0; SIZE];
         bytes[0] = tag;
@@ -63,6 +66,7 @@ impl Message {
             3 => Self::Ready,
             4 => Self::Executing { marks: Marks::from_bytes(marks.try_into().ok()?) },
             5 => Self::Ended { signal: *detail != 0, value },
+            6 => Self::Listening,
             _ => return None,
         })
     }

@@ -19,18 +19,30 @@ const PROCESS: &str = include_str!("../../../policy/process.toml");
 pub(crate) struct Filters {
     plain: BpfProgram,
     spawn_child: BpfProgram,
+    egress: BpfProgram,
+    egress_spawn_child: BpfProgram,
 }
 
 impl Filters {
     /// Compiles the data file; an error means that the file is wrong, and nothing may be launched.
     pub(crate) fn compile() -> Result<Self, String> {
         let file: File = toml::from_str(PROCESS).map_err(|error| format!("policy/process.toml: {error}"))?;
-        Ok(Self { plain: compile(&file, &[])?, spawn_child: compile(&file, &[Grant::SpawnChild])? })
+        Ok(Self {
+            plain: compile(&file, &[])?,
+            spawn_child: compile(&file, &[Grant::SpawnChild])?,
+            egress: compile(&file, &[Grant::Egress])?,
+            egress_spawn_child: compile(&file, &[Grant::Egress, Grant::SpawnChild])?,
+        })
     }
 
     /// The filter for a plugin with these grants.
     pub(crate) fn for_grants(&self, grants: &[Grant]) -> &BpfProgram {
-        if grants.contains(&Grant::SpawnChild) { &self.spawn_child } else { &self.plain }
+        match (grants.contains(&Grant::Egress), grants.contains(&Grant::SpawnChild)) {
+            (false, false) => &self.plain,
+            (false, true) => &self.spawn_child,
+            (true, false) => &self.egress,
+            (true, true) => &self.egress_spawn_child,
+        }
     }
 }
 
@@ -48,7 +60,17 @@ struct Rule {
     syscalls: Vec<String>,
     #[serde(default)]
     when: Vec<Vec<Condition>>,
-    unless: Option<Lift>,
+    /// The grant that lifts it.
+    unless: Option<Granted>,
+    /// The grant with which alone it holds.
+    only: Option<Granted>,
+}
+
+impl Rule {
+    fn holds(&self, grants: &[Grant]) -> bool {
+        let granted = |by: Granted| grants.contains(&by.grant());
+        !self.unless.is_some_and(granted) && self.only.is_none_or(granted)
+    }
 }
 
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,8 +82,18 @@ enum Action {
 
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Lift {
+enum Granted {
     SpawnChild,
+    Egress,
+}
+
+impl Granted {
+    const fn grant(self) -> Grant {
+        match self {
+            Self::SpawnChild => Grant::SpawnChild,
+            Self::Egress => Grant::Egress,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -122,7 +154,7 @@ fn decisions(file: &File, grants: &[Grant]) -> Result<BTreeMap<u32, Decision>, S
         if rule.reason.is_empty() {
             return Err(format!("the rule for {:?} has no reason", rule.syscalls));
         }
-        if rule.unless.is_some_and(|Lift::SpawnChild| grants.contains(&Grant::SpawnChild)) {
+        if !rule.holds(grants) {
             continue;
         }
         let errno = match rule.action {
@@ -173,6 +205,8 @@ mod tests {
         // The kernel takes 4096 instructions; each costs launch time.
         assert!(plain < 256, "{plain} instructions");
         assert!(spawn < plain, "the grant lifts rules: {spawn} < {plain}");
+        let egress = filters.for_grants(&[Grant::Egress]).len();
+        assert!(egress < 320, "{egress} instructions");
     }
 
     #[test]
@@ -195,7 +229,7 @@ mod tests {
         for action in [Action::Enosys, Action::Eperm] {
             let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
             for rule in file.rule.iter().filter(|rule| rule.action == action) {
-                if rule.unless.is_some() && grants.contains(&Grant::SpawnChild) {
+                if !rule.holds(grants) {
                     continue;
                 }
                 for number in rule.syscalls.iter().filter_map(|name| syscalls::number(name).expect("a name")) {
@@ -226,10 +260,11 @@ mod tests {
     #[test]
     fn every_call_is_decided_as_by_another_compiler() {
         let file: File = toml::from_str(PROCESS).expect("policy/process.toml");
-        let mut values: Vec<u64> = vec![0, 1, 2, 3, 7, 8, 9, 34, 35, 36, 0x5411, 0x5412, 0x541c, u64::MAX];
+        let mut values: Vec<u64> =
+            vec![0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 33, 34, 35, 36, 0x5411, 0x5412, 0x541c, u64::MAX];
         values.extend((0..64).step_by(3).map(|bit| 1_u64 << bit));
         values.extend([0x5412, 1, 0, 35].map(|low: u64| low | 0xFFFF_FFFF_0000_0000));
-        for grants in [&[][..], &[Grant::SpawnChild]] {
+        for grants in [&[][..], &[Grant::SpawnChild], &[Grant::Egress], &[Grant::Egress, Grant::SpawnChild]] {
             let (ours, theirs) = (compile(&file, grants).expect("compiles"), oracle(&file, grants));
             for number in (0..512).chain([1023, 0x3FFF_FFFF]) {
                 for value in &values {

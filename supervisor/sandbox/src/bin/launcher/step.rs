@@ -52,6 +52,7 @@ steps! {
     Seccomp = 31, "installing its seccomp filters";
     Exec = 32, "executing the entry";
     Uid = 33, "writing its uid down for good";
+    Network = 34, "listening for its egress proxy in its network namespace";
 }
 
 impl Step {
@@ -76,6 +77,7 @@ impl Step {
             | Self::Uid
             | Self::Cgroup
             | Self::Session
+            | Self::Network
             | Self::Bundle
             | Self::Temp
             | Self::Sockets

@@ -6,6 +6,9 @@
 pub(crate) fn number(name: &str) -> Result<Option<i64>, ()> {
     let common = match name {
         "mount" => libc::SYS_mount,
+        "sendto" => libc::SYS_sendto,
+        "sendmsg" => libc::SYS_sendmsg,
+        "sendmmsg" => libc::SYS_sendmmsg,
         "umount2" => libc::SYS_umount2,
         "pivot_root" => libc::SYS_pivot_root,
         "chroot" => libc::SYS_chroot,

@@ -16,11 +16,12 @@ use std::{
     path::Path,
 };
 
-use plugvisor_sandbox::protocol::{Grant, SocketMode};
+use plugvisor_sandbox::protocol::{EGRESS, Grant, SocketMode};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
     io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with},
     process::{
         DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, getpid, getrlimit,
         parent_process_death_signal, pidfd_open, set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
@@ -132,6 +133,8 @@ const ENTRY: RawFd = 4;
 const REPORT: RawFd = 5;
 /// Descriptors are first lifted above this number, so that placing one cannot close another.
 const LIFTED: RawFd = 32;
+/// Connections that may wait for the egress proxy, such as while no supervisor is there.
+const EGRESS_BACKLOG: i32 = 1024;
 
 /// Runs a child with everything there is to know. Never returns to the launcher's code.
 pub(crate) fn run(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order) -> ! {
@@ -169,6 +172,7 @@ fn set_up(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> R
     join(kit)?;
     marks.done(Part::Joined);
     setsid().map_err(at(Step::Session))?;
+    network(kit, order)?;
     mounts::separate()?;
     let own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
     let common = mounts::Common::enter()?;
@@ -183,6 +187,21 @@ fn join(kit: &Kit<'_>) -> Result<(), Failure> {
         rustix::io::write(group, b"0").map_err(at(Step::Cgroup))?;
     }
     Ok(())
+}
+
+/// Listens for the egress proxy, when the plugin may use one. Only here: a launcher without privileges cannot enter this
+/// network namespace later, and a socket made outside of it would give the plugin the network that it was made in.
+fn network(kit: &Kit<'_>, order: &Order) -> Result<(), Failure> {
+    if !order.grants.contains(&Grant::Egress) {
+        return Ok(());
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).map_err(at(Step::Network))?;
+    // Until then there is no 127.0.0.1 in it.
+    kernel::raise_loopback(socket.as_fd()).map_err(|error| Failure::io(Step::Network, &error))?;
+    bind(&socket, &EGRESS).and_then(|()| listen(&socket, EGRESS_BACKLOG)).map_err(at(Step::Network))?;
+    report::send(kit.report, &Message::Listening, Some(socket.as_fd()))
+        .map_err(|error| Failure::io(Step::Network, &error))
 }
 
 /// From the finished mount tree on.
@@ -207,7 +226,8 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     arrange(kit, entry, ends).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     marks.done(Part::Descriptors);
     if kit.landlock > 0 {
-        landlock::restrict(kit.landlock, order.socket, order.temp.is_some())?;
+        let egress = order.grants.contains(&Grant::Egress);
+        landlock::restrict(kit.landlock, order.socket, order.temp.is_some(), egress)?;
     }
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match order.socket {

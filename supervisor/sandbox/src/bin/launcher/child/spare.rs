@@ -14,7 +14,7 @@ use rustix::{
     process::{setsid, umask},
 };
 
-use super::{Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, start, tie_to, wall_in};
+use super::{Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, network, start, tie_to, wall_in};
 use crate::{
     kernel,
     mounts::{self, Common},
@@ -82,6 +82,7 @@ fn obey(kit: &Kit<'_>, common: Common) -> Result<(Order, Marks), Failure> {
     let mut marks = order.marks;
     marks.done(Part::Started);
     kernel::set_name(NAME);
+    network(kit, &order)?;
     common.complete(sent.own, order.socket, order.temp)?;
     marks.done(Part::Tree);
     // Owned by nobody from here on: they are closed with all others when the descriptors are arranged.

@@ -95,6 +95,8 @@ impl Origin {
 pub(super) struct Ends {
     broker: OwnedFd,
     worker: OwnedFd,
+    /// When egress was granted.
+    egress: Option<OwnedFd>,
     streams: Streams,
 }
 
@@ -165,12 +167,17 @@ impl Server {
         };
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(exhausted);
         let mut descriptors = vec![copy(pidfd)?, copy(broker)?, copy(worker)?];
+        if running.egress.is_some() != slot.origin.grants.contains(&Grant::Egress) {
+            return Err(gone("the launch has no socket for its egress proxy"));
+        }
+        let egress = running.egress.as_ref().map(copy).transpose()?;
         let mut ends = running.ends.drain(..);
         let (Some(broker), Some(worker)) = (ends.next(), ends.next()) else {
             return Err(gone("the launch has no descriptors"));
         };
         descriptors.extend(ends);
-        slot.ends = Some(Ends { broker, worker, streams });
+        descriptors.extend(egress);
+        slot.ends = Some(Ends { broker, worker, egress: running.egress.take(), streams });
         slot.phase = Phase::Up;
         if let Some(mark) = running.uids_mark {
             self.launcher.uids.saved(mark);
@@ -247,9 +254,9 @@ impl Server {
         let Some(over) = slot.over() else { return };
         let Slot { origin, ends, gone, .. } = slot;
         let mut streams = None;
-        if let Some(Ends { broker, worker, streams: mut last }) = ends {
+        if let Some(Ends { broker, worker, egress, streams: mut last }) = ends {
             // The backlog of the broker's socket may hold connections with anything in them.
-            self.closer.take(vec![broker, worker]);
+            self.closer.take([broker, worker].into_iter().chain(egress).collect());
             if last.attended {
                 last.stdout.close_if_over();
                 last.stderr.close_if_over();
@@ -339,6 +346,7 @@ impl Server {
                 }
                 ends.push(held.streams.stdout.reading_end().map_err(exhausted)?);
                 ends.push(held.streams.stderr.reading_end().map_err(exhausted)?);
+                ends.extend(held.egress.as_ref().map(OwnedFd::try_clone).transpose().map_err(exhausted)?);
                 ReattachState::Up(launched)
             }
             None => return Err(no_launch(launch)),

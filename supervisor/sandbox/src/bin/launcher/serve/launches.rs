@@ -128,7 +128,8 @@ impl Server {
             let Some(mut slot) = self.slots.remove(&id) else { continue };
             remove_sockets(slot.running.id);
             // Of a launch that never came up; its program may have connected to its broker all the same.
-            self.closer.take(std::mem::take(&mut slot.running.ends));
+            let ends = std::mem::take(&mut slot.running.ends);
+            self.closer.take(ends.into_iter().chain(slot.running.egress.take()).collect());
             match slot.phase {
                 Phase::Up => {
                     let exit = slot.running.ended.unwrap_or(Exit::Signal(libc::SIGKILL));

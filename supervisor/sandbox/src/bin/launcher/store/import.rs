@@ -553,7 +553,7 @@ fn runnable(name: &PluginName, stated: &Stated, files: &[BundleFile]) -> Result<
             ),
         );
     }
-    check::program(name, 0, stated).map(drop)
+    check::program(name, 0, stated, &stated.grants).map(drop)
 }
 
 fn no_import<T>() -> Result<T, Refusal> {

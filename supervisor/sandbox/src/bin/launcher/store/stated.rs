@@ -43,7 +43,7 @@ impl Stated {
             },
             level: security.sandbox.isolation_level.filter(|_| security.sandbox.enabled).map(Level::from),
             tier: security.trust_level.map(Tier::from),
-            grants: security.capabilities.iter().copied().filter_map(Grant::of).collect(),
+            grants: Grant::of_all(security.capabilities.iter().copied()),
         }
     }
 }
