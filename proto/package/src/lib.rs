@@ -10,6 +10,7 @@ mod capability;
 mod content;
 #[cfg(feature = "bundle")]
 mod descriptor;
+mod destination;
 mod digest;
 mod isolation;
 mod json;
@@ -27,6 +28,7 @@ pub use capability::{Capability, CapabilityError};
 pub use content::{BundleFile, content_digest, content_list, read_content_list};
 #[cfg(feature = "bundle")]
 pub use descriptor::method_names;
+pub use destination::{Destination, DestinationError, Host, HostName, HostPattern, host_and_port};
 pub use digest::{Digest, DigestError};
 pub use isolation::IsolationLevel;
 pub use limits::{BundleLimits, ManifestLimits};

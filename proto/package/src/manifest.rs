@@ -25,7 +25,7 @@ pub use self::{
     reader::{Class, Field, Kind},
 };
 use crate::{
-    Capability, Digest, IsolationLevel, ManifestLimits, PluginName, Problems, TrustTier,
+    Capability, Destination, Digest, IsolationLevel, ManifestLimits, PluginName, Problems, TrustTier,
     json::{self, At},
     problem::Findings,
 };
@@ -139,10 +139,6 @@ impl Manifest {
         if let Some(level) = sandbox.isolation_level.filter(|level| *level > IsolationLevel::Process) {
             let message = format!("the isolation level {level} is not implemented in this version");
             add("security.sandbox.isolationLevel", message, "set it to \"process\", or leave it out");
-        }
-        if sandbox.resource_limits.max_network_bandwidth.is_some() {
-            let message = "network bandwidth is not limited in this version".to_owned();
-            add("security.sandbox.resourceLimits.maxNetworkBandwidth", message, "remove it");
         }
         if !self.module.guards.is_empty() {
             let message = "guards are not run in this version".to_owned();
@@ -293,7 +289,7 @@ pub struct ResourceLimits {
     pub max_cpu_percent: Option<u32>,
     /// The largest file that it may write.
     pub max_file_size: Option<ByteSize>,
-    /// Refused until egress lands: bytes per second.
+    /// Bytes per second through the egress proxy, both directions together.
     pub max_network_bandwidth: Option<ByteSize>,
     /// The longest call.
     pub max_execution_time: Option<Duration>,
@@ -483,8 +479,8 @@ pub struct Runtime {
     pub descriptor_set: String,
     /// Whether the manifest names the descriptor set, so that its absence is an error.
     pub descriptor_set_stated: bool,
-    /// Inactive until egress lands: the `host:port` pairs that it asks to reach.
-    pub egress: Vec<String>,
+    /// What it asks to reach through the egress proxy.
+    pub egress: Vec<Destination>,
     /// Its configuration.
     pub config: Config,
 }

@@ -74,19 +74,13 @@ fn the_full_manifest_is_read_to_its_last_field() {
             "module.controllers",
             "module.imports",
             "runtime.idleStop",
-            "runtime.network.egress",
             "runtime.config.schema",
             "runtime.activation",
         ]
     );
     assert_eq!(
         paths(&manifest.unsupported(), |field| &field.path),
-        [
-            "security.signature",
-            "security.sandbox.isolationLevel",
-            "security.sandbox.resourceLimits.maxNetworkBandwidth",
-            "module.guards",
-        ]
+        ["security.signature", "security.sandbox.isolationLevel", "module.guards",]
     );
     assert_eq!(
         paths(&manifest.not_checked(), |field| &field.path),
@@ -150,7 +144,7 @@ fn classes_agree_with_what_is_reported() {
     classes(Manifest::FIELDS, "", Class::Refused, &mut refused);
     let reported = paths(&manifest.unsupported(), |field| &field.path);
     assert!(refused.iter().all(|path| reported.contains(path)), "{refused:?} in {reported:?}");
-    assert_eq!(refused.len(), 3, "{refused:?}");
+    assert_eq!(refused.len(), 2, "{refused:?}");
     let mut inactive = Vec::new();
     classes(Manifest::FIELDS, "", Class::Inactive, &mut inactive);
     assert!(inactive.iter().all(|path| manifest.inactive_fields().contains(path)), "{inactive:?}");

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use semver::VersionReq;
 
 use super::Dependency;
-use crate::{Digest, PluginName, json::Excerpt};
+use crate::{DestinationError, Digest, PluginName, json::Excerpt};
 
 /// Why a text does not fit its grammar.
 #[derive(Debug, thiserror::Error)]
@@ -119,29 +119,19 @@ grammar! {
             None
         }
     }
+}
 
-    /// A destination, `host:port` or `[v6]:port`.
-    Destination(text) {
-        match text.rsplit_once(':') {
-            Some((host, port)) if !host_fits(host) || !matches!(port.parse::<u16>(), Ok(1..)) => {
-                Some("is not a destination: a host name or address, a colon and a port from 1 to 65535")
-            }
-            Some(_) => None,
-            None => Some("has no port; a destination is written host:port"),
-        }
+impl FromStr for Destination {
+    type Err = GrammarError;
+
+    fn from_str(text: &str) -> Result<Self, GrammarError> {
+        text.parse().map(Self).or_else(|why: DestinationError| refuse(text, &why.to_string()))
     }
 }
 
-fn host_fits(host: &str) -> bool {
-    if let Some(address) = host.strip_prefix('[') {
-        return address.strip_suffix(']').is_some_and(|address| address.parse::<std::net::Ipv6Addr>().is_ok());
-    }
-    let label = |label: &str| {
-        let letters = label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        (1..=63).contains(&label.len()) && letters && !label.starts_with('-') && !label.ends_with('-')
-    };
-    host.len() <= 253 && host.split('.').all(label)
-}
+/// A destination, `host:port`, whose grammar requests share.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Destination(pub(crate) crate::Destination);
 
 /// The hash of the content digest, without its algorithm.
 #[derive(Clone, Copy, Debug)]

@@ -116,8 +116,8 @@ table! {
         Active max_cpu: Whole<1, 102_400> = "maxCPU";
         /// Bytes of the largest file that it may write.
         Active max_file_size: Bytes = "maxFileSize";
-        /// Bytes per second on the network.
-        Refused max_network_bandwidth: Bytes = "maxNetworkBandwidth";
+        /// Bytes per second on the network, both directions together.
+        Active max_network_bandwidth: Bytes = "maxNetworkBandwidth";
         /// Milliseconds of the longest call.
         Active max_execution_time: Millis = "maxExecutionTime";
     }
@@ -311,8 +311,8 @@ table! {
 table! {
     /// What it asks to reach.
     Network {
-        /// Destinations as `host:port`.
-        Inactive egress: List<Destination> = "egress";
+        /// Destinations as `host:port`; `*.example.com:443` means every name under example.com.
+        Active egress: List<Destination> = "egress";
     }
 }
 
