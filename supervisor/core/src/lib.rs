@@ -1,4 +1,4 @@
-//! The pure rules of the supervisor: lifecycle, breaker, restart, probes, policy, route, errors and events.
+//! The pure rules of the supervisor: lifecycle, breaker, restart, probes, policy, route, egress, errors and events.
 //!
 //! This crate knows no clock, no randomness, no thread, no socket and no file: time, jitter and identifiers are
 //! arguments, and results are values that the daemon carries out. Every module can therefore be driven by hand, and
@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod breaker;
+pub mod egress;
 pub mod error;
 pub mod event;
 mod generation;

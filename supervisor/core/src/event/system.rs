@@ -170,6 +170,20 @@ pub enum BrokerEvent {
         /// The path in words.
         path: String,
     },
+    /// The egress proxy refused a plugin a connection.
+    EgressDenied {
+        /// Where it wanted to go, as it named it: `host:port`; empty when that could not be read.
+        host: String,
+        /// Why: `not_listed`, `address_refused`, `smuggling` and so on, as in the answer's `plugvisor-reason`.
+        denial: &'static str,
+        /// What was refused and why.
+        message: String,
+        /// Further refusals since the last such event, which had none of their own.
+        more: u64,
+        /// What to do next.
+        #[serde(skip)]
+        hint: String,
+    },
     /// Calls were refused because a plugin has too many.
     OverloadShed {
         /// Calls refused since the last such event.
@@ -345,6 +359,7 @@ group!(BrokerEvent {
     Self::ServiceRegistered { .. } => "broker.service_registered", Severity::Info, "ready", "";
     Self::ServiceWithdrawn { .. } => "broker.service_withdrawn", Severity::Info, "not_ready", "";
     Self::CallDenied { denial, hint, .. } => "broker.call_denied", Severity::Warning, denial, hint.as_str();
+    Self::EgressDenied { denial, hint, .. } => "broker.egress_denied", Severity::Warning, denial, hint.as_str();
     Self::ProtocolError { .. } => "broker.protocol_error", Severity::Error, "protocol",
         "the peer must speak gRPC over HTTP/2";
     Self::PayloadRejected { .. } => "broker.payload_rejected", Severity::Warning, "too_large",

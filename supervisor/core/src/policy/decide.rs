@@ -81,6 +81,9 @@ impl WhyNot {
 
 /// The capabilities whose mechanism this version has.
 pub const IMPLEMENTED: CapabilitySet = CapabilitySet::of(&[
+    Capability::HttpClient,
+    Capability::WebSocket,
+    Capability::DnsResolve,
     Capability::WriteTemp,
     Capability::SpawnChild,
     Capability::InternalCalls,

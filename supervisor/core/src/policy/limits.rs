@@ -19,6 +19,8 @@ pub struct Limits {
     pub open_files: Option<u32>,
     /// The longest time of one call (`maxExecutionTime`).
     pub call_time: Option<Duration>,
+    /// Bytes per second through the egress proxy, both directions together (`maxNetworkBandwidth`).
+    pub network_bytes: Option<u64>,
 }
 
 /// Why a limit is not the one that was asked for.
@@ -39,6 +41,7 @@ impl Limits {
         file_size_bytes: None,
         open_files: None,
         call_time: None,
+        network_bytes: None,
     };
 
     pub(super) const fn usual(memory_bytes: u64, cpu_percent: u32, pids: u32) -> Self {
@@ -49,6 +52,7 @@ impl Limits {
             file_size_bytes: Some(memory_bytes),
             open_files: Some(1024),
             call_time: Some(Duration::from_secs(60)),
+            network_bytes: None,
         }
     }
 
@@ -64,7 +68,7 @@ impl Limits {
         let mut notes = Vec::new();
         let mut rule = Rule { tier, notes: &mut notes };
         // Destructured, so that a new limit cannot be forgotten here.
-        let Self { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_time } = asked;
+        let Self { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_time, network_bytes } = asked;
         let limits = Self {
             memory_bytes: rule.pick(
                 "maxMemory",
@@ -101,6 +105,13 @@ impl Limits {
                 operator.call_time,
                 defaults.call_time,
                 ceilings.call_time,
+            ),
+            network_bytes: rule.pick(
+                "maxNetworkBandwidth",
+                *network_bytes,
+                operator.network_bytes,
+                defaults.network_bytes,
+                ceilings.network_bytes,
             ),
         };
         (limits, notes)

@@ -77,16 +77,16 @@ fn every_difference_between_asked_and_granted_has_a_reason() {
 #[test]
 fn what_would_be_granted_and_has_no_mechanism_is_refused_by_name() {
     let asked = Asked {
-        capabilities: CapabilitySet::of(&[C::HttpClient, C::ReadSecrets, C::InternalCalls]),
+        capabilities: CapabilitySet::of(&[C::TokenManagement, C::ReadSecrets, C::InternalCalls]),
         ..Asked::default()
     };
     // Asked for and not granted is no error.
     assert!(Policy::default().decide(&name(), &asked, &operator(T::Verified, &[C::InternalCalls])).is_ok());
 
-    let grants = [C::HttpClient, C::ReadSecrets, C::InternalCalls];
+    let grants = [C::TokenManagement, C::ReadSecrets, C::InternalCalls];
     let errors = Policy::default().decide(&name(), &asked, &operator(T::Verified, &grants)).unwrap_err();
     assert_eq!(codes(&errors), [Code::CapabilityNotImplemented; 2], "all problems at once");
-    for (error, capability) in errors.iter().zip(["network:http-client", "security:read-secrets"]) {
+    for (error, capability) in errors.iter().zip(["security:token-management", "security:read-secrets"]) {
         assert!(error.message.contains(capability) && error.hint.contains("grants"), "{error:?}");
     }
 }
