@@ -77,7 +77,8 @@ pub(crate) const BUNDLES: &str = "worker-sdk/examples/bundles";
 /// When the build fails.
 pub(crate) fn bench_binaries(profile: Profile) -> anyhow::Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--locked", "--workspace", "--all-features", "--bin", "xtask", "--bin", "broker-alone"]);
+    build.args(["build", "--locked", "--workspace", "--all-features"]);
+    build.args(["--bin", "xtask", "--bin", "broker-alone", "--bin", "egress-alone"]);
     if profile == Profile::Release {
         build.arg("--release");
     }

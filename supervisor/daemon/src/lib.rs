@@ -12,6 +12,7 @@ pub mod config;
 mod directory_lock;
 pub mod discovery;
 pub mod driver;
+pub mod egress;
 pub mod events;
 pub mod examine;
 pub mod fleet;

@@ -62,6 +62,7 @@ pub async fn page(supervisor: &Supervisor) -> String {
     usage(&mut page, &rows);
     pressure(&mut page, &rows);
     denials(&mut page, &snapshot, &rows);
+    egress(&mut page, &rows);
     calls(&mut page, &snapshot);
     breakers(&mut page, &snapshot, supervisor, &rows);
     logs(&mut page, supervisor, &rows);
@@ -222,13 +223,30 @@ fn pressure(page: &mut Page, rows: &[Row]) {
 /// What plugins asked for and were not given. The kernel's own refusals (seccomp, Landlock) are errors of system calls
 /// that only the plugin sees, so they are not counted.
 fn denials(page: &mut Page, snapshot: &Snapshot, rows: &[Row]) {
-    page.family("plugvisor_security_denials_total", Kind::Counter, "Calls and capabilities that a plugin was refused.");
+    page.family(
+        "plugvisor_security_denials_total",
+        Kind::Counter,
+        "Calls, capabilities and connections that a plugin was refused.",
+    );
     for Row { view, .. } in rows {
         let not_allowed = Reason::CallerNotAllowed.as_str();
         let refused = snapshot.rejected.iter().filter(|r| r.caller == view.name && r.reason == not_allowed);
         let calls: u64 = refused.map(|rejected| rejected.count).sum();
         page.sample(&[("plugin", &view.name), ("kind", "call")], calls);
         page.sample(&[("plugin", &view.name), ("kind", "capability")], view.figures.capabilities_denied);
+        page.sample(&[("plugin", &view.name), ("kind", "egress")], view.figures.egress.denials());
+    }
+}
+
+fn egress(page: &mut Page, rows: &[Row]) {
+    page.family(
+        "plugvisor_egress_bytes_total",
+        Kind::Counter,
+        "Bytes between a plugin's egress proxy and its destinations: out of the plugin, and into it.",
+    );
+    for Row { view, .. } in rows {
+        page.sample(&[("plugin", &view.name), ("direction", "in")], view.figures.egress.bytes_in());
+        page.sample(&[("plugin", &view.name), ("direction", "out")], view.figures.egress.bytes_out());
     }
 }
 

@@ -6,6 +6,7 @@ mod alone;
 mod answers;
 mod bundles;
 mod calls;
+mod egress;
 mod faults;
 mod floods;
 mod life;

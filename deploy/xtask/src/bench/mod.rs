@@ -6,6 +6,7 @@
 mod broker;
 mod copier;
 mod echo;
+mod egress;
 mod figures;
 mod load;
 mod part;
@@ -21,6 +22,8 @@ use clap::Subcommand;
 pub(crate) enum Bench {
     /// Calls: direct, copied, brokered, through HAProxy and through nginx.
     Broker(broker::Options),
+    /// The egress proxy: what it adds to a connection, and how exactly it holds a bandwidth.
+    Egress(egress::Options),
     /// Starting plugins: launch to exec, discovery to LOADED, and a restart of the supervisor with 50 of them.
     Spawn(spawn::Options),
     /// One of the processes of a measurement.
@@ -35,6 +38,7 @@ pub(crate) enum Bench {
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Broker(options) => broker::run(options),
+        Bench::Egress(options) => egress::run(options),
         Bench::Spawn(options) => spawn::run(options),
         Bench::Part(part) => part::run(part),
     }

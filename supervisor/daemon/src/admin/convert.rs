@@ -11,7 +11,7 @@ use plugvisor_core::{
     policy::Verdict,
     route::Export,
 };
-use plugvisor_package::IsolationLevel;
+use plugvisor_package::{Capability, IsolationLevel, Manifest};
 use plugvisor_proto::{
     admin::v1::{
         BreakerStatus, CapabilityState, Control, DescribePluginResponse, HostFeature, LastExit, LogStream, PluginState,
@@ -173,6 +173,9 @@ pub(super) fn describe(
     let services = bundle.map(|bundle| calls::offers(&bundle.services)).unwrap_or_default();
     let mut controls: Vec<Control> = controls.iter().map(control).collect();
     if let Some(verdict) = &view.verdict {
+        if let Some(bundle) = bundle.filter(|_| !controls.is_empty()) {
+            controls.extend(proxied(&bundle.manifest, verdict));
+        }
         note_limits(&mut controls, verdict);
     }
     DescribePluginResponse {
@@ -212,6 +215,28 @@ fn control(state: &ControlState) -> Control {
     }
 }
 
+/// What the supervisor itself holds a plugin to, in its egress proxy: there is nothing to be read back from the kernel.
+fn proxied(manifest: &Manifest, verdict: &Verdict) -> Vec<Control> {
+    let network = [Capability::HttpClient, Capability::WebSocket, Capability::DnsResolve];
+    if !network.iter().any(|capability| verdict.granted.contains(*capability)) {
+        return Vec::new();
+    }
+    let held = |name: &str, requested: String, enforced: &str| Control {
+        name: name.to_owned(),
+        requested,
+        enforced: enforced.to_owned(),
+        read_from: "the supervisor's egress proxy".to_owned(),
+        unavailable: String::new(),
+    };
+    let list: Vec<String> = manifest.runtime.egress.iter().map(ToString::to_string).collect();
+    let list = if list.is_empty() { "no destination".to_owned() } else { list.join(", ") };
+    let mut controls = vec![held("egress", list, "public addresses of these, and what plugvisor.toml says of it")];
+    if let Some(bytes) = verdict.limits.network_bytes {
+        controls.push(held("network-bandwidth", format!("{bytes} bytes per second"), "both directions together"));
+    }
+    controls
+}
+
 /// Where a limit is not the one that the manifest asked for, the control that holds it says so too.
 fn note_limits(controls: &mut [Control], verdict: &Verdict) {
     for note in &verdict.limit_notes {
@@ -219,6 +244,7 @@ fn note_limits(controls: &mut [Control], verdict: &Verdict) {
             "maxMemory" => "memory-limit",
             "maxCPU" => "cpu-limit",
             "pids" => "pids-limit",
+            "maxNetworkBandwidth" => "network-bandwidth",
             // File sizes and open files are rlimits; the longest call is the broker's, and has no control.
             _ => "rlimits",
         };

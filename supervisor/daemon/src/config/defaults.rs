@@ -37,3 +37,30 @@ pub const READINESS_INTERVAL: Duration = Duration::from_secs(2);
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// From SIGTERM to the kill.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections of one plugin to the egress proxy at once.
+pub const EGRESS_CONNECTIONS: usize = 256;
+/// Connections of all plugins to it; each takes two descriptors of the supervisor.
+pub const EGRESS_CONNECTIONS_OF_ALL: usize = 4096;
+/// The longest head of a request through it.
+pub const EGRESS_HEAD_BYTES: usize = 16 * 1024;
+/// The most header fields of one.
+pub const EGRESS_HEAD_FIELDS: usize = 100;
+/// How long a head may take.
+pub const EGRESS_HEAD_TIME: Duration = Duration::from_secs(10);
+/// How long a connection may rest between two requests.
+pub const EGRESS_REST: Duration = Duration::from_secs(60);
+/// Names of one plugin that are looked up at once.
+pub const EGRESS_LOOKUPS: usize = 8;
+/// Names of all plugins that are looked up at once; each takes a thread.
+pub const EGRESS_LOOKUPS_OF_ALL: usize = 64;
+/// How long looking a name up may take.
+pub const EGRESS_LOOKUP_TIME: Duration = Duration::from_secs(5);
+/// Addresses of a name that are tried.
+pub const EGRESS_ATTEMPTS: usize = 4;
+/// How long one address is tried alone (RFC 8305, section 8).
+pub const EGRESS_STAGGER: Duration = Duration::from_millis(250);
+/// How long connecting may take.
+pub const EGRESS_CONNECT_TIME: Duration = Duration::from_secs(10);
+/// How long nothing may pass through a connection in either direction.
+pub const EGRESS_IDLE: Duration = Duration::from_secs(300);

@@ -23,7 +23,8 @@ use std::{
     time::Duration,
 };
 
-use plugvisor_package::{Capability, PluginName, TrustTier};
+use plugvisor_core::egress::Network;
+use plugvisor_package::{Capability, Destination, PluginName, TrustTier};
 use plugvisor_sandbox::protocol::Control;
 
 use crate::traces::TraceSettings;
@@ -133,6 +134,8 @@ pub struct PluginConfig {
     pub config: serde_json::Map<String, serde_json::Value>,
     /// Limits that replace the manifest's; the tier's ceilings still hold.
     pub limits: LimitsConfig,
+    /// What it may reach through the egress proxy.
+    pub network: NetworkConfig,
     /// Restart and back-off.
     pub restart: RestartConfig,
     /// The circuit breaker.
@@ -156,6 +159,17 @@ pub struct LimitsConfig {
     pub open_files: Option<u32>,
     /// The longest call that the broker lets run.
     pub call_timeout: Option<Duration>,
+    /// Bytes per second through the egress proxy, both directions together.
+    pub network_bytes: Option<u64>,
+}
+
+/// What one plugin may reach through the egress proxy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Beyond these it may not go; `None` leaves what the manifest lists.
+    pub egress: Option<Vec<Destination>>,
+    /// Addresses that are not public and that it may reach all the same.
+    pub addresses: Vec<Network>,
 }
 
 /// Restart and back-off of one plugin.

@@ -96,6 +96,8 @@ pub(super) struct Plugin {
     pub(super) config: Option<toml::Table>,
     /// Limits that replace the manifest's.
     pub(super) limits: Option<Limits>,
+    /// What it may reach through the egress proxy.
+    pub(super) network: Option<Network>,
     /// Restart and back-off.
     pub(super) restart: Option<Restart>,
     /// The circuit breaker.
@@ -121,6 +123,21 @@ pub(super) struct Limits {
     pub(super) open_files: Option<u32>,
     /// Longest call, in milliseconds.
     pub(super) call_timeout_ms: Option<u64>,
+    /// Bytes per second through the egress proxy, both directions together.
+    pub(super) network_bytes_per_second: Option<u64>,
+}
+
+/// `[plugin.NAME.network]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Network {
+    /// Destinations as "host:port" beyond which it may not go, whatever its manifest lists; "*.example.com:443" means every
+    /// name under example.com. Default: those of its manifest.
+    pub(super) egress: Option<Vec<String>>,
+    /// Addresses and networks, such as "127.0.0.1" or "10.1.0.0/16", that it may reach although they are not public:
+    /// loopback, private, link-local, the host's own. Default: none.
+    pub(super) addresses: Option<Vec<String>>,
 }
 
 /// `[plugin.NAME.restart]`

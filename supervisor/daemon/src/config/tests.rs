@@ -216,3 +216,31 @@ fn what_is_kept_of_logs_is_bounded() {
         assert!(error.contains(part), "no {part}: {error}");
     }
 }
+
+#[test]
+fn what_a_plugin_may_reach_is_read_and_judged() {
+    let config = parse(
+        "[plugin.net.network]\negress = [\"*.example.com:443\"]\naddresses = [\"127.0.0.1\", \"10.1.0.0/16\"]\n\
+         [plugin.net.limits]\nnetwork_bytes_per_second = 1000\n",
+    )
+    .unwrap();
+    let plugin = config.plugin(&"net".parse().unwrap());
+    assert_eq!(plugin.network.egress, Some(vec!["*.example.com:443".parse().unwrap()]));
+    assert_eq!(plugin.network.addresses, ["127.0.0.1".parse().unwrap(), "10.1.0.0/16".parse().unwrap()]);
+    assert_eq!(plugin.limits.network_bytes, Some(1000));
+    assert_eq!(config.plugin(&"other".parse().unwrap()).network.egress, None);
+    let text = problems(
+        "[plugin.net.network]\negress = [\"example.com\", \"*:443\"]\naddresses = [\"10.1.2.3/16\", \"localhost\"]\n\
+         adresses = []\n[plugin.net.limits]\nnetwork_bytes_per_second = 0\n",
+    );
+    for part in [
+        "line 2: plugin.net.network.egress: \"example.com\" has no port",
+        "\"*:443\" has a wildcard that means too much",
+        "line 3: plugin.net.network.addresses: \"10.1.2.3/16\" has bits behind its prefix; the network is 10.1.0.0/16",
+        "\"localhost\" is neither an address nor a network",
+        "addresses",
+        "network_bytes_per_second: 0 is too small",
+    ] {
+        assert!(text.contains(part), "no {part}: {text}");
+    }
+}

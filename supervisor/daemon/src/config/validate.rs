@@ -16,8 +16,8 @@ use toml::{
 };
 
 use super::{
-    BreakerConfig, Config, DirectoryConfig, HealthConfig, LauncherConfig, LimitsConfig, LoadMode, PluginConfig,
-    Problem, RestartConfig, Surroundings, defaults,
+    BreakerConfig, Config, DirectoryConfig, HealthConfig, LauncherConfig, LimitsConfig, LoadMode, NetworkConfig,
+    PluginConfig, Problem, RestartConfig, Surroundings, defaults,
     problem::{Problems, nearest},
     raw,
     reader::{Section, into_table, section},
@@ -246,11 +246,13 @@ fn plugin(path: &str, value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) 
     let span = value.span();
     let Some(mut table) = into_table(path, value, problems) else { return PluginConfig::default() };
     let limits = nested(&mut table, path, "limits", problems);
+    let network = nested(&mut table, path, "network", problems);
     let restart = nested(&mut table, path, "restart", problems);
     let breaker = nested(&mut table, path, "breaker", problems);
     let health = nested(&mut table, path, "health", problems);
     let table: Section<raw::Plugin> = section(path, Spanned::new(span, DeValue::Table(table)), problems);
-    let raw::Plugin { load, grants, config, limits: None, restart: None, breaker: None, health: None } = &table.value
+    let raw::Plugin { load, grants, config, limits: None, network: None, restart: None, breaker: None, health: None } =
+        &table.value
     else {
         unreachable!("the nested tables were taken out above")
     };
@@ -273,6 +275,7 @@ fn plugin(path: &str, value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) 
         grants: grants.as_ref().map(|names| capabilities(names, &table, problems)),
         config: object,
         limits: limits.map(|table| limits_config(&table, problems)).unwrap_or_default(),
+        network: network.map(|table| network_config(&table, problems)).unwrap_or_default(),
         restart: restart.map(|table| restart_config(&table, problems)).unwrap_or_default(),
         breaker: breaker.map(|table| breaker_config(&table, problems)).unwrap_or_default(),
         health: health.map(|table| health_config(&table, problems)).unwrap_or_default(),
@@ -289,7 +292,15 @@ fn nested<'i, T: serde::de::DeserializeOwned + Default>(
 }
 
 fn limits_config(table: &Section<raw::Limits>, problems: &mut Problems<'_>) -> LimitsConfig {
-    let raw::Limits { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_timeout_ms } = table.value;
+    let raw::Limits {
+        memory_bytes,
+        cpu_percent,
+        pids,
+        file_size_bytes,
+        open_files,
+        call_timeout_ms,
+        network_bytes_per_second,
+    } = table.value;
     LimitsConfig {
         memory_bytes: at_least(table, "memory_bytes", memory_bytes, 1024 * 1024, problems),
         cpu_percent: at_least(table, "cpu_percent", cpu_percent, 1, problems),
@@ -297,7 +308,32 @@ fn limits_config(table: &Section<raw::Limits>, problems: &mut Problems<'_>) -> L
         file_size_bytes,
         open_files: at_least(table, "open_files", open_files, 16, problems),
         call_timeout: millis(table, "call_timeout_ms", call_timeout_ms, problems),
+        network_bytes: at_least(table, "network_bytes_per_second", network_bytes_per_second, 1, problems),
     }
+}
+
+fn network_config(table: &Section<raw::Network>, problems: &mut Problems<'_>) -> NetworkConfig {
+    let raw::Network { egress, addresses } = &table.value;
+    let egress = egress.as_ref().map(|texts| parsed(table, "egress", texts, problems));
+    let addresses = addresses.as_ref().map(|texts| parsed(table, "addresses", texts, problems));
+    NetworkConfig { egress, addresses: addresses.unwrap_or_default() }
+}
+
+/// A list of texts, each with a grammar of its own.
+fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(
+    table: &Section<raw::Network>,
+    key: &str,
+    texts: &[String],
+    problems: &mut Problems<'_>,
+) -> Vec<T> {
+    let mut one = |text: &String| match text.parse() {
+        Ok(value) => Some(value),
+        Err(why) => {
+            problems.add(table.at(key), table.key(key), format!("{text:?} {why}"));
+            None
+        }
+    };
+    texts.iter().filter_map(&mut one).collect()
 }
 
 fn restart_config(table: &Section<raw::Restart>, problems: &mut Problems<'_>) -> RestartConfig {

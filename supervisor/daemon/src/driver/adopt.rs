@@ -206,6 +206,8 @@ impl Driver {
             return;
         }
         run.verified = Some(verified);
+        // Of a process that was taken over; any other is not there yet.
+        self.open_egress(generation);
         self.verified().await;
         self.done(generation, phase).await;
     }
@@ -219,7 +221,7 @@ fn difference(
     allow_degraded: &[Control],
 ) -> Option<&'static str> {
     let Verified { info, verdict, .. } = verified;
-    let grants: Vec<protocol::Grant> = verdict.granted.iter().filter_map(protocol::Grant::of).collect();
+    let grants = protocol::Grant::of_all(verdict.granted.iter());
     let asked = settings::kernel_limits(&verdict.limits);
     // A limit that this host cannot enforce was not in force at the launch either.
     let lacking =

@@ -19,6 +19,8 @@ use super::{
     verify::Verified,
 };
 use crate::{
+    egress::Proxy,
+    events::Subject,
     launcher::{LauncherError, Process},
     logs::LogStream,
 };
@@ -35,7 +37,7 @@ impl Driver {
                 bundle: *info.digest.as_bytes(),
                 approval: None,
                 limits: settings::kernel_limits(&verdict.limits),
-                grants: verdict.granted.iter().filter_map(protocol::Grant::of).collect(),
+                grants: protocol::Grant::of_all(verdict.granted.iter()),
                 allow_degraded: Vec::new(),
             };
             (launch, Arc::clone(files), verdict.tier)
@@ -77,6 +79,7 @@ impl Driver {
         let parts = process.launched.parts.iter();
         let launch_parts_us = parts.map(|(part, nanos)| (part.clone(), nanos / 1_000)).collect();
         let missing = self.hold(generation, process, holding);
+        self.open_egress(generation);
         self.view.send_modify(|seen| {
             *Arc::make_mut(seen).figures.starts.entry(reason).or_insert(0) += 1;
         });
@@ -87,9 +90,28 @@ impl Driver {
         self.done(generation, Phase::Launch).await;
     }
 
+    /// Serves its egress proxy, when it was granted one, from when what it may reach is known.
+    pub(super) fn open_egress(&mut self, generation: Generation) {
+        let network = self.config.network.clone();
+        let Some(run) = self.of(generation) else { return };
+        let (Some(running), Some(verified)) = (&mut run.process, &run.verified) else { return };
+        let Some(listener) = running.egress.take() else { return };
+        let rules = settings::egress(&verified.info.manifest, &verified.verdict, network);
+        let subject = Subject::Generation(self.name.clone(), generation);
+        let figures = Arc::clone(&self.view.borrow().figures.egress);
+        let (host, events) = (Arc::clone(&self.shared.egress), Arc::clone(&self.shared.events));
+        let proxy = Proxy::new(subject, rules, host, figures, events);
+        self.spawn(generation, async move {
+            if let Err(error) = proxy.serve(listener).await {
+                tracing::error!(%error, "the egress proxy is not served; restart the plugin");
+            }
+            None
+        });
+    }
+
     /// A process runs: show it, read its pipes, wait for its end. Returns the controls that are missing.
     pub(super) fn hold(&mut self, generation: Generation, process: Process, holding: Holding) -> Vec<String> {
-        let Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices } = process;
+        let Process { launched, pidfd, broker_listener, worker, stdout, stderr, egress, notices } = process;
         let Holding { launched_at, deadline, memory_limit } = holding;
         let cgroups: Vec<PathBuf> = launched.cgroups.iter().map(PathBuf::from).collect();
         let missing: Vec<String> = launched
@@ -108,6 +130,7 @@ impl Driver {
             deadline,
             given: Arc::new(worker),
             broker_listener: Some(broker_listener),
+            egress,
             socket: None,
             worker: None,
         });

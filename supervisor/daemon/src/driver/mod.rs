@@ -58,6 +58,7 @@ use crate::{
     calls::Calls,
     config::{LoadMode, PluginConfig},
     discovery::Source,
+    egress::EgressHost,
     events::Events,
     launcher::{Launcher, Process},
     logs::Logs,
@@ -84,6 +85,8 @@ pub struct Shared {
     pub allow_degraded: Vec<Control>,
     /// Every plugin, for dependencies.
     pub plugins: Plugins,
+    /// What the egress proxies of all plugins share.
+    pub egress: Arc<EgressHost>,
     /// What outlives the supervisor.
     pub state: Store,
     /// Who may start now.
@@ -171,6 +174,8 @@ struct Running {
     given: Arc<OwnedFd>,
     /// Where it dials the broker, until the broker has it.
     broker_listener: Option<OwnedFd>,
+    /// Where it dials the egress proxy, when that was granted, until the proxy has it.
+    egress: Option<OwnedFd>,
     socket: Option<Arc<OwnedFd>>,
     worker: Option<Worker>,
 }

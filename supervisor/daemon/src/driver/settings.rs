@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use plugvisor_core::{
     CapabilitySet, breaker,
+    egress::{AddressRules, AllowList},
     lifecycle::LifePolicy,
-    policy::{Asked, Limits, Operator, Policy},
+    policy::{Asked, Limits, Operator, Policy, Verdict},
     probe::ProbePolicy,
     restart::{RestartMode, RestartPolicy},
 };
@@ -14,8 +15,9 @@ use plugvisor_package::{ByteSize, IsolationLevel, Manifest, TrustTier};
 use plugvisor_sandbox::protocol;
 
 use crate::{
-    config::{BreakerConfig, HealthConfig, LimitsConfig, PluginConfig, RestartConfig, defaults},
+    config::{BreakerConfig, HealthConfig, LimitsConfig, NetworkConfig, PluginConfig, RestartConfig, defaults},
     discovery::Source,
+    egress::Rules,
 };
 
 /// Restart, drain and grace.
@@ -79,6 +81,7 @@ pub(super) fn asked(manifest: &Manifest) -> Asked {
             cpu_percent: limits.max_cpu_percent,
             file_size_bytes: limits.max_file_size.map(ByteSize::bytes),
             call_time: limits.max_execution_time,
+            network_bytes: limits.max_network_bandwidth.map(ByteSize::bytes),
             ..Limits::NONE
         },
     }
@@ -86,7 +89,8 @@ pub(super) fn asked(manifest: &Manifest) -> Asked {
 
 /// What the operator set.
 pub(super) fn operator(tier: TrustTier, directory_grants: CapabilitySet, config: &PluginConfig) -> Operator {
-    let LimitsConfig { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_timeout } = &config.limits;
+    let LimitsConfig { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_timeout, network_bytes } =
+        &config.limits;
     Operator {
         tier,
         grants: config.grants.as_ref().map_or(directory_grants, |grants| grants.iter().copied().collect()),
@@ -97,6 +101,7 @@ pub(super) fn operator(tier: TrustTier, directory_grants: CapabilitySet, config:
             file_size_bytes: *file_size_bytes,
             open_files: *open_files,
             call_time: *call_timeout,
+            network_bytes: *network_bytes,
         },
     }
 }
@@ -108,9 +113,21 @@ pub(crate) fn would_be_granted(manifest: &Manifest, source: &Source, config: &Pl
     verdict.ok().map(|verdict| verdict.granted)
 }
 
+/// What the egress proxy lets it reach.
+pub(super) fn egress(manifest: &Manifest, verdict: &Verdict, network: NetworkConfig) -> Rules {
+    let NetworkConfig { egress, addresses } = network;
+    Rules {
+        allow: AllowList::new(manifest.runtime.egress.clone(), egress),
+        addresses: AddressRules { listed: addresses },
+        granted: verdict.granted,
+        bandwidth: verdict.limits.network_bytes,
+    }
+}
+
 /// The limits that the kernel holds.
 pub(super) fn kernel_limits(limits: &Limits) -> protocol::Limits {
-    let Limits { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_time: _ } = limits;
+    let Limits { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_time: _, network_bytes: _ } =
+        limits;
     protocol::Limits {
         memory_bytes: *memory_bytes,
         cpu_percent: *cpu_percent,

@@ -98,7 +98,7 @@ pub struct ExitView {
 }
 
 /// Counts since the supervisor started.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Figures {
     /// Launches by reason: initial, restart, request.
     pub starts: BTreeMap<&'static str, u64>,
@@ -108,6 +108,8 @@ pub struct Figures {
     pub capabilities_denied: u64,
     /// How long the last load took.
     pub start_duration: Option<Duration>,
+    /// What passed through its egress proxy.
+    pub egress: Arc<crate::egress::Figures>,
 }
 
 impl PluginView {

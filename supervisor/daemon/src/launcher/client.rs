@@ -63,6 +63,8 @@ pub struct Process {
     pub stdout: OwnedFd,
     /// The reading end.
     pub stderr: OwnedFd,
+    /// Where it dials the egress proxy; listening. `None` without the grant.
+    pub egress: Option<OwnedFd>,
     /// What the launcher tells about this launch; ends with the launcher.
     pub notices: mpsc::Receiver<Notice>,
 }
@@ -371,8 +373,18 @@ pub(super) fn process(
     descriptors: Vec<OwnedFd>,
     notices: mpsc::Receiver<Notice>,
 ) -> Option<Process> {
-    let [pidfd, broker_listener, worker, stdout, stderr] = <[OwnedFd; 5]>::try_from(descriptors).ok()?;
-    Some(Process { launched, pidfd, broker_listener, worker, stdout, stderr, notices })
+    let mut descriptors = descriptors.into_iter();
+    let process = Process {
+        launched,
+        pidfd: descriptors.next()?,
+        broker_listener: descriptors.next()?,
+        worker: descriptors.next()?,
+        stdout: descriptors.next()?,
+        stderr: descriptors.next()?,
+        egress: descriptors.next(),
+        notices,
+    };
+    descriptors.next().is_none().then_some(process)
 }
 
 /// How a process ended, in words such as "exit code 3" and "SIGKILL".

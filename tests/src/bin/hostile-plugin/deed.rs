@@ -11,6 +11,10 @@ use plugvisor_client::{Client, Refusal};
 use plugvisor_tests::contract::{
     ActRequest, ActResponse, SayRequest, SayResponse, act_request::Deed, hostile_service_server::HostileService,
 };
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tonic::{
     Code, Request, Response, Status,
     client::Grpc,
@@ -82,6 +86,7 @@ impl HostileService for Hostile {
                 Ok(Err(error)) => Err(Status::internal(format!("{error:#}"))),
                 Err(error) => Err(Status::internal(error.to_string())),
             },
+            Some(Deed::Say(said)) => answer(say(&said.to, &said.text).await),
             Some(Deed::Escape(_)) => match escape() {
                 Ok(pid) => answer(pid),
                 Err(error) => Err(Status::internal(format!("{error:#}"))),
@@ -115,6 +120,27 @@ async fn call(path: &str, trace: Option<MetadataValue<Ascii>>) -> String {
             None => format!("{:?}: {}", status.code(), status.message()),
         },
     }
+}
+
+/// Says something over TCP; what came back, or why not.
+async fn say(to: &str, text: &str) -> String {
+    let proxy = std::env::var("HTTP_PROXY").ok();
+    let to = match proxy.as_deref().and_then(|proxy| proxy.strip_prefix("http://")) {
+        _ if !to.is_empty() => to,
+        Some(proxy) => proxy,
+        None => return "no HTTP_PROXY".to_owned(),
+    };
+    let said = async {
+        let mut stream = TcpStream::connect(to).await?;
+        stream.write_all(text.as_bytes()).await?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).await?;
+        Ok::<_, std::io::Error>(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    said.await.unwrap_or_else(|error| match error.raw_os_error() {
+        Some(errno) => format!("errno {errno}"),
+        None => error.to_string(),
+    })
 }
 
 /// Starts a process that leaves this one's session and parent; its number as it sees it.

@@ -1,0 +1,194 @@
+//! The egress proxy: the only way out of a plugin's network namespace.
+//!
+//! ```text
+//!   plugin ──TCP──▶ 127.0.0.1:3128 in its namespace ──▶ Proxy ──▶ listed? resolve, judge, connect ──▶ the internet
+//!                   (socket from the launcher)          one per generation
+//! ```
+//!
+//! Who asks is known by the socket: each plugin generation has its own. What it may reach is `plugvisor_core::egress`; this
+//! module owns the sockets, the resolver, the time and the HTTP. It does not look into tunnels (CONNECT): what is said in one
+//! is between the plugin and the destination.
+//!
+//! A destination is judged for every request, its name resolved once, and the address that was judged is the one that is
+//! connected to, so that no second answer of a resolver can move it.
+
+mod client;
+mod connection;
+mod dial;
+mod figures;
+mod forward;
+mod limits;
+mod meter;
+mod names;
+mod own;
+mod refusal;
+mod resolver;
+mod tunnel;
+
+use std::{
+    io,
+    net::TcpListener as StdListener,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use plugvisor_core::{
+    CapabilitySet,
+    egress::{AddressRules, AllowList},
+    event::BrokerEvent,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+pub use self::{figures::Figures, limits::EgressLimits};
+use self::{meter::Meter, own::OwnAddresses, refusal::Refusal};
+use crate::{
+    bucket::{Bucket, Rate},
+    events::{Events, Subject},
+};
+
+/// The pause after an accept that failed for want of descriptors or memory: nothing tells when there are some again.
+const REST: Duration = Duration::from_millis(100);
+
+/// How often a plugin's refusals become events.
+const TOLD: Rate = Rate { per_second: 1, burst: 10 };
+
+/// What one plugin may do.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// Where it may connect to.
+    pub allow: AllowList,
+    /// Which addresses are refused.
+    pub addresses: AddressRules,
+    /// What it was granted: plain HTTP, WebSocket, names.
+    pub granted: CapabilitySet,
+    /// Bytes per second, both directions together.
+    pub bandwidth: Option<u64>,
+}
+
+/// What all plugins' proxies share.
+#[derive(Debug)]
+pub struct EgressHost {
+    limits: EgressLimits,
+    connections: Arc<Semaphore>,
+    lookups: Arc<Semaphore>,
+    own: OwnAddresses,
+}
+
+impl EgressHost {
+    /// With these limits.
+    #[must_use]
+    pub fn new(limits: EgressLimits) -> Self {
+        Self {
+            connections: Arc::new(Semaphore::new(limits.connections_of_all)),
+            lookups: Arc::new(Semaphore::new(limits.lookups_of_all)),
+            own: OwnAddresses::default(),
+            limits,
+        }
+    }
+}
+
+/// The proxy of one plugin generation.
+#[derive(Debug)]
+pub struct Proxy {
+    subject: Subject,
+    rules: Rules,
+    host: Arc<EgressHost>,
+    figures: Arc<Figures>,
+    events: Arc<Events>,
+    meter: Option<Arc<Meter>>,
+    lookups: Arc<Semaphore>,
+    told: Mutex<Told>,
+}
+
+/// What was told of refusals.
+#[derive(Debug)]
+struct Told {
+    left: Bucket,
+    /// Refusals since the last event.
+    untold: u64,
+}
+
+impl Proxy {
+    /// A proxy for the plugin `subject`, which counts in `figures`.
+    #[must_use]
+    pub fn new(
+        subject: Subject,
+        rules: Rules,
+        host: Arc<EgressHost>,
+        figures: Arc<Figures>,
+        events: Arc<Events>,
+    ) -> Self {
+        let told = Mutex::new(Told { left: Bucket::new(TOLD, Instant::now()), untold: 0 });
+        let meter = rules.bandwidth.map(|rate| Arc::new(Meter::new(rate)));
+        let lookups = Arc::new(Semaphore::new(host.limits.lookups));
+        Self { subject, rules, host, figures, events, meter, lookups, told }
+    }
+
+    /// Accepts on a listening TCP socket, such as the launcher's, until it is dropped; every connection ends with it.
+    ///
+    /// # Errors
+    ///
+    /// When the socket cannot be used.
+    pub async fn serve(self, listener: OwnedFd) -> io::Result<()> {
+        let listener = StdListener::from(listener);
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        let proxy = Arc::new(self);
+        let mut connections = JoinSet::new();
+        loop {
+            // Both are cancel-safe by their documentation.
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => proxy.accepted(stream, &mut connections),
+                    Err(error) => {
+                        tracing::warn!(subject = proxy.subject.text(), %error, "the egress proxy cannot accept");
+                        sleep(REST).await;
+                    }
+                },
+                Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            }
+        }
+    }
+
+    fn accepted(self: &Arc<Self>, stream: TcpStream, connections: &mut JoinSet<()>) {
+        let place = Arc::clone(&self.host.connections).try_acquire_owned();
+        let most = self.host.limits.connections;
+        match place {
+            Ok(place) if connections.len() < most => {
+                let proxy = Arc::clone(self);
+                connections.spawn(async move {
+                    connection::serve(&proxy, stream).await;
+                    drop(place);
+                });
+            }
+            Ok(_) | Err(_) => {
+                let refusal = Refusal::too_many_connections(most);
+                self.deny("", &refusal);
+                // Nothing was sent on it yet, so that this does not wait; who cannot take it finds it closed.
+                let _ = stream.try_write(&refusal.to_bytes(false));
+            }
+        }
+    }
+
+    /// Counts a refusal and tells of it, within the rate.
+    fn deny(&self, host: &str, refusal: &Refusal) {
+        self.figures.denied();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if !told.left.take(1, Instant::now()) {
+            told.untold += 1;
+            return;
+        }
+        let more = std::mem::take(&mut told.untold);
+        drop(told);
+        let Refusal { status: _, reason, message, hint } = refusal.clone();
+        let event =
+            BrokerEvent::EgressDenied { host: host.chars().take(300).collect(), denial: reason, message, more, hint };
+        self.events.publish(self.subject.clone(), event);
+    }
+}
