@@ -4,6 +4,7 @@ mod bundle;
 mod configuration;
 mod launcher;
 mod manifest;
+mod request;
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -23,6 +24,8 @@ pub enum Target {
     Configuration,
     /// A bundle's directory, described by lines.
     Bundle,
+    /// The head of a request to the egress proxy.
+    Request,
 }
 
 /// What an input led to, without its particulars: two inputs with the same shape went the same way.
@@ -50,7 +53,7 @@ const TIME: Duration = Duration::from_secs(4);
 
 impl Target {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Launcher, Self::Manifest, Self::Configuration, Self::Bundle];
+    pub const ALL: [Self; 5] = [Self::Launcher, Self::Manifest, Self::Configuration, Self::Bundle, Self::Request];
 
     /// Its name on the command line and its corpus' directory.
     #[must_use]
@@ -60,6 +63,7 @@ impl Target {
             Self::Manifest => "manifest",
             Self::Configuration => "configuration",
             Self::Bundle => "bundle",
+            Self::Request => "request",
         }
     }
 
@@ -71,6 +75,8 @@ impl Target {
             Self::Launcher => plugvisor_sandbox::protocol::MAX_PACKET + 16,
             Self::Manifest | Self::Configuration => 48 * 1024,
             Self::Bundle => 8 * 1024,
+            // A little more than a head may have.
+            Self::Request => 20 * 1024,
         }
     }
 
@@ -78,6 +84,8 @@ impl Target {
     const fn memory(self, length: usize) -> u64 {
         let length = length as u64;
         match self {
+            // The fields are read where they lie.
+            Self::Request => 64 * 1024 + 8 * length,
             // What decodes is at most a few times what came in.
             Self::Launcher => 256 * 1024 + 64 * length,
             // A value of JSON or TOML costs some hundred bytes, and can be written with two.
@@ -91,7 +99,7 @@ impl Target {
     pub(crate) fn seeds(self) -> Vec<Vec<u8>> {
         match self {
             Self::Launcher => launcher::seeds(),
-            Self::Manifest | Self::Configuration | Self::Bundle => Vec::new(),
+            Self::Manifest | Self::Configuration | Self::Bundle | Self::Request => Vec::new(),
         }
     }
 
@@ -107,6 +115,7 @@ impl Target {
             Self::Manifest => manifest::check,
             Self::Configuration => configuration::check,
             Self::Bundle => bundle::check,
+            Self::Request => request::check,
         };
         let began = processor_time();
         let mut outcome = String::new();

@@ -9,6 +9,7 @@ fn runs(target: Target) -> u64 {
     let (short, long) = match target {
         Target::Launcher => (20_000, 2_000_000),
         Target::Manifest | Target::Configuration => (8000, 100_000),
+        Target::Request => (20_000, 1_000_000),
         // Each makes and removes a directory.
         Target::Bundle => (600, 20_000),
     };
@@ -40,6 +41,11 @@ fn manifest() {
 #[test]
 fn configuration() {
     try_out(Target::Configuration);
+}
+
+#[test]
+fn request() {
+    try_out(Target::Request);
 }
 
 #[test]

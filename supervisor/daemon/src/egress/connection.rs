@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use plugvisor_core::egress::{Framing, Target, absolute_form};
+use plugvisor_core::egress::{Framing, Target, absolute_form, head_end};
 use plugvisor_package::{Capability, Host, host_and_port};
 use tokio::net::TcpStream;
 
 use super::{
-    Proxy,
+    EgressLimits, Proxy,
     client::{Client, NoHead},
     forward,
     meter::Activity,
@@ -143,6 +143,39 @@ fn read<'h>(head: &'h [u8], fields: &'h mut [httparse::Header<'h>; MOST_FIELDS])
         Aim::Plain(absolute_form(path).map_err(Refusal::target)?)
     };
     Ok(Request { method, aim, old, fields, framing })
+}
+
+/// A request as the proxy understands it before it judges it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Understood {
+    /// How many bytes its head has.
+    pub head: usize,
+    /// Its method.
+    pub method: String,
+    /// Where it goes.
+    pub host: Host,
+    /// To which port.
+    pub port: u16,
+    /// How its body is framed.
+    pub framing: Framing,
+}
+
+/// What the proxy makes of the first bytes of a connection; `None` when it waits for more.
+///
+/// # Errors
+///
+/// In words, when it refuses them.
+pub fn understand(bytes: &[u8]) -> Result<Option<Understood>, String> {
+    let said = |refusal: Refusal| format!("{} {}: {}", refusal.status, refusal.reason, refusal.message);
+    let limits = EgressLimits::default().head;
+    let Some(end) = head_end(bytes, limits).map_err(|error| said(Refusal::head(error)))? else { return Ok(None) };
+    let mut fields = [httparse::EMPTY_HEADER; MOST_FIELDS];
+    let Request { method, aim, old: _, fields: _, framing } = read(&bytes[..end], &mut fields).map_err(said)?;
+    let (host, port) = match aim {
+        Aim::Tunnel(host, port) => (host, port),
+        Aim::Plain(target) => (target.host, target.port),
+    };
+    Ok(Some(Understood { head: end, method: method.to_owned(), host, port, framing }))
 }
 
 impl Proxy {

@@ -45,7 +45,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use self::{figures::Figures, limits::EgressLimits};
+pub use self::{
+    connection::{Understood, understand},
+    figures::Figures,
+    limits::EgressLimits,
+};
 use self::{meter::Meter, own::OwnAddresses, refusal::Refusal};
 use crate::{
     bucket::{Bucket, Rate},
