@@ -154,8 +154,8 @@ const POLICY: &str = "--policy";
 const MAX: &str = "--max-plugins";
 /// See [`Options::spares`].
 const SPARES: &str = "--spares";
-/// Spares when the starter says nothing: one for a launch, one for the next.
-const DEFAULT_SPARES: u32 = 2;
+/// Spares when the starter says nothing: for a few plugins that start together. Each is some 0.3 MiB.
+const DEFAULT_SPARES: u32 = 4;
 const RUNTIME: &str = "--runtime-directory";
 
 impl Options {

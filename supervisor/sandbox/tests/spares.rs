@@ -66,6 +66,31 @@ fn a_spare_becomes_a_plugin_behind_the_same_walls() {
 }
 
 #[test]
+fn a_first_launch_takes_a_spare_and_its_uid_is_on_the_disk_before() {
+    if !is_root() {
+        println!("SKIP privileged-lane: only a privileged launcher gives uids");
+        return;
+    }
+    let mut harness = Harness::start_with_store(As::Root, |_| ());
+    let uids = harness.path("store/uids");
+    // Where the new file would be written is something that is in the way.
+    let new = harness.path("store/uids.new");
+    fs::create_dir(&new).expect("a directory");
+    let spares = harness.await_spares();
+    let request = harness.request(&["pause"]);
+    let refusal = harness.try_launch(request.clone()).map(drop).expect_err("its uid cannot be written down");
+    assert!(refusal.message.contains("could not be written down"), "{}", refusal.message);
+    assert!(!uids.exists());
+
+    fs::remove_dir(&new).expect("it is empty");
+    let spares = [spares, harness.await_spares()].concat();
+    let plugin = harness.launch(request);
+    assert!(spares.contains(&init_of(&plugin)), "{} is not of {spares:?}", init_of(&plugin));
+    let text = fs::read_to_string(uids).expect("the uids");
+    assert!(text.contains(&format!("walled {}\n", plugin.launched.uid)), "{text:?}");
+}
+
+#[test]
 fn a_spare_holds_nothing_of_any_plugin() {
     let Some(mut harness) = privileged() else { return };
     harness.await_spares();

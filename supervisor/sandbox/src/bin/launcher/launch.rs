@@ -24,7 +24,7 @@ use rustix::{
 };
 
 use crate::{
-    cgroup::{Cgroups, Groups, MemoryWatch},
+    cgroup::{Cgroups, Groups, LimitError, MemoryWatch},
     check::{Checked, refuse},
     child::{self, Ends, Entry, Failure, Kit, Order, Plan, Rlimits},
     creds::Identity,
@@ -39,7 +39,7 @@ use crate::{
     step,
     store::Store,
     timing::{self, Marks, Part},
-    uids::{Uids, Unsaved},
+    uids::{self, Uids, Unsaved},
 };
 
 /// Connections that may wait on a plugin's sockets.
@@ -110,8 +110,8 @@ pub(crate) struct Running {
     pub(crate) egress: Option<OwnedFd>,
     /// The content digest of its bundle.
     pub(crate) bundle: [u8; 32],
-    /// Which writing of the uids its child made durable.
-    pub(crate) uids_mark: Option<u64>,
+    /// The program waits for its uid to be on the disk.
+    unsaved: Option<Unsaved>,
 }
 
 /// What a launch runs.
@@ -219,7 +219,7 @@ impl Launcher {
         };
         self.last += 1;
         let id = LaunchId(self.last);
-        match self.begin(request, checked, program, identity, unsaved.as_ref(), id, marks) {
+        match self.begin(request, checked, program, identity, unsaved, id, marks) {
             Ok(begun) => Ok(Running {
                 id,
                 plugin: plugin.to_owned(),
@@ -244,7 +244,7 @@ impl Launcher {
                 ends: begun.ends,
                 egress: None,
                 bundle: request.bundle,
-                uids_mark: unsaved.map(|unsaved| unsaved.mark),
+                unsaved,
             }),
             Err(refusal) => {
                 remove_sockets(id);
@@ -260,7 +260,7 @@ impl Launcher {
         checked: &Checked,
         program: &Program<'_>,
         identity: Identity,
-        unsaved: Option<&Unsaved>,
+        unsaved: Option<Unsaved>,
         id: LaunchId,
         mut marks: Marks,
     ) -> Result<Begun, Refusal> {
@@ -272,6 +272,10 @@ impl Launcher {
                 _ => RefusalCode::Kernel,
             },
             message: format!("{} was not started: {doing} failed: {error}", request.plugin),
+        };
+        let unenforceable = |error: LimitError| Refusal {
+            code: RefusalCode::ControlUnavailable,
+            message: format!("{} was not started: {} cannot be enforced: {}", request.plugin, error.control, error.why),
         };
         let sockets =
             Sockets::make(id, checked.socket, identity).map_err(|error| failed(("making its sockets", error)))?;
@@ -295,10 +299,10 @@ impl Launcher {
             worker: sockets.listener.as_ref().map(AsFd::as_fd),
         };
 
-        // A spare takes its order and nothing else: it executes nothing from memory, and makes nothing durable.
-        let spare = match (program.entry, unsaved) {
-            (Entry::InBundle, None) => self.spares.take(),
-            (Entry::InBundle | Entry::Sealed(_), _) => None,
+        // A spare executes nothing from memory.
+        let spare = match program.entry {
+            Entry::InBundle => self.spares.take(),
+            Entry::Sealed(_) => None,
         };
         let ready = spare.and_then(|mut spare| {
             match self.send_order(&mut spare, request, program, id, &name, &mut order, &ends, &pipes) {
@@ -312,29 +316,39 @@ impl Launcher {
         let (init, init_pid, report, groups, memory) = match ready {
             Some((spare, memory)) => (spare.init, spare.init_pid, spare.report, spare.groups, memory),
             None => {
-                let mut groups = self.cgroups.create(&name, &limits).map_err(|error| Refusal {
-                    code: RefusalCode::ControlUnavailable,
-                    message: format!(
-                        "{} was not started: {} cannot be enforced: {}",
-                        request.plugin, error.control, error.why
-                    ),
-                })?;
+                let mut groups = self.cgroups.create(&name, &Limits::default()).map_err(unenforceable)?;
                 order.marks.done(Part::Groups);
-                match self.fork(request, program, unsaved, id, &groups, &order, ends, &pipes) {
-                    Ok((init, init_pid, report, memory)) => (init, init_pid, report, groups, memory),
+                let (init, init_pid, report) = match self.fork(program, id, &groups, &order, ends, &pipes) {
+                    Ok(forked) => forked,
                     Err(error) => {
                         groups.remove();
                         return Err(failed(error));
                     }
+                };
+                // While the child sets itself up. It is not released before.
+                let watched = watch_memory(request, &groups).map_err(|error| failed(("watching its memory", error)));
+                let held =
+                    watched.and_then(|memory| groups.set_limits(&limits).map(|()| memory).map_err(unenforceable));
+                match held {
+                    Ok(memory) => (init, init_pid, report, groups, memory),
+                    Err(refusal) => {
+                        self.spares.abandon(init, init_pid, report, groups);
+                        return Err(refusal);
+                    }
                 }
             }
         };
+        if unsaved.is_none() {
+            // A child that is dead already is told of by its own event.
+            drop(report::release(report.as_fd()));
+        }
         let Pipes { stdout, stderr, exec, .. } = pipes;
         let ends = vec![sockets.broker, sockets.worker, stdout, stderr];
         Ok(Begun { init, init_pid, report, exec, memory, groups, ends })
     }
 
-    /// Has a spare become this launch. On error the spare must be discarded, and the launch may begin from nothing.
+    /// Has a spare become this launch, up to the exec, for which it must be released. On error the spare must be discarded,
+    /// and the launch may begin from nothing. The limits are set while the spare sets itself up.
     #[expect(clippy::too_many_arguments, reason = "each is one thing of the launch")]
     fn send_order(
         &self,
@@ -347,31 +361,26 @@ impl Launcher {
         ends: &Ends<'_>,
         pipes: &Pipes,
     ) -> Result<Option<MemoryWatch>, ()> {
-        spare.groups.rename(name).map_err(drop)?;
-        spare.groups.set_limits(&self.enforceable(&request.limits)).map_err(drop)?;
-        let memory = watch_memory(request, &spare.groups).map_err(drop)?;
-        order.marks.done(Part::Groups);
         let own = Own::of(program.directory, &id.0.to_string(), order.socket).map_err(drop)?;
+        order.marks.done(Part::Attached);
         child::spare::send(spare.report.as_fd(), order, &own, ends).map_err(drop)?;
         report::send_packet(spare.report.as_fd(), &[0], &[pipes.exec_write.as_fd()]).map_err(drop)?;
+        spare.groups.rename(name).map_err(drop)?;
+        let memory = watch_memory(request, &spare.groups).map_err(drop)?;
+        spare.groups.set_limits(&self.enforceable(&request.limits)).map_err(drop)?;
         Ok(memory)
     }
 
     /// Forks a child that does everything from the beginning.
-    #[expect(clippy::too_many_arguments, reason = "each is one thing of the launch")]
-    #[expect(clippy::type_complexity, reason = "what a fork gives")]
     fn fork(
         &self,
-        request: &Launch,
         program: &Program<'_>,
-        unsaved: Option<&Unsaved>,
         id: LaunchId,
         groups: &Groups,
         order: &Order,
         ends: Ends<'_>,
         pipes: &Pipes,
-    ) -> Result<(OwnedFd, i32, OwnedFd, Option<MemoryWatch>), (&'static str, io::Error)> {
-        let memory = watch_memory(request, groups).map_err(|error| ("watching its memory", error))?;
+    ) -> Result<(OwnedFd, i32, OwnedFd), (&'static str, io::Error)> {
         let opening = |error| ("opening its cgroup", error);
         let born_in = groups.v2_directory().map_err(opening)?;
         let joins = groups.joins(born_in.is_some()).map_err(opening)?;
@@ -389,7 +398,6 @@ impl Launcher {
         let sockets = id.0.to_string();
         let plan = Plan {
             entry: program.entry,
-            unsaved,
             bundle_path: program.path,
             bundle: program.directory,
             sockets: &sockets,
@@ -399,7 +407,7 @@ impl Launcher {
             .map_err(|error| ("making its namespaces (clone3)", error))?
         {
             Cloned::Child => child::run(&kit, &plan, order),
-            Cloned::Parent { pidfd, pid } => Ok((pidfd, pid, report, memory)),
+            Cloned::Parent { pidfd, pid } => Ok((pidfd, pid, report)),
         }
     }
 
@@ -413,13 +421,14 @@ impl Launcher {
         }
     }
 
-    /// The namespaces of PROCESS. The network one is empty, whatever Landlock can do: in the host's, a plugin without any
-    /// socket of its own could still read /proc/self/net, ask a Unix socket for the host's addresses (SIOCGIFCONF), and
-    /// bind an abstract name that a program of the host connects to. Landlock scopes only what a plugin connects to.
+    /// The namespaces that a child is born in; with privileges it makes the others of PROCESS itself. The network one is
+    /// empty, whatever Landlock can do: in the host's, a plugin without any socket of its own could still read
+    /// /proc/self/net, ask a Unix socket for the host's addresses (SIOCGIFCONF), and bind an abstract name that a program
+    /// of the host connects to. Landlock scopes only what a plugin connects to.
     fn namespaces(&self) -> u64 {
-        let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
+        let mut flags = libc::CLONE_NEWPID;
         if !self.privileged {
-            flags |= libc::CLONE_NEWUSER;
+            flags |= libc::CLONE_NEWUSER | child::NAMESPACES;
         }
         flags.unsigned_abs().into()
     }
@@ -563,6 +572,20 @@ impl Running {
                 Message::Ended { signal: true, value } => self.ended = Some(Exit::Signal(value)),
             }
         }
+    }
+
+    /// Lets the program be executed if what it waits for is on the disk now.
+    pub(crate) fn release_if_saved(&mut self, uids: &Uids) {
+        if self.unsaved.is_some_and(|unsaved| uids.is_saved(unsaved)) {
+            self.unsaved = None;
+            // A child that is dead already is told of by its own event.
+            drop(report::release(self.report.as_fd()));
+        }
+    }
+
+    /// Why it cannot be executed when the saver has failed with this error; `None` when it does not wait for it.
+    pub(crate) fn unsaved(&self, errno: i32) -> Option<Refusal> {
+        self.unsaved.map(|_| uids::unwritten(&self.plugin, errno))
     }
 
     /// Kills every process: the init's end ends its PID namespace.

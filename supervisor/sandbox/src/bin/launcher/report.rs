@@ -13,7 +13,7 @@ use rustix::{
     io::Errno,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-        recvmsg, sendmsg,
+        recv, recvmsg, send as send_bytes, sendmsg,
     },
 };
 
@@ -127,6 +127,20 @@ pub(crate) fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> 
         _ => None,
     });
     descriptor.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Lets a program be executed, without waiting.
+pub(crate) fn release(socket: BorrowedFd<'_>) -> io::Result<()> {
+    send_bytes(socket, &[0], SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
+    Ok(())
+}
+
+/// The child's side: waits until it is let go. Takes no memory.
+pub(crate) fn await_release(socket: BorrowedFd<'_>) -> io::Result<()> {
+    match recv(socket, &mut [0; 1], RecvFlags::empty())? {
+        (1, _) => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// Receives a message without waiting; `None` when the other end is closed, `WouldBlock` when there is nothing.

@@ -2,8 +2,8 @@
 //! `child::spare`.
 //!
 //! Most of a launch is the same for every plugin: namespaces (the network one above all), cgroups, the host's part of the
-//! mount tree. With a spare that is done before the request comes. Bounded by `--spares`; made only while nothing is being
-//! launched; whatever goes wrong with one, the launch begins from nothing instead.
+//! mount tree. With a spare that is done before the request comes. Bounded by `--spares`; made one after the other, while
+//! nothing is being launched; whatever goes wrong with one, the launch begins from nothing instead.
 
 use std::{
     io,
@@ -25,8 +25,6 @@ use crate::{
     report::{self, Message},
 };
 
-/// No spare is made for so long after a launch: the plugin needs the processor now, and more launches may follow.
-const QUIET: Duration = Duration::from_millis(25);
 /// No spare is made for so long after one has failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(10);
 
@@ -71,6 +69,8 @@ impl Spares {
     /// One that is ready, for one launch.
     pub(crate) fn take(&mut self) -> Option<Spare> {
         let at = self.spares.iter().position(|spare| spare.state == State::Ready)?;
+        // Another one is due from now on.
+        self.not_before = self.not_before.max(Instant::now());
         Some(self.spares.remove(at))
     }
 
@@ -82,15 +82,22 @@ impl Spares {
         self.spares.push(spare);
     }
 
-    /// A launch is over one way or the other.
-    pub(crate) fn launched(&mut self) {
-        self.not_before = self.not_before.max(Instant::now() + QUIET);
+    /// Kills a child that began from nothing and cannot go on.
+    pub(crate) fn abandon(&mut self, init: OwnedFd, init_pid: i32, report: OwnedFd, groups: Groups) {
+        self.made += 1;
+        // Nobody watches its line.
+        let state = State::Leaving { silent: true };
+        let spare = Spare { number: self.made, init, init_pid, report, groups, state };
+        spare.kill();
+        self.spares.push(spare);
     }
 
-    /// When the next one is to be made, if one is missing.
+    /// When the next one is to be made, if one is missing and none is being made: two at a time would only take the
+    /// processors from the plugins.
     pub(crate) fn due(&self) -> Option<Instant> {
+        let preparing = self.spares.iter().any(|spare| matches!(spare.state, State::Preparing { .. }));
         let living = self.spares.iter().filter(|spare| !matches!(spare.state, State::Leaving { .. })).count();
-        (living < self.wanted).then_some(self.not_before)
+        (living < self.wanted && !preparing).then_some(self.not_before)
     }
 
     /// When to look without an event: for one that does not get ready, or whose group the kernel still holds.
@@ -109,6 +116,8 @@ impl Spares {
         match report::receive(spare.report.as_fd()) {
             Ok(Some((Message::Ready, _))) if matches!(spare.state, State::Preparing { .. }) => {
                 spare.state = State::Ready;
+                // The next one is due from now on.
+                self.not_before = self.not_before.max(Instant::now());
                 None
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
@@ -155,10 +164,14 @@ impl Spares {
 }
 
 impl Spare {
-    fn leave(&mut self) {
+    fn kill(&self) {
         self.groups.kill();
         // Fails only when it is gone already.
         let _ = pidfd_send_signal(&self.init, Signal::KILL);
+    }
+
+    fn leave(&mut self) {
+        self.kill();
         if !matches!(self.state, State::Leaving { .. }) {
             self.state = State::Leaving { silent: false };
         }

@@ -23,6 +23,7 @@ macro_rules! steps {
 
 steps! {
     UserNamespace = 1, "mapping its user in the new user namespace";
+    Namespaces = 2, "making its namespaces";
     Trial = 4, "copying the launcher's own program into sealed memory";
     Cgroup = 6, "joining its cgroup";
     Session = 7, "starting its own session";
@@ -51,7 +52,6 @@ steps! {
     Signals = 30, "resetting its signals";
     Seccomp = 31, "installing its seccomp filters";
     Exec = 32, "executing the entry";
-    Uid = 33, "writing its uid down for good";
     Network = 34, "listening for its egress proxy in its network namespace";
 }
 
@@ -60,6 +60,7 @@ impl Step {
     pub(crate) const fn control(self) -> Option<Control> {
         match self {
             Self::UserNamespace
+            | Self::Namespaces
             | Self::Propagation
             | Self::Root
             | Self::HostDirectories
@@ -74,7 +75,6 @@ impl Step {
             Self::Landlock | Self::LandlockCheck => Some(Control::Landlock),
             Self::Seccomp => Some(Control::Seccomp),
             Self::Trial
-            | Self::Uid
             | Self::Cgroup
             | Self::Session
             | Self::Network

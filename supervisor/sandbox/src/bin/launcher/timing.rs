@@ -25,14 +25,16 @@ parts! {
     Checked = "check";
     /// Making the sockets and pipes.
     Sockets = "sockets";
-    /// Making the cgroups, or taking those of a spare, and writing their limits.
+    /// Making the cgroups. Their limits are written while the child sets itself up.
     Groups = "groups";
-    /// Making the process and its namespaces, or waking a spare, until it runs.
+    /// Copying the mounts that a spare will attach.
+    Attached = "mounts";
+    /// Making the process, or waking a spare, until it runs.
     Started = "start";
-    /// Its uid, when that was written down just now.
-    Uid = "uid";
     /// Joining the cgroups.
     Joined = "join";
+    /// Making the other namespaces.
+    Namespaces = "namespaces";
     /// The mount tree.
     Tree = "tree";
     /// Limits, uid, capabilities.
@@ -43,6 +45,8 @@ parts! {
     Landlock = "landlock";
     /// Forking the program from its init.
     Forked = "fork";
+    /// Waiting for the launcher to say that the limits hold and the uid is on the disk.
+    Released = "wait";
     /// Seccomp and exec, until the launcher sees it.
     Executed = "seccomp and exec";
 }

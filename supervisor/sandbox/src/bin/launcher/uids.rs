@@ -2,22 +2,27 @@
 //!
 //! A uid is the only owner that a plugin's files have, so one that was given is never given to another name, whatever was
 //! unloaded, forgotten or restarted meanwhile. With a store on the disk the names are written there; a file that cannot be
-//! read is never begun anew. What was written is made durable by the child that becomes the plugin, before it takes the
-//! uid: the loop does not wait for the disk.
+//! read is never begun anew. A child writes it, the saver: the loop does not wait for the disk, and the plugin's own
+//! child sets itself up meanwhile. Nothing is executed under a uid before its name is on the disk.
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs::File,
     io,
     ops::RangeInclusive,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use plugvisor_package::PluginName;
 use plugvisor_sandbox::protocol::{Refusal, RefusalCode};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_parent_process_death_signal, waitid};
 
-use crate::{check::refuse, store};
+use crate::{
+    check::refuse,
+    kernel::{self, Cloned},
+    store,
+};
 
 const HEADING: &str = "plugvisor uids 1\n";
 const FILE: &str = "uids";
@@ -28,23 +33,29 @@ pub(crate) struct Uids {
     range: RangeInclusive<u32>,
     taken: BTreeMap<String, u32>,
     file: Option<PathBuf>,
-    /// How often the file was written, and up to which time that is known to be on the disk.
-    written: u64,
+    /// How many names were added, how many of these are known to be on the disk, and for how many somebody waits.
+    changes: u64,
     durable: u64,
+    asked: u64,
+    saver: Option<Saver>,
 }
 
-/// What a child makes durable before it takes the uid.
-pub(crate) struct Unsaved {
-    pub(crate) file: OwnedFd,
-    pub(crate) directory: OwnedFd,
-    /// Which writing this is, for [`Uids::saved`].
-    pub(crate) mark: u64,
+/// How many of the added names must be on the disk before a uid is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Unsaved(u64);
+
+/// The child that writes the names, as they were when it was forked.
+struct Saver {
+    pidfd: OwnedFd,
+    pid: i32,
+    changes: u64,
 }
 
 impl Uids {
     /// Reads the file in the store's directory. An error names the fix.
     pub(crate) fn open(range: RangeInclusive<u32>, directory: Option<&Path>) -> Result<Self, String> {
-        let mut this = Self { range, taken: BTreeMap::new(), file: None, written: 0, durable: 0 };
+        let mut this =
+            Self { range, taken: BTreeMap::new(), file: None, changes: 0, durable: 0, asked: 0, saver: None };
         let Some(directory) = directory else { return Ok(this) };
         let path = directory.join(FILE);
         let broken = |why: &str| {
@@ -73,7 +84,7 @@ impl Uids {
         *range.end()
     }
 
-    /// The uid of this name, and what must be durable before it is used.
+    /// The uid of this name, and what must be durable before anything is executed under it. The saver is to be started.
     pub(crate) fn of(&mut self, name: &PluginName) -> Result<(u32, Option<Unsaved>), Refusal> {
         let uid = match self.taken.get(name.as_str()) {
             Some(uid) if self.range.contains(uid) && *uid != Self::copier(&self.range) => *uid,
@@ -90,7 +101,11 @@ impl Uids {
             }
             None => self.give(name)?,
         };
-        Ok((uid, self.unsaved().map_err(|error| unwritten(name, &error))?))
+        let unsaved = (self.durable < self.changes).then_some(Unsaved(self.changes));
+        if unsaved.is_some() {
+            self.asked = self.changes;
+        }
+        Ok((uid, unsaved))
     }
 
     fn give(&mut self, name: &PluginName) -> Result<u32, Refusal> {
@@ -108,35 +123,77 @@ impl Uids {
             );
         };
         self.taken.insert(name.to_string(), uid);
-        if let Some(path) = &self.file {
-            let new = store::write_beside(path, &write(&self.taken));
-            if let Err(error) = new.and_then(|_| fs::rename(store::beside(path), path)) {
-                self.taken.remove(name.as_str());
-                return Err(unwritten(name, &error));
-            }
-            self.written += 1;
+        if self.file.is_some() {
+            self.changes += 1;
         }
         Ok(uid)
     }
 
-    fn unsaved(&self) -> io::Result<Option<Unsaved>> {
-        let Some(path) = self.file.as_ref().filter(|_| self.durable < self.written) else { return Ok(None) };
-        let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        let (file, directory) = (File::open(path)?.into(), File::open(directory)?.into());
-        Ok(Some(Unsaved { file, directory, mark: self.written }))
+    /// Whether this is on the disk.
+    pub(crate) const fn is_saved(&self, unsaved: Unsaved) -> bool {
+        unsaved.0 <= self.durable
     }
 
-    /// A child has made this writing durable.
-    pub(crate) fn saved(&mut self, mark: u64) {
-        self.durable = self.durable.max(mark);
+    /// Starts the saver when somebody waits for it; the pidfd to watch. One that could not be started is tried again when
+    /// something else happens; who waits for it has a deadline.
+    pub(crate) fn start_saver(&mut self) -> Option<BorrowedFd<'_>> {
+        let path = self.file.as_ref().filter(|_| self.saver.is_none() && self.asked > self.durable)?;
+        match kernel::clone3(0, None) {
+            Ok(Cloned::Child) => save(path, &self.taken),
+            Ok(Cloned::Parent { pidfd, pid }) => {
+                Some(self.saver.insert(Saver { pidfd, pid, changes: self.changes }).pidfd.as_fd())
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// The saver has ended: the pidfd that is no longer to be watched, and the error's number, if it failed.
+    pub(crate) fn saver_ended(&mut self) -> Option<(OwnedFd, Result<(), i32>)> {
+        let saver = self.saver.as_ref()?;
+        let status = match waitid(WaitId::PidFd(saver.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+            Ok(None) => return None,
+            Ok(Some(status)) => status.exit_status(),
+            Err(_) => None,
+        };
+        let Saver { pidfd, changes, .. } = self.saver.take()?;
+        if status == Some(0) {
+            self.durable = self.durable.max(changes);
+            return Some((pidfd, Ok(())));
+        }
+        // Whoever waits is refused; the next launch asks anew.
+        self.asked = self.durable;
+        Some((pidfd, Err(status.unwrap_or(libc::EINTR))))
+    }
+
+    /// Whether this is the saver, which is reaped by [`Uids::saver_ended`].
+    pub(crate) fn is_child(&self, pid: i32) -> bool {
+        self.saver.as_ref().is_some_and(|saver| saver.pid == pid)
+    }
+
+    /// Kills the saver: the launcher ends.
+    pub(crate) fn kill(&self) {
+        if let Some(saver) = &self.saver {
+            let _ = pidfd_send_signal(&saver.pidfd, Signal::KILL);
+        }
     }
 }
 
-fn unwritten(name: &PluginName, error: &io::Error) -> Refusal {
+/// The saver. Its status is 0 or the error's number.
+fn save(path: &Path, taken: &BTreeMap<String, u32>) -> ! {
+    kernel::set_name(c"plugvisor-uids");
+    // What the launcher has open is none of its business, above all pipes whose end somebody waits for.
+    let alone = kernel::close_from(3).and_then(|()| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+    let saved = alone.and_then(|()| store::write_durable(path, &write(taken)));
+    kernel::exit_now(saved.map_or_else(|error| error.raw_os_error().unwrap_or(libc::EIO), |()| 0))
+}
+
+/// What a launch is told whose uid could not be saved.
+pub(crate) fn unwritten(plugin: &str, errno: i32) -> Refusal {
+    let error = io::Error::from_raw_os_error(errno);
     Refusal {
         code: RefusalCode::Exhausted,
         message: format!(
-            "{name} was not started: its uid could not be written down: {error}; look at the store's disk"
+            "{plugin} was not started: its uid could not be written down: {error}; look at the store's disk"
         ),
     }
 }
@@ -167,6 +224,10 @@ fn read(text: &str) -> Result<BTreeMap<String, u32>, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use rustix::event::{PollFd, PollFlags, poll};
+
     use super::*;
 
     fn name(text: &str) -> PluginName {
@@ -177,31 +238,64 @@ mod tests {
         uids.of(&name(of)).expect("a uid").0
     }
 
+    /// Runs the saver to its end.
+    fn save_now(uids: &mut Uids) -> Result<(), i32> {
+        let pidfd = uids.start_saver().expect("there is something to save");
+        let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+        poll(&mut ended, None).expect("poll");
+        uids.saver_ended().expect("it has ended").1
+    }
+
     #[test]
     fn a_name_keeps_its_uid_and_nobody_else_gets_it() {
         let directory = tempfile::tempdir().expect("a directory");
         let open = |range| Uids::open(range, Some(directory.path()));
         let mut uids = open(5000..=5003).expect("a new file");
         assert_eq!((uid(&mut uids, "a"), uid(&mut uids, "b"), uid(&mut uids, "a")), (5000, 5001, 5000));
+        save_now(&mut uids).expect("saved");
         let mut uids = open(5000..=5003).expect("the same file");
         assert_eq!((uid(&mut uids, "c"), uid(&mut uids, "b")), (5002, 5001));
         // 5003 is the copier's.
         assert_eq!(uids.of(&name("d")).map(|_| ()).expect_err("none is left").code, RefusalCode::Exhausted);
+        save_now(&mut uids).expect("saved");
         let mut uids = open(6000..=6003).expect("the same file");
         assert_eq!(uids.of(&name("a")).map(|_| ()).expect_err("outside").code, RefusalCode::Policy);
         assert_eq!(uid(&mut uids, "d"), 6000);
     }
 
     #[test]
-    fn what_was_written_is_asked_to_be_saved_until_it_is() {
+    fn a_name_is_asked_to_be_saved_until_it_is() {
         let directory = tempfile::tempdir().expect("a directory");
         let mut uids = Uids::open(5000..=5009, Some(directory.path())).expect("a new file");
         let (_, first) = uids.of(&name("a")).expect("a uid");
         let (_, again) = uids.of(&name("a")).expect("a uid");
-        assert_eq!(first.map(|unsaved| unsaved.mark), again.as_ref().map(|unsaved| unsaved.mark));
-        uids.saved(again.expect("not saved yet").mark);
-        assert!(uids.of(&name("a")).expect("a uid").1.is_none());
-        assert!(uids.of(&name("b")).expect("a uid").1.is_some());
+        assert_eq!(first, again);
+        let unsaved = first.expect("not saved yet");
+        assert!(!uids.is_saved(unsaved));
+        save_now(&mut uids).expect("saved");
+        assert!(uids.is_saved(unsaved));
+        assert!(uids.start_saver().is_none(), "there is nothing to save");
+        assert_eq!(uids.of(&name("a")).expect("a uid").1, None);
+        let (_, other) = uids.of(&name("b")).expect("a uid");
+        assert!(!uids.is_saved(other.expect("not saved yet")));
+    }
+
+    #[test]
+    fn what_cannot_be_saved_is_told_and_asked_for_anew() {
+        let around = tempfile::tempdir().expect("a directory");
+        let directory = around.path().join("store");
+        fs::create_dir(&directory).expect("a directory");
+        let mut uids = Uids::open(5000..=5009, Some(&directory)).expect("a new file");
+        let (_, unsaved) = uids.of(&name("a")).expect("a uid");
+        let unsaved = unsaved.expect("not saved yet");
+        fs::remove_dir(&directory).expect("it is empty");
+        assert_eq!(save_now(&mut uids), Err(libc::ENOENT));
+        assert!(!uids.is_saved(unsaved));
+        assert!(uids.start_saver().is_none(), "nobody asks");
+        fs::create_dir(&directory).expect("a directory");
+        assert_eq!(uids.of(&name("a")).expect("a uid").1, Some(unsaved));
+        save_now(&mut uids).expect("saved");
+        assert!(uids.is_saved(unsaved));
     }
 
     #[test]

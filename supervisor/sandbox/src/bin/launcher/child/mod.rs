@@ -39,7 +39,6 @@ use crate::{
     seccomp::Filters,
     step::Step,
     timing::{Marks, Part},
-    uids::Unsaved,
 };
 
 /// Why the child could not become the plugin.
@@ -117,8 +116,6 @@ pub(crate) struct Ends<'a> {
 /// A launch for a child that begins from nothing.
 pub(crate) struct Plan<'a> {
     pub(crate) entry: Entry<'a>,
-    /// What must be on the disk before the uid is taken.
-    pub(crate) unsaved: Option<&'a Unsaved>,
     /// The bundle's directory, as the launcher checked it, and the device and inode that must be found there.
     pub(crate) bundle_path: &'a Path,
     pub(crate) bundle: BorrowedFd<'a>,
@@ -135,6 +132,10 @@ const REPORT: RawFd = 5;
 const LIFTED: RawFd = 32;
 /// Connections that may wait for the egress proxy, such as while no supervisor is there.
 const EGRESS_BACKLOG: i32 = 1024;
+
+/// The namespaces that a child of a privileged launcher makes itself, so that the launcher need not wait: the network one
+/// takes the longest of all. Its PID namespace it was born in. Without privileges all are made with the user namespace.
+pub(crate) const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
 
 /// Runs a child with everything there is to know. Never returns to the launcher's code.
 pub(crate) fn run(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order) -> ! {
@@ -165,13 +166,13 @@ fn fail(kit: &Kit<'_>, failure: Failure) -> ! {
 fn set_up(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
     umask(Mode::empty());
     creds::map_user(&order.identity)?;
-    if let Some(Unsaved { file, directory, mark: _ }) = plan.unsaved {
-        rustix::fs::fsync(file).and_then(|()| rustix::fs::fsync(directory)).map_err(at(Step::Uid))?;
-    }
-    marks.done(Part::Uid);
     join(kit)?;
     marks.done(Part::Joined);
     setsid().map_err(at(Step::Session))?;
+    if let Identity::Own { .. } = order.identity {
+        kernel::unshare(NAMESPACES).map_err(|error| Failure::io(Step::Namespaces, &error))?;
+    }
+    marks.done(Part::Namespaces);
     network(kit, order)?;
     mounts::separate()?;
     let own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
@@ -297,6 +298,11 @@ fn execute(
         Ok(exec) => drop(exec.into_raw_fd()),
         Err(error) => return Failure::io(Step::Exec, &error),
     }
+    // Limits and uid are the launcher's to see to, which it does while this child sets itself up.
+    if let Err(error) = report::await_release(report) {
+        return Failure::io(Step::Exec, &error);
+    }
+    marks.done(Part::Released);
     let told = pidfd_open(getpid(), PidfdFlags::empty())
         .map_err(io::Error::from)
         .and_then(|own| report::send(report, &Message::Executing { marks }, Some(own.as_fd())));

@@ -14,7 +14,9 @@ use rustix::{
     process::{setsid, umask},
 };
 
-use super::{Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, network, start, tie_to, wall_in};
+use super::{
+    Ends, Entry, Failure, Kit, NAME, NAMESPACES, Order, at, fail, join, lift, network, start, tie_to, wall_in,
+};
 use crate::{
     kernel,
     mounts::{self, Common},
@@ -23,9 +25,6 @@ use crate::{
     timing::{Marks, Part},
 };
 
-/// The namespaces that it makes itself, so that the launcher need not wait: the network one takes the longest of all.
-/// Its PID namespace it was born in.
-const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
 /// The number of its line to the launcher; the launcher's pidfd and the member lists follow.
 const LINE: RawFd = 3;
 
@@ -49,7 +48,7 @@ fn prepare<'a>(kit: &Kit<'a>) -> Result<(Kit<'a>, Common), Failure> {
     tie_to(&kit)?;
     join(&kit)?;
     setsid().map_err(at(Step::Session))?;
-    kernel::unshare(NAMESPACES).map_err(|error| Failure::io(Step::Propagation, &error))?;
+    kernel::unshare(NAMESPACES).map_err(|error| Failure::io(Step::Namespaces, &error))?;
     mounts::separate()?;
     let common = Common::enter()?;
     // For whoever looks from outside: from here on it only waits.

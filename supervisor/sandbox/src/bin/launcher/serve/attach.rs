@@ -149,7 +149,6 @@ impl Server {
         let running = &mut slot.running;
         slot.origin.launch_exec = running.arrived.elapsed();
         running.marks.done(Part::Executed);
-        self.launcher.spares.launched();
         let exhausted = |error: std::io::Error| {
             let plugin = &running.plugin;
             gone(&format!(
@@ -179,9 +178,6 @@ impl Server {
         descriptors.extend(egress);
         slot.ends = Some(Ends { broker, worker, egress: running.egress.take(), streams });
         slot.phase = Phase::Up;
-        if let Some(mark) = running.uids_mark {
-            self.launcher.uids.saved(mark);
-        }
         let launched = self.launched(id).ok_or_else(|| gone("the launch is gone"))?;
         Ok((launched, descriptors))
     }

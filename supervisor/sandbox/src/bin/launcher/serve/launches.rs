@@ -54,6 +54,33 @@ impl Server {
         }
     }
 
+    /// Starts writing the uids when a launch waits for that.
+    pub(super) fn start_saver(&mut self) -> io::Result<()> {
+        if self.ending.is_none()
+            && let Some(child) = self.launcher.uids.start_saver()
+        {
+            let data = epoll::EventData::new_u64(Source::Saver.token());
+            epoll::add(&self.epoll, child, data, epoll::EventFlags::IN)?;
+        }
+        Ok(())
+    }
+
+    /// The uids are on the disk, or cannot be written: who waits for that is executed, or refused.
+    pub(super) fn saved(&mut self) {
+        let Some((pidfd, result)) = self.launcher.uids.saver_ended() else { return };
+        let _ = epoll::delete(&self.epoll, &pidfd);
+        let mut refused = Vec::new();
+        for (id, slot) in &mut self.slots {
+            match result {
+                Ok(()) => slot.running.release_if_saved(&self.launcher.uids),
+                Err(errno) => refused.extend(slot.running.unsaved(errno).map(|refusal| (*id, refusal))),
+            }
+        }
+        for (id, refusal) in refused {
+            self.give_up(id, refusal);
+        }
+    }
+
     /// Kills a launch that has not succeeded; the refusal is sent when nothing is left of it.
     pub(super) fn give_up(&mut self, id: u64, refusal: Refusal) {
         let Some(slot) = self.slots.get_mut(&id) else { return };

@@ -41,6 +41,9 @@ const END_TIME: Duration = Duration::from_secs(5);
 /// How often it looks again whether the kernel has let go of a group.
 const RETRY: Duration = Duration::from_millis(2);
 
+/// For how long a spare that is missing waits for a turn without an event.
+const PATIENCE: Duration = Duration::from_millis(25);
+
 /// How long a launcher waits for its first supervisor, whatever its linger is.
 const FIRST_TIME: Duration = Duration::from_secs(30);
 
@@ -62,6 +65,8 @@ enum Source {
     Copier,
     /// The child that works in the store.
     Chore,
+    /// The child that writes the uids.
+    Saver,
 }
 
 impl Source {
@@ -81,6 +86,7 @@ impl Source {
             Self::Spare(number) => number << 4 | 11,
             Self::Copier => 12,
             Self::Chore => 13,
+            Self::Saver => 14,
         }
     }
 
@@ -100,6 +106,7 @@ impl Source {
             (11, number) => Some(Self::Spare(number)),
             (12, _) => Some(Self::Copier),
             (13, _) => Some(Self::Chore),
+            (14, _) => Some(Self::Saver),
             _ => None,
         }
     }
@@ -213,6 +220,7 @@ impl Server {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
+            let quiet = events.is_empty();
             for event in events.drain(..) {
                 let flags = event.flags;
                 if let Some(source) = Source::of(event.data.u64()) {
@@ -230,10 +238,11 @@ impl Server {
             self.show_out();
             self.lonely();
             self.launcher.store.overdue();
+            self.start_saver()?;
             self.start_chore()?;
             self.finish_gone();
             self.flush();
-            self.make_spare()?;
+            self.make_spare(quiet)?;
             self.close_received()?;
             self.watch_connection()?;
             self.watch_door()?;
@@ -281,6 +290,7 @@ impl Server {
                 }
             }
             Source::Copier => self.copied(),
+            Source::Saver => self.saved(),
             Source::Chore => {
                 if let Some(pidfd) = self.launcher.store.chore_ended() {
                     let _ = epoll::delete(&self.epoll, &pidfd);
@@ -349,7 +359,8 @@ impl Server {
             let of = |slot: &Slot| {
                 slot.running.init_pid == pid || slot.change.as_ref().is_some_and(|change| change.pid == pid)
             };
-            let known = self.closer.is_child(pid) || self.launcher.store.is_child(pid) || self.slots.values().any(of);
+            let of_launcher = self.launcher.store.is_child(pid) || self.launcher.uids.is_child(pid);
+            let known = self.closer.is_child(pid) || of_launcher || self.slots.values().any(of);
             if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             }
@@ -382,6 +393,7 @@ impl Server {
         self.ending = Some(Instant::now());
         self.closer.kill();
         self.launcher.store.kill();
+        self.launcher.uids.kill();
         for slot in self.slots.values() {
             slot.running.kill();
         }
@@ -402,11 +414,13 @@ impl Server {
         self.slots.values().any(|slot| matches!(slot.phase, Phase::Starting { .. }))
     }
 
-    /// Makes a spare when one is missing and nothing else is to be done.
-    fn make_spare(&mut self) -> io::Result<()> {
+    /// Makes a spare when one is missing and nothing else is to be done: after a turn without an event, which waited a
+    /// moment for one, or when there has been none for long.
+    fn make_spare(&mut self, quiet: bool) -> io::Result<()> {
         self.launcher.spares.tidy();
-        let due = self.launcher.spares.due().is_some_and(|at| at <= Instant::now());
-        if !due || self.ending.is_some() || self.launching() {
+        let now = Instant::now();
+        let due = |at: Instant| at <= now && (quiet || at + PATIENCE <= now);
+        if !self.launcher.spares.due().is_some_and(due) || self.ending.is_some() || self.launching() {
             return Ok(());
         }
         if let Some((number, line)) = self.launcher.make_spare() {

@@ -124,7 +124,6 @@ impl Server {
         self.launcher.require(request)?;
         let Admitted { directory, path, checked } = self.launcher.admit(request, &plugin)?;
         let program = Program { directory: directory.as_fd(), path: &path, entry: Entry::InBundle, identity: None };
-        self.launcher.spares.launched();
         let running = self.launcher.start(request, &checked, &program, arrived)?;
         let number = running.id.0;
         let slot = Slot {

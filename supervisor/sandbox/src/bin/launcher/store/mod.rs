@@ -38,7 +38,7 @@ use self::{
 };
 pub(crate) use self::{
     origin::{Doubt, Owners, check_root},
-    place::{beside, only_ours, write_beside},
+    place::{only_ours, write_durable},
     stated::Stated,
 };
 use crate::{

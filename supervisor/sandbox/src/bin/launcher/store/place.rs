@@ -345,8 +345,8 @@ pub(super) fn make_durable(files: &Path, list: &str, about: &str) -> io::Result<
     fs::File::open(own.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
 }
 
-/// Writes a file so that after a crash it is the old one or the new one.
-fn write_durable(path: &Path, text: &str) -> io::Result<()> {
+/// Writes a file so that after a crash it is the old one or the new one. The disk may take its time.
+pub(crate) fn write_durable(path: &Path, text: &str) -> io::Result<()> {
     let parent = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let written = write_beside(path, text)?;
     written.sync_all()?;
@@ -355,7 +355,7 @@ fn write_durable(path: &Path, text: &str) -> io::Result<()> {
 }
 
 /// Writes the new file beside the old one; it still has to be renamed.
-pub(crate) fn write_beside(path: &Path, text: &str) -> io::Result<fs::File> {
+fn write_beside(path: &Path, text: &str) -> io::Result<fs::File> {
     use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
     let new = beside(path);
     match fs::remove_file(&new) {
@@ -368,7 +368,7 @@ pub(crate) fn write_beside(path: &Path, text: &str) -> io::Result<fs::File> {
 }
 
 /// The name under which a file is written before it takes the place of the old one.
-pub(crate) fn beside(path: &Path) -> PathBuf {
+fn beside(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
