@@ -70,7 +70,7 @@ fn main() -> ExitCode {
         Command::Test { full, only } => test::run_checks(full, &only),
         Command::Bench { what } => {
             // A peer that is missing is named in the result; our own figures need none.
-            if matches!(what, bench::Bench::Broker(_))
+            if matches!(what, bench::Bench::Broker(_) | bench::Bench::Spawn(_))
                 && let Err(error) = setup::for_bench()
             {
                 eprintln!("note: {error:#}");

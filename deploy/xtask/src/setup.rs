@@ -35,10 +35,12 @@ const TESTS: &[Tool] = &[
     },
 ];
 
-/// The peers of `bench broker`.
+/// The peers of the benchmarks.
 const PEERS: &[Tool] = &[
     Tool { needs: "haproxy", package: "haproxy", needed_for: "bench broker" },
     Tool { needs: "nginx", package: "nginx", needed_for: "bench broker" },
+    Tool { needs: "bwrap", package: "bubblewrap", needed_for: "bench spawn" },
+    Tool { needs: "runc", package: "runc", needed_for: "bench spawn" },
 ];
 
 /// Installs everything for every command.
@@ -67,7 +69,7 @@ pub(crate) fn for_tests() -> anyhow::Result<()> {
     install(TESTS)
 }
 
-/// Installs the peers of `bench broker`. A caller that can do without prints the error and goes on.
+/// Installs the peers of the benchmarks. A caller that can do without prints the error and goes on.
 ///
 /// # Errors
 /// As [`run`].

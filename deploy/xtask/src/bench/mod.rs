@@ -9,6 +9,7 @@ mod echo;
 mod egress;
 mod figures;
 mod load;
+mod outside;
 mod part;
 mod peers;
 mod processes;
@@ -24,7 +25,8 @@ pub(crate) enum Bench {
     Broker(broker::Options),
     /// The egress proxy: what it adds to a connection, and how exactly it holds a bandwidth.
     Egress(egress::Options),
-    /// Starting plugins: launch to exec, discovery to LOADED, and a restart of the supervisor with 50 of them.
+    /// Starting plugins: launch to exec at each level and beside bwrap and runc, discovery to LOADED, and a restart of the
+    /// supervisor with 50 of them.
     Spawn(spawn::Options),
     /// One of the processes of a measurement.
     #[command(hide = true, subcommand)]

@@ -60,7 +60,7 @@ impl Peer {
 }
 
 /// A program on the path, or where distributions put servers.
-fn find(name: &str) -> Option<PathBuf> {
+pub(super) fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let directories = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/usr/local/sbin".into()]);
     directories.map(|directory| directory.join(name)).find(|program| program.is_file())

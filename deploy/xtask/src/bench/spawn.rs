@@ -1,16 +1,19 @@
 //! `bench spawn`: what starting a plugin costs, on the real programs.
 //!
-//! A supervisor with one real plugin is started again and again; in each, the plugin is restarted. Launch to exec is the
-//! launcher's own measurement, which the event `plugin.starting` carries; discovery to LOADED is the time between the
-//! events `plugin.discovered` and `plugin.ready`. Both are read from outside, as an operator would.
+//! A supervisor with one real plugin is started again and again, at each level that the launcher supports; in each, the
+//! plugin is restarted. Launch to exec is the launcher's own measurement, which the event `plugin.starting` carries;
+//! discovery to LOADED is the time between the events `plugin.discovered` and `plugin.ready`. Both are read from outside,
+//! as an operator would. Every launch counts, the first ones of a name and those without a child made ahead too. What the
+//! same costs elsewhere is measured in `outside`.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 
 use super::{
     figures::{cores, kernel, median, number, quartiles},
+    outside::{self, Outside, PEERS},
     reattach::{self, Restart},
 };
 use crate::{
@@ -26,6 +29,8 @@ pub(super) const PLUGIN: &str = "markdown";
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// The levels of the design. Those that this version cannot launch are named as missing.
 const LEVELS: [&str; 5] = ["none", "process", "container", "sandbox", "vm"];
+/// The level of what is not about levels.
+const USUAL: &str = "process";
 /// The part of a launch that one with a child made ahead does not have: the child is in its cgroups already.
 const JOIN: &str = "join";
 
@@ -41,8 +46,12 @@ pub(crate) struct Options {
     /// Times that a supervisor with 50 plugins is killed and started again.
     #[arg(long, default_value_t = 3)]
     reattaches: usize,
+    /// Times that each level and each peer starts the same program.
+    #[arg(long, default_value_t = 25)]
+    rounds: usize,
 }
 
+/// What was measured at one level.
 #[derive(Default)]
 struct Figures {
     launch_exec_ms: Vec<f64>,
@@ -52,10 +61,8 @@ struct Figures {
     discovery_loaded_ms: Vec<f64>,
     /// A restart: from the first phase of the new load to LOADED.
     reloaded_ms: Vec<f64>,
-    reattached: Vec<Restart>,
     /// What each part of a launch took, in the order in which they are done.
     parts_us: Vec<(String, Vec<f64>)>,
-    level: Option<String>,
 }
 
 impl Figures {
@@ -72,30 +79,42 @@ impl Figures {
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let binaries = build::binaries(Profile::Release)?;
-    let mut figures = Figures::default();
-    let mut lacking = Vec::new();
-    for start in 1..=options.starts {
-        eprint!("\rstart {start} of {}", options.starts);
-        let place = Place::new()?;
-        let bundles = place.bundles();
-        build::bundle(
-            &build::workspace_root().join(build::BUNDLES).join(PLUGIN),
-            &binaries.join(PLUGIN),
-            &bundles.join(PLUGIN),
-        )?;
-        if start == 1 {
-            lacking = what_is_lacking(&binaries, &place)?;
+    let place = Place::new()?;
+    let lacking = what_is_lacking(&binaries, &place)?;
+    place.remove()?;
+    let outside = outside::measure(&binaries, &LEVELS, options.rounds)?;
+    let mut by_level = BTreeMap::new();
+    for level in LEVELS.into_iter().filter(|level| outside.levels.contains_key(level)) {
+        let mut figures = Figures::default();
+        for start in 1..=options.starts {
+            eprint!("\r{level}, start {start} of {}", options.starts);
+            let place = Place::new()?;
+            let bundle = place.bundles().join(PLUGIN);
+            build::bundle(&build::workspace_root().join(build::BUNDLES).join(PLUGIN), &binaries.join(PLUGIN), &bundle)?;
+            ask_for(level, &bundle)?;
+            measure(&binaries, &place, &lacking, level, options.restarts, &mut figures)?;
+            place.remove()?;
         }
-        measure(&binaries, &place, &lacking, options.restarts, &mut figures)?;
-        place.remove()?;
+        eprintln!();
+        by_level.insert(level, figures);
     }
+    let mut reattached = Vec::new();
     for reattach in 1..=options.reattaches {
         eprint!("\rsupervisor with 50 plugins killed, {reattach} of {}", options.reattaches);
-        figures.reattached.push(reattach::measure(&binaries, &lacking)?);
+        reattached.push(reattach::measure(&binaries, &lacking)?);
     }
     eprintln!();
-    report(&figures, &lacking, options);
+    report(&by_level, &outside, &reattached, &lacking, options);
     Ok(())
+}
+
+/// Writes the level into the bundle's manifest.
+fn ask_for(level: &str, bundle: &Path) -> anyhow::Result<()> {
+    let file = bundle.join("plugin.json");
+    let text = fs::read(&file).context("cannot read the plugin's manifest")?;
+    let mut manifest: Value = serde_json::from_slice(&text).context("the plugin's manifest is no JSON")?;
+    manifest["security"]["sandbox"]["isolationLevel"] = json!(level);
+    fs::write(&file, manifest.to_string()).context("cannot write the plugin's manifest")
 }
 
 /// What this host cannot enforce; the plugin is then started without it, and the result says so.
@@ -113,10 +132,13 @@ fn measure(
     binaries: &Path,
     place: &Place,
     lacking: &[String],
+    level: &str,
     restarts: usize,
     figures: &mut Figures,
 ) -> anyhow::Result<()> {
     let text = configuration(&place.runtime(), &place.state(), "127.0.0.1:0", Some(&place.bundles()), lacking);
+    // No other tier may go without walls.
+    let text = if level == "none" { text.replace("tier = \"verified\"", "tier = \"internal\"") } else { text };
     let file = place.configure(&text)?;
     let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("plugvisord.log"))?;
     let mut events = supervisor.follow_events()?;
@@ -150,7 +172,8 @@ fn measure(
         let from_nothing = parts.as_array().into_iter().flatten().any(|part| part[0] == JOIN);
         if from_nothing { &mut figures.from_nothing_ms } else { &mut figures.ahead_ms }.push(micros / 1_000.0);
         figures.add_parts(parts);
-        figures.level = starting["data"]["level"].as_str().map(str::to_owned);
+        let got = &starting["data"]["level"];
+        anyhow::ensure!(got == level, "{PLUGIN} was started at {got}, not at {level}");
     }
     drop(events);
     supervisor.stop()?;
@@ -173,43 +196,59 @@ fn sequence(event: &Value) -> u64 {
     sequence.as_u64().or_else(|| sequence.as_str()?.parse().ok()).unwrap_or_default()
 }
 
-fn report(figures: &Figures, lacking: &[String], options: &Options) {
-    let level = figures.level.as_deref().unwrap_or("process");
-    let launch = median(&figures.launch_exec_ms);
-    let loaded = median(&figures.discovery_loaded_ms);
+fn report(
+    by_level: &BTreeMap<&str, Figures>,
+    outside: &Outside,
+    reattached: &[Restart],
+    lacking: &[String],
+    options: &Options,
+) {
+    let usual = by_level.get(USUAL);
     println!(
-        "Medians of {} starts of plugvisord with {} restarts of {PLUGIN} in each.",
-        options.starts, options.restarts
+        "Medians of {} starts of plugvisord with {} restarts of {PLUGIN} in each, at each level; of {} starts of a program \
+         that tells the time.",
+        options.starts, options.restarts, options.rounds
     );
     println!();
-    println!("{:32} {:>10} {:>10} {:>10}", "ms", "quarter", "median", "3 quarters");
+    println!("{:36} {:>10} {:>10} {:>10}", "ms", "quarter", "median", "3 quarters");
     let row = |name: &str, values: &[f64], digits: usize| {
         let (low, high) = quartiles(values);
-        println!("{name:32} {low:>10.digits$} {:>10.digits$} {high:>10.digits$}", median(values));
+        println!("{name:36} {low:>10.digits$} {:>10.digits$} {high:>10.digits$}", median(values));
     };
-    let mut by_level = Map::new();
-    for each in LEVELS {
-        if each == level {
-            row(&format!("launch to exec, {each}"), &figures.launch_exec_ms, 2);
-            by_level.insert(each.to_owned(), number(launch));
-        } else {
-            println!("{:32} {:>10} {:>10}", format!("launch to exec, {each}"), "", "missing");
+    for level in LEVELS {
+        let Some(figures) = by_level.get(level) else {
+            println!("{:36} {:>10} {:>10}", format!("launch to exec, {level}"), "", "missing");
+            continue;
+        };
+        row(&format!("launch to exec, {level}"), &figures.launch_exec_ms, 2);
+        row(&format!("  {} with a child made ahead", figures.ahead_ms.len()), &figures.ahead_ms, 2);
+        row(&format!("  {} from nothing", figures.from_nothing_ms.len()), &figures.from_nothing_ms, 2);
+    }
+    if let Some(figures) = usual {
+        row("discovery to LOADED", &figures.discovery_loaded_ms, 1);
+        row("restart: first phase to LOADED", &figures.reloaded_ms, 1);
+    }
+    let taken_over = reattached.iter().map(|restart| restart.reattached_ms).collect::<Vec<_>>();
+    let back = reattached.iter().map(|restart| restart.wall_ms).collect::<Vec<_>>();
+    row("50 plugins taken over", &taken_over, 1);
+    row("start to ready, with these", &back, 1);
+    println!();
+    println!("{:36} {:>10} {:>10} {:>10}", "ms, order to the program's first act", "quarter", "median", "3 quarters");
+    for (level, ours) in &outside.levels {
+        row(&format!("{level} ({} of {} made ahead)", ours.ahead, ours.seen.len()), &ours.seen, 2);
+    }
+    for name in PEERS {
+        match outside.peers.get(name) {
+            Some(seen) => row(name, seen, 2),
+            None => println!("{name:36} {:>10} {:>10}", "", "missing"),
         }
     }
-    row("  with a child made ahead", &figures.ahead_ms, 2);
-    row("  from nothing", &figures.from_nothing_ms, 2);
-    row("discovery to LOADED", &figures.discovery_loaded_ms, 1);
-    let reattached = figures.reattached.iter().map(|restart| restart.reattached_ms).collect::<Vec<_>>();
-    let back = figures.reattached.iter().map(|restart| restart.wall_ms).collect::<Vec<_>>();
-    row("restart: first phase to LOADED", &figures.reloaded_ms, 1);
-    row("50 plugins taken over", &reattached, 1);
-    row("start to ready, with these", &back, 1);
-    if !figures.parts_us.is_empty() {
-        println!();
-        println!("{:32} {:>10} {:>10} {:>10}", "us, parts of launch to exec", "quarter", "median", "3 quarters");
-    }
     let mut parts = Vec::new();
-    for (name, times) in &figures.parts_us {
+    for (name, times) in usual.iter().flat_map(|figures| &figures.parts_us) {
+        if parts.is_empty() {
+            println!();
+            println!("{:36} {:>10} {:>10} {:>10}", "us, parts of launch to exec", "quarter", "median", "3 quarters");
+        }
         row(name, times, 0);
         parts.push(json!({ "part": name, "median_us": number(median(times)), "launches": times.len() }));
     }
@@ -217,16 +256,26 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
         println!("without what this host cannot enforce: {}", lacking.join(", "));
     }
     println!();
-    let missing: Vec<&str> = LEVELS.into_iter().filter(|each| *each != level).collect();
-    let result = json!({
-        "launch_exec_ms": by_level,
-        "launch_exec_quartiles_ms": spread(&figures.launch_exec_ms),
-        "launch_exec_ahead_ms": number(median(&figures.ahead_ms)),
-        "launch_exec_from_nothing_ms": number(median(&figures.from_nothing_ms)),
-        "discovery_loaded_ms": number(loaded),
-        "discovery_loaded_quartiles_ms": spread(&figures.discovery_loaded_ms),
-        "restart_loaded_ms": number(median(&figures.reloaded_ms)),
-        "reattach_50_ms": number(median(&reattached)),
+    let of = |what: fn(&Figures) -> &Vec<f64>| {
+        let all = by_level.iter().map(|(level, figures)| ((*level).to_owned(), number(median(what(figures)))));
+        Value::Object(all.collect())
+    };
+    let usual_of = |what: fn(&Figures) -> &Vec<f64>| usual.map_or(&[][..], |figures| what(figures));
+    let missing: Vec<&str> = LEVELS.into_iter().filter(|each| !by_level.contains_key(each)).collect();
+    let mut result = json!({
+        "launch_exec_ms": of(|figures| &figures.launch_exec_ms),
+        "launch_exec_quartiles_ms": spread(usual_of(|figures| &figures.launch_exec_ms)),
+        "launch_exec_ahead_ms": number(median(usual_of(|figures| &figures.ahead_ms))),
+        "launch_exec_from_nothing_ms": number(median(usual_of(|figures| &figures.from_nothing_ms))),
+        "launches": by_level.iter().map(|(level, figures)| ((*level).to_owned(), json!({
+            "ahead": figures.ahead_ms.len(),
+            "from_nothing": figures.from_nothing_ms.len(),
+            "quartiles_ms": spread(&figures.launch_exec_ms),
+        }))).collect::<Map<_, _>>(),
+        "discovery_loaded_ms": number(median(usual_of(|figures| &figures.discovery_loaded_ms))),
+        "discovery_loaded_quartiles_ms": spread(usual_of(|figures| &figures.discovery_loaded_ms)),
+        "restart_loaded_ms": number(median(usual_of(|figures| &figures.reloaded_ms))),
+        "reattach_50_ms": number(median(&taken_over)),
         "reattach_50_wall_ms": number(median(&back)),
         "parts": parts,
         "cores": cores(),
@@ -234,16 +283,53 @@ fn report(figures: &Figures, lacking: &[String], options: &Options) {
         "missing": missing,
         "not_enforced": lacking,
         "raw": {
-            "launch_exec_ms": figures.launch_exec_ms,
-            "launch_exec_ahead_ms": figures.ahead_ms,
-            "launch_exec_from_nothing_ms": figures.from_nothing_ms,
-            "discovery_loaded_ms": figures.discovery_loaded_ms,
-            "restart_loaded_ms": figures.reloaded_ms,
-            "reattach_50_ms": reattached,
+            "launch_exec_ms": by_level.iter().map(|(level, figures)| ((*level).to_owned(), json!({
+                "ahead": figures.ahead_ms, "from_nothing": figures.from_nothing_ms,
+            }))).collect::<Map<_, _>>(),
+            "discovery_loaded_ms": usual_of(|figures| &figures.discovery_loaded_ms),
+            "restart_loaded_ms": usual_of(|figures| &figures.reloaded_ms),
+            "reattach_50_ms": taken_over,
             "reattach_50_wall_ms": back,
         },
     });
+    if let Value::Object(result) = &mut result {
+        compare(outside, result);
+    }
     println!("{result}");
+}
+
+/// What was seen from outside, and how many times as long the others took as each level.
+fn compare(outside: &Outside, result: &mut Map<String, Value>) {
+    let peer = |name: &str| outside.peers.get(name).map_or(f64::NAN, |seen| median(seen));
+    let mut seen = Map::new();
+    let mut ratios = Map::new();
+    for (level, ours) in &outside.levels {
+        let own = median(&ours.seen);
+        seen.insert(
+            (*level).to_owned(),
+            json!({
+                "median_ms": number(own),
+                "quartiles_ms": spread(&ours.seen),
+                "launcher_ms": number(median(&ours.launcher)),
+                "ahead": ours.ahead,
+                "from_nothing": ours.seen.len() - ours.ahead,
+            }),
+        );
+        let by_peer = PEERS.map(|name| (name.to_owned(), number(peer(name) / own)));
+        ratios.insert((*level).to_owned(), Value::Object(by_peer.into_iter().collect()));
+    }
+    result.insert("seen".to_owned(), Value::Object(seen));
+    result.insert("ratios".to_owned(), Value::Object(ratios));
+    for name in PEERS {
+        result.insert(format!("{name}_ms"), number(peer(name)));
+        let (low, high) = quartiles(outside.peers.get(name).map_or(&[][..], Vec::as_slice));
+        result.insert(format!("{name}_quartiles_ms"), json!([number(low), number(high)]));
+        if !outside.peers.contains_key(name)
+            && let Some(Value::Array(missing)) = result.get_mut("missing")
+        {
+            missing.push(json!(name));
+        }
+    }
 }
 
 fn spread(values: &[f64]) -> Value {
