@@ -176,6 +176,20 @@ fn took(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     Ok(began.elapsed().as_secs_f64() * 1000.0)
 }
 
+/// What both took, in milliseconds; `direct_first` says in which order.
+fn pair(
+    direct_first: bool,
+    direct: impl FnOnce() -> anyhow::Result<()>,
+    proxied: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<(f64, f64)> {
+    if direct_first {
+        let direct = took(direct)?;
+        return Ok((direct, took(proxied)?));
+    }
+    let proxied = took(proxied)?;
+    Ok((took(direct)?, proxied))
+}
+
 /// Each kind, direct and through the proxy in turn.
 fn exchanges(count: usize, server: SocketAddr, proxy: SocketAddr) -> anyhow::Result<[Pair; 3]> {
     let mut direct = connect(server)?;
@@ -185,13 +199,16 @@ fn exchanges(count: usize, server: SocketAddr, proxy: SocketAddr) -> anyhow::Res
     let (mut open, mut whole, mut plain) = (Vec::new(), Vec::new(), Vec::new());
     // The first tenth warms up both sides.
     for round in 0..count + count / 10 {
+        // Who is first finds another machine than who is second: they take turns in that too.
+        let first = round % 2 == 0;
         let pairs = [
-            (took(|| exchange(&mut direct, "/", server))?, took(|| exchange(&mut tunnelled, "/", server))?),
-            (
-                took(|| exchange(&mut connect(server)?, "/", server))?,
-                took(|| exchange(&mut tunnel(proxy, server)?, "/", server))?,
-            ),
-            (took(|| exchange(&mut direct, "/", server))?, took(|| exchange(&mut plainly, &url, server))?),
+            pair(first, || exchange(&mut direct, "/", server), || exchange(&mut tunnelled, "/", server))?,
+            pair(
+                first,
+                || exchange(&mut connect(server)?, "/", server),
+                || exchange(&mut tunnel(proxy, server)?, "/", server),
+            )?,
+            pair(first, || exchange(&mut direct, "/", server), || exchange(&mut plainly, &url, server))?,
         ];
         if round >= count / 10 {
             let [first, second, third] = pairs;
