@@ -29,6 +29,7 @@ pub mod privileges;
 mod readiness;
 pub mod run;
 pub mod runtime_directory;
+mod service;
 pub mod start;
 pub mod starts;
 pub mod state;

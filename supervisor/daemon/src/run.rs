@@ -34,6 +34,7 @@ use crate::{
     logs::{LogDirectory, LogFiles, Logs},
     observe::{self, ServerLimits},
     runtime_directory::RuntimeDirectory,
+    service,
     starts::Starts,
     state::{self, BreakerRecord, Note, Opened},
     supervisor::Supervisor,
@@ -175,6 +176,10 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             async move { end.run_until_cancelled(tell_of_state(&events, health)).await.unwrap_or(()) }
         });
         edges.spawn({
+            let end = edges_end.clone();
+            async move { end.run_until_cancelled(service::lives()).await.unwrap_or(()) }
+        });
+        edges.spawn({
             let serving = admin::serve(admin, Arc::clone(&state), allowed, edges_end.clone());
             async move {
                 if let Err(error) = serving.await {
@@ -194,6 +199,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             runtime_directory = %runtime_directory.path().display(), metrics = %metrics_address,
             launcher = client.pid(), "plugvisord serves"
         );
+        service::serves();
         let starting = tokio::spawn({
             let state = Arc::clone(&state);
             async move {
@@ -229,6 +235,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
                 _ => Some("its connection closed".to_owned()),
             },
         };
+        service::stops();
         starting.abort();
         state.closing.cancel();
         let why = match &lost {

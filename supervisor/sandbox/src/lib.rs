@@ -3,10 +3,11 @@
 //! This is the only crate with `unsafe`. It knows neither tokio nor gRPC nor the supervisor's configuration.
 //!
 //! What the supervisor needs: [`options`] to start the launcher, [`seqpacket`] to carry packets, [`codec`] to turn them
-//! into the messages of [`protocol`].
+//! into the messages of [`protocol`]. What both need: [`service_manager`], to tell systemd how they are.
 #![deny(unsafe_code)]
 
 pub mod codec;
 pub mod options;
 pub mod protocol;
 pub mod seqpacket;
+pub mod service_manager;

@@ -89,7 +89,8 @@ pub struct Listen {
     /// `--socket-fd N` beside `--listen`: the connection of the first supervisor, which started the launcher and so need
     /// not wait for the path. Its uid is that of the starter, not the one below.
     pub first: Option<RawFd>,
-    /// `--supervisor-uid UID`: who may connect, by `SO_PEERCRED`. Nobody else, not even root.
+    /// `--supervisor-uid UID`: who may connect, by `SO_PEERCRED`. Nobody else, not even root. A name is looked up in
+    /// `/etc/passwd`, where systemd-sysusers puts the users of services.
     pub uid: u32,
     /// `--linger SECONDS` or `--linger forever`: how long plugins are kept without a supervisor; then the launcher ends,
     /// and they with it. 0, the default, ends at once.
@@ -334,9 +335,20 @@ fn parse_fd(value: &OsStr) -> Result<RawFd, OptionsError> {
 }
 
 fn parse_uid(value: &OsStr) -> Result<u32, OptionsError> {
+    let text = value.to_str().unwrap_or_default();
+    if text.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_') {
+        let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        return uid_of(text, &users).ok_or_else(|| refuse(SUPERVISOR, value, "/etc/passwd has no such user"));
+    }
     // u32::MAX is nobody's, and 65534 is what unmapped ids look like.
-    let uid = value.to_str().and_then(|text| text.parse().ok()).filter(|uid| ![65534, u32::MAX].contains(uid));
-    uid.ok_or_else(|| refuse(SUPERVISOR, value, "it must be a uid other than 65534 and 4294967295"))
+    let uid = text.parse().ok().filter(|uid| ![65534, u32::MAX].contains(uid));
+    uid.ok_or_else(|| refuse(SUPERVISOR, value, "it must be a user's name, or a uid other than 65534 and 4294967295"))
+}
+
+/// The third field of the user's line (passwd(5)).
+fn uid_of(name: &str, users: &str) -> Option<u32> {
+    let line = users.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.split(':').nth(1)?.parse().ok()
 }
 
 fn parse_linger(value: &OsStr) -> Result<Linger, OptionsError> {
@@ -446,6 +458,15 @@ mod tests {
     }
 
     #[test]
+    fn a_user_is_found_by_its_whole_name() {
+        let users = "root:x:0:0:root:/root:/bin/sh\nplug:x:7:7::/:\nplugvisor:x:998:997:a b:/:/usr/sbin/nologin\nbad\n";
+        assert_eq!(uid_of("plugvisor", users), Some(998));
+        assert_eq!(uid_of("plug", users), Some(7));
+        assert_eq!(uid_of("plugv", users), None);
+        assert_eq!(uid_of("bad", users), None);
+    }
+
+    #[test]
     fn each_wrong_flag_is_named() {
         let base = ["--socket-fd", "3", "--cgroup-root", "p", "--runtime-directory", "/run/p"];
         assert!(parse(&base).is_ok());
@@ -484,6 +505,7 @@ mod tests {
         for (extra, named) in [
             (["--supervisor-uid", "65534"], "--supervisor-uid"),
             (["--supervisor-uid", "-1"], "--supervisor-uid"),
+            (["--supervisor-uid", "no:such:user"], "--supervisor-uid"),
             (["--linger", "-1"], "--linger"),
             (["--linger", "always"], "--linger"),
             (["--listen", "relative"], "--listen"),

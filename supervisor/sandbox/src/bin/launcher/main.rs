@@ -53,6 +53,7 @@ use std::{
 use plugvisor_sandbox::{
     options::{Options, Supervisor},
     seqpacket::{Peer, Seqpacket},
+    service_manager,
 };
 use rustix::{
     fs::{Mode, OFlags, fstat},
@@ -71,10 +72,22 @@ use crate::{
     uids::Uids,
 };
 
+/// In place of a launcher: after one, for its service.
+const CLEAR_CGROUP: &str = "--clear-cgroup";
+
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).peekable();
     if args.peek().is_some_and(|first| first == probe::TRIAL) {
         return ExitCode::SUCCESS;
+    }
+    if args.peek().is_some_and(|first| first == CLEAR_CGROUP) {
+        return match cgroup::clear() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("plugvisor-launcher: {CLEAR_CGROUP} failed: {error}; the next start may end in 219/CGROUP");
+                ExitCode::from(74)
+            }
+        };
     }
     match Options::parse(args).map_err(|error| Wrong::Policy(error.to_string())).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
@@ -137,7 +150,9 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     let mut launcher = Launcher::new(options, filters, parts).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
     let mut server = Server::new(launcher, connection, door, signals, closer).map_err(system("making an epoll set"))?;
+    tell("READY=1");
     let served = server.run();
+    tell("STOPPING=1");
     server.release_store();
     let _ = rustix::process::chdir("/");
     drop(fs::remove_dir_all(directory));
@@ -150,6 +165,13 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     }
     std::mem::forget(server);
     served.map_err(system("serving the supervisor"))
+}
+
+/// Tells the service manager, which may be none.
+fn tell(state: &str) {
+    if let Err(error) = service_manager::tell(state) {
+        eprintln!("plugvisor-launcher: {state} could not be told to the service manager: {error}");
+    }
 }
 
 /// The connection that the starter left open under this number.

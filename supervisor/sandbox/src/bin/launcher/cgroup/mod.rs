@@ -4,6 +4,7 @@
 //! cap around it stays. It works with v1 hierarchies, v2, and both at once; it knows nothing of what a plugin is.
 
 mod change;
+mod clear;
 mod freeze;
 mod locate;
 mod stats;
@@ -24,7 +25,7 @@ use rustix::{
 };
 
 use self::locate::{Own, Version};
-pub(crate) use self::{change::restore, stats::open_files};
+pub(crate) use self::{change::restore, clear::clear, stats::open_files};
 
 /// The controllers that hold limits.
 const CONTROLLERS: [(&str, Control); 3] =
@@ -160,8 +161,7 @@ impl Cgroups {
                 _ => Err(error),
             })?;
             self.moved = Some((own.directory.clone(), leaf.clone()));
-            let starter = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
-            for pid in starter.into_iter().chain([rustix::process::getpid().as_raw_nonzero().get()]) {
+            for pid in to_move(&own.directory)? {
                 fs::write(leaf.join("cgroup.procs"), pid.to_string())?;
             }
             subtree(&own.directory)
@@ -443,6 +443,16 @@ impl Group {
         let got = read(&path).map_err(|error| format!("reading {} failed: {error}", path.display()))?;
         if good(&got) { Ok(()) } else { Err(format!("{} is {got} after {value} was written", path.display())) }
     }
+}
+
+/// Who must leave the group for a leaf: the launcher, and its starter if that is in the same group. One that is
+/// elsewhere, such as a service manager, is none of the launcher's business.
+fn to_move(group: &Path) -> io::Result<Vec<i32>> {
+    let raw = |pid: rustix::process::Pid| pid.as_raw_nonzero().get();
+    let starter = rustix::process::getppid().map(raw);
+    let members = read(&group.join("cgroup.procs"))?;
+    let here = |pid: &i32| members.lines().any(|line| line == pid.to_string());
+    Ok(starter.filter(here).into_iter().chain([raw(rustix::process::getpid())]).collect())
 }
 
 /// A group that others may read: the supervisor, which is another user, shows what a plugin uses. The umask says no.

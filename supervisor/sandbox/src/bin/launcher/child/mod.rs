@@ -187,7 +187,18 @@ fn join(kit: &Kit<'_>) -> Result<(), Failure> {
         // 0 is the writer itself.
         rustix::io::write(group, b"0").map_err(at(Step::Cgroup))?;
     }
-    Ok(())
+    be_as_killable_as_others().map_err(|error| Failure::io(Step::Rlimits, &error))
+}
+
+/// A launcher that its service manager protects from the kernel's killing for memory (`OOMScoreAdjust=`) does not hand
+/// that protection down. More than that a plugin may have been given from outside, and keeps.
+fn be_as_killable_as_others() -> io::Result<()> {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let score = std::fs::read_to_string(SCORE)?;
+    match score.trim().parse::<i32>() {
+        Ok(0..) => Ok(()),
+        Ok(_) | Err(_) => std::fs::write(SCORE, "0"),
+    }
 }
 
 /// Listens for the egress proxy, when the plugin may use one. Only here: a launcher without privileges cannot enter this
