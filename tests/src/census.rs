@@ -104,7 +104,7 @@ impl Census {
                 return Ok(now);
             }
             ensure!(
-                begun.elapsed() < SETTLING,
+                begun.elapsed() < crate::stretched(SETTLING),
                 "something is left over ({growth} bytes of heap are allowed):\nbefore {self:?}\nafter  {now:?}"
             );
             // Nothing tells that a descriptor was closed or a thread has ended.

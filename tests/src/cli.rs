@@ -36,7 +36,7 @@ pub(crate) async fn run(program: &Path, socket: &Path, arguments: &[&str]) -> an
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let output = tokio::time::timeout(Duration::from_secs(60), running)
+    let output = tokio::time::timeout(crate::stretched(Duration::from_secs(60)), running)
         .await
         .with_context(|| format!("`plugvisor {}` did not end in a minute", arguments.join(" ")))?
         .with_context(|| format!("cannot start {}", program.display()))?;

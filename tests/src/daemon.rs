@@ -27,7 +27,9 @@ use crate::contract::{
     ActRequest, ActResponse, act_request::Deed, echo_service_client::EchoServiceClient,
     hostile_service_client::HostileServiceClient,
 };
-use crate::{CliOutput, EventLog, Lane, Neighbour, Process, Scrape, World, cli, descendants, events, scrape};
+use crate::{
+    CliOutput, EventLog, Lane, Neighbour, Process, Scrape, World, cli, descendants, events, scrape, stretched,
+};
 
 /// How long a start may take.
 const START: Duration = Duration::from_secs(30);
@@ -64,7 +66,7 @@ impl Daemon {
         let stderr = child.stderr.take().context("plugvisord has no standard error")?;
         let printed = Printed::read(stderr);
         let admin = world.runtime().join("admin.sock");
-        if let Err(error) = tokio::time::timeout(START, answers(&admin, &mut child, &printed))
+        if let Err(error) = tokio::time::timeout(stretched(START), answers(&admin, &mut child, &printed))
             .await
             .unwrap_or_else(|_| Err(anyhow::anyhow!("no answer on {} in {START:?}", admin.display())))
         {
@@ -213,7 +215,7 @@ impl Daemon {
     /// Waits until the plugin is LOADED and returns its status. Driven by the events: each may have changed it.
     ///
     /// # Errors
-    /// When it is not in [`events::PATIENCE`].
+    /// When it is not in [`events::patience`].
     pub async fn loaded(&self, name: &str) -> anyhow::Result<PluginStatus> {
         self.in_state(name, PluginState::Loaded).await
     }
@@ -221,7 +223,7 @@ impl Daemon {
     /// Waits until the plugin is in this state and returns its status.
     ///
     /// # Errors
-    /// When it is not in [`events::PATIENCE`].
+    /// When it is not in [`events::patience`].
     pub async fn in_state(&self, name: &str, state: PluginState) -> anyhow::Result<PluginStatus> {
         self.until(name, state.as_str_name(), |plugin| plugin.state() == state).await
     }
@@ -229,14 +231,14 @@ impl Daemon {
     /// Waits until the plugin's status is as wanted and returns it.
     ///
     /// # Errors
-    /// When it is not in [`events::PATIENCE`].
+    /// When it is not in [`events::patience`].
     pub async fn until(
         &self,
         name: &str,
         what: &str,
         wanted: impl Fn(&PluginStatus) -> bool,
     ) -> anyhow::Result<PluginStatus> {
-        let deadline = tokio::time::Instant::now() + events::PATIENCE;
+        let deadline = tokio::time::Instant::now() + events::patience();
         loop {
             let mark = self.events.mark();
             // It may not have been discovered yet.
@@ -312,7 +314,7 @@ impl Daemon {
     pub async fn stop_for_another(mut self) -> anyhow::Result<World> {
         let remains = self.remains();
         self.process.signal(Signal::TERM).context("SIGTERM to plugvisord")?;
-        let ended = tokio::time::timeout(STOP, self.child.wait()).await;
+        let ended = tokio::time::timeout(stretched(STOP), self.child.wait()).await;
         self.watching.abort();
         let printed = self.printed.text();
         let status = ended.with_context(|| format!("plugvisord runs {STOP:?} after SIGTERM\n{printed}"))??;
@@ -364,7 +366,7 @@ impl Daemon {
     /// # Errors
     /// When it goes on running.
     pub async fn ended(&mut self) -> anyhow::Result<Option<i32>> {
-        let status = tokio::time::timeout(STOP, self.child.wait())
+        let status = tokio::time::timeout(stretched(STOP), self.child.wait())
             .await
             .with_context(|| format!("plugvisord goes on running\n{}", self.printed.text()))??;
         Ok(status.code())

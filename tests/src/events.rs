@@ -10,9 +10,14 @@ use plugvisor_proto::event::v1::Event;
 use prost_types::value::Kind;
 use tokio::sync::watch;
 
+use crate::stretched;
+
 /// How long an awaited event may take: far more than any bound that a test measures, so that a slow machine does not
 /// fail a correct daemon.
-pub const PATIENCE: Duration = Duration::from_secs(40);
+#[must_use]
+pub fn patience() -> Duration {
+    stretched(Duration::from_secs(40))
+}
 
 /// The events of one daemon since its start.
 #[derive(Clone, Debug)]
@@ -47,7 +52,7 @@ impl EventLog {
     /// Waits for an event anywhere in the log.
     ///
     /// # Errors
-    /// When none came in [`PATIENCE`]; the message lists what did come.
+    /// When none came in [`patience`]; the message lists what did come.
     pub async fn wait(&self, what: &str, wanted: impl FnMut(&Event) -> bool) -> anyhow::Result<Event> {
         self.wait_after(0, what, wanted).await
     }
@@ -55,7 +60,7 @@ impl EventLog {
     /// Waits for an event after a mark.
     ///
     /// # Errors
-    /// When none came in [`PATIENCE`]; the message lists what did come.
+    /// When none came in [`patience`]; the message lists what did come.
     pub async fn wait_after(
         &self,
         mark: usize,
@@ -78,10 +83,10 @@ impl EventLog {
                 }
             }
         };
-        match tokio::time::timeout(PATIENCE, search).await {
+        match tokio::time::timeout(patience(), search).await {
             Ok(Some(event)) => Ok(event),
             Ok(None) => anyhow::bail!("the event stream ended before: {what}\n{}", self.listing()),
-            Err(_) => anyhow::bail!("not seen in {PATIENCE:?}: {what}\n{}", self.listing()),
+            Err(_) => anyhow::bail!("not seen in {:?}: {what}\n{}", patience(), self.listing()),
         }
     }
 

@@ -16,7 +16,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use crate::{Lane, Process, World};
+use crate::{Lane, Process, World, place::Place, stretched};
 
 /// How long it may take to listen, and to end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -26,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct ExternalLauncher {
     child: Child,
     socket: PathBuf,
+    _place: Place,
 }
 
 impl World {
@@ -46,7 +47,9 @@ impl World {
         let socket = door.join("launcher.sock");
         let program = self.daemon_binary()?.with_file_name("plugvisor-launcher");
         let group = format!("plugvisor-external-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let mut command = Command::new(program);
+        let other_user = (crate::lane::is_root() && lane == Lane::Rootless).then(|| lane.uid());
+        let place = Place::new(other_user);
+        let mut command = Command::from(place.command(&program));
         command
             .arg("--listen")
             .arg(&socket)
@@ -62,9 +65,6 @@ impl World {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        if crate::lane::is_root() && lane == Lane::Rootless {
-            command.uid(lane.uid()).gid(lane.uid());
-        }
         let mut child = command.spawn().context("cannot start plugvisor-launcher")?;
         let stderr = child.stderr.take().context("it has no standard error")?;
         let listening = until_it_listens(&socket);
@@ -80,7 +80,7 @@ impl World {
             said = ended => anyhow::bail!("plugvisor-launcher ended: {said}"),
             listens = listening => listens?,
         }
-        Ok(ExternalLauncher { child, socket })
+        Ok(ExternalLauncher { child, socket, _place: place })
     }
 }
 
@@ -98,7 +98,8 @@ impl ExternalLauncher {
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         let pid = self.child.id().context("it has ended already")?;
         Process::open(pid).context("it has ended already")?.signal(Signal::TERM)?;
-        let status = tokio::time::timeout(PATIENCE, self.child.wait()).await.context("it goes on running")??;
+        let status =
+            tokio::time::timeout(stretched(PATIENCE), self.child.wait()).await.context("it goes on running")??;
         ensure!(status.success(), "the launcher ended with {status}");
         Ok(())
     }
@@ -123,5 +124,5 @@ async fn until_it_listens(socket: &Path) -> anyhow::Result<()> {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, appears).await.context("the launcher does not listen")
+    tokio::time::timeout(stretched(PATIENCE), appears).await.context("the launcher does not listen")
 }

@@ -14,6 +14,10 @@ pub mod events;
 mod external;
 mod lane;
 mod neighbour;
+pub mod patience;
+// The same file as the launcher's tests use: it knows the kernel and the standard library alone.
+#[path = "../../supervisor/sandbox/tests/harness/place.rs"]
+mod place;
 mod process;
 mod receiver;
 mod scrape;
@@ -30,6 +34,7 @@ pub use events::EventLog;
 pub use external::ExternalLauncher;
 pub use lane::Lane;
 pub use neighbour::{Neighbour, Quiet};
+pub(crate) use patience::stretched;
 pub use process::{Process, descendants};
 pub use receiver::{Receiver, attribute};
 pub use scrape::{Sample, Scrape};
@@ -52,6 +57,7 @@ pub fn run<F: Future<Output = anyhow::Result<()>>>(scenario: F) {
 /// When the scenario fails, with the whole chain of causes.
 pub fn run_within<F: Future<Output = anyhow::Result<()>>>(longest: Duration, scenario: F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    let longest = stretched(longest);
     let bounded = async {
         // A stream that never ends must fail, not hang the whole run.
         tokio::time::timeout(longest, scenario).await.unwrap_or_else(|_| anyhow::bail!("not done in {longest:?}"))

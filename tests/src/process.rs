@@ -13,6 +13,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 
+use crate::stretched;
+
 /// A process that ran when it was opened.
 #[derive(Debug)]
 pub struct Process {
@@ -38,12 +40,13 @@ impl Process {
         ended_within(&self.pidfd, Duration::ZERO).unwrap_or(false)
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended, on a slow machine accordingly longer.
     ///
     /// # Errors
     /// When it still runs after `longest`.
     pub async fn wait(&self, longest: Duration) -> anyhow::Result<()> {
         let pidfd = self.pidfd.try_clone()?;
+        let longest = stretched(longest);
         // A thread that polls: registering a descriptor with the runtime is an unsafe operation since tokio 1.54.
         let ended = tokio::task::spawn_blocking(move || ended_within(&pidfd, longest)).await??;
         anyhow::ensure!(ended, "process {} ({}) still runs after {longest:?}", self.pid, self.name);

@@ -19,7 +19,7 @@ use tokio::{net::TcpListener, sync::watch, task::AbortHandle};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
-use crate::events::PATIENCE;
+use crate::events::patience;
 
 /// Receives until it is dropped.
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl Receiver {
                 }
             }
         };
-        let found = tokio::time::timeout(PATIENCE, search).await.ok().flatten();
+        let found = tokio::time::timeout(patience(), search).await.ok().flatten();
         found.with_context(|| format!("no span: {what}; there are {:#?}", self.all()))
     }
 

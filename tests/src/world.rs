@@ -16,7 +16,7 @@ use anyhow::Context;
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::{Binaries, BundleBuilder, Daemon, Lane, binaries};
+use crate::{Binaries, BundleBuilder, Daemon, Lane, binaries, place::Place, stretched};
 
 /// What a daemon is started with.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ pub struct World {
     binaries: Binaries,
     directory: TempDir,
     settings: Settings,
+    places: Mutex<Vec<Place>>,
 }
 
 #[derive(Debug)]
@@ -69,6 +70,7 @@ impl World {
                 supervisor: String::new(),
                 toml: String::new(),
             },
+            places: Mutex::default(),
         };
         // The daemon drops to another user, which must be able to come here; only `home` is anybody's to write.
         open_to_read(world.directory.path())?;
@@ -213,7 +215,7 @@ impl World {
     /// When it still runs after 20 s.
     pub async fn start_refused(self) -> anyhow::Result<NotStarted> {
         let running = self.command()?.output();
-        let output = tokio::time::timeout(Duration::from_secs(20), running)
+        let output = tokio::time::timeout(stretched(Duration::from_secs(20)), running)
             .await
             .context("the daemon was expected to refuse to start, and runs")?
             .context("cannot start plugvisord")?;
@@ -226,7 +228,11 @@ impl World {
         let file = self.directory.path().join("plugvisor.toml");
         fs::write(&file, self.configuration())?;
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
-        let mut command = Command::new(self.daemon_binary()?);
+        let other_user = (crate::lane::is_root() && self.lane == Lane::Rootless).then(|| self.lane.uid());
+        let place = Place::new(other_user);
+        let mut command = Command::from(place.command(&self.daemon_binary()?));
+        // The group of a daemon that was killed is its launcher's: the next daemon gets another.
+        self.places.lock().unwrap_or_else(PoisonError::into_inner).push(place);
         command
             .arg("--config")
             .arg(&file)
@@ -239,9 +245,6 @@ impl World {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        if crate::lane::is_root() && self.lane == Lane::Rootless {
-            command.uid(self.lane.uid()).gid(self.lane.uid());
-        }
         Ok(command)
     }
 

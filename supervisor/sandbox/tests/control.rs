@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, Plugin, is_root, wait_readable};
+use harness::{As, Harness, Plugin, is_root, patience, wait_readable};
 use plugvisor_sandbox::protocol::{Condition, Control, Exit, LaunchId, Limits, RefusalCode, Reply, Request, Stats};
 
 fn worker(plugin: &Plugin) -> UnixStream {
@@ -28,7 +28,7 @@ fn stats(harness: &mut Harness, launch: LaunchId) -> Stats {
 
 /// Waits until the kernel has frozen all of it; there is no event for it on v1.
 fn await_frozen(harness: &mut Harness, launch: LaunchId, frozen: bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     while stats(harness, launch).frozen != Some(frozen) {
         assert!(Instant::now() < deadline, "it does not become {frozen}");
         std::thread::sleep(Duration::from_millis(1));
@@ -67,7 +67,7 @@ fn what_is_frozen_stands_still_until_it_is_thawed_or_killed() {
         let Reply::Listed(listed) = harness.ask(&Request::List { after: LaunchId(0) }, &[]).0 else { panic!() };
         assert!(matches!(listed.launches[0].condition, Condition::Up { frozen: true, .. }));
         assert_eq!(harness.ask(&Request::Thaw { launch }, &[]).0, Reply::Done);
-        worker.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+        worker.set_read_timeout(Some(patience())).expect("a time limit");
         worker.read_exact(&mut [0]).expect("it answers what waited");
         await_frozen(&mut harness, launch, false);
 
@@ -87,7 +87,7 @@ fn what_is_frozen_stands_still_until_it_is_thawed_or_killed() {
         assert_eq!(harness.ask(&Request::Freeze { launch }, &[]).0, Reply::Done);
         await_frozen(&mut harness, launch, true);
         harness.disconnect();
-        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()));
         assert!(harness.process.wait().expect("wait").success());
         assert_eq!(harness.cgroups(), Vec::<std::path::PathBuf>::new());
     }

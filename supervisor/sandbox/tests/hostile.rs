@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, Manner, PATIENCE, wait_readable};
+use harness::{As, Harness, Manner, patience, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
     protocol::{Exit, Grant, Hello, Import, Launch, Level, MAX_PACKET, RefusalCode, Reply, Request, VERSION},
@@ -90,7 +90,7 @@ fn broken_packets() {
     let mut harness = Harness::start(As::possible()[0]);
     let raw = |harness: &Harness, bytes: &[u8]| {
         send(&harness.connection, bytes, SendFlags::NOSIGNAL).expect("send");
-        let (message, _) = harness.receive(Instant::now() + PATIENCE).expect("an answer");
+        let (message, _) = harness.receive(Instant::now() + patience()).expect("an answer");
         let FromLauncher::Reply { id, reply } = message else { panic!("not a reply") };
         (id, refusal(reply).0)
     };
@@ -123,7 +123,7 @@ fn more_descriptors_than_allowed_are_closed() {
     let before = harness.descriptors();
     let null = File::open("/dev/null").expect("/dev/null");
     send_many(&harness, null.as_fd());
-    let (message, _) = harness.receive(Instant::now() + PATIENCE).expect("an answer");
+    let (message, _) = harness.receive(Instant::now() + patience()).expect("an answer");
     let FromLauncher::Reply { reply, .. } = message else { panic!("not a reply") };
     assert_eq!(refusal(reply).0, RefusalCode::Malformed);
     assert_eq!(harness.descriptors(), before);
@@ -210,7 +210,7 @@ fn descriptors_that_never_close_end_the_connection() {
         harness.send(&Request::Probe, &[stream.as_fd()]);
         drop(stream);
         harness.signal(Signal::CONT);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         while harness.receive(deadline).is_some() {}
         assert!(wait_readable(plugin.pidfd.as_fd(), deadline), "the plugin ended");
         assert_eq!(harness.process.wait().expect("it ends").code(), Some(74));
@@ -235,7 +235,7 @@ fn a_flood_is_held_in_the_socket() {
     assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
     let mut answers = 0;
     while answers < sent {
-        match harness.receive(Instant::now() + PATIENCE).expect("the launcher lives") {
+        match harness.receive(Instant::now() + patience()).expect("the launcher lives") {
             (FromLauncher::Reply { id: 5, reply: Reply::Probe(_) }, _) => answers += 1,
             (other, _) => panic!("{other:?}"),
         }
@@ -257,7 +257,7 @@ fn hello_comes_first_and_plugins_are_counted() {
     let silent = Harness::start_silent(As::possible()[0]);
     let packet = codec::encode_request(1, &Request::Probe).expect("encodes");
     silent.connection.try_send(&packet, &[]).expect("sends");
-    let (message, _) = silent.receive(Instant::now() + PATIENCE).expect("an answer");
+    let (message, _) = silent.receive(Instant::now() + patience()).expect("an answer");
     let FromLauncher::Reply { reply, .. } = message else { panic!("not a reply") };
     assert_eq!(refusal(reply).0, RefusalCode::Policy);
     assert!(matches!(silent.connection.try_recv(), Err(error) if error.kind() == io::ErrorKind::WouldBlock));

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, Manner, PATIENCE, is_root, read_all, wait_readable};
+use harness::{As, Harness, Manner, is_root, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{
     Control, Exit, Grant, Launch, Limits, Notice, ProbeState, RefusalCode, Reply, Request, SocketMode,
 };
@@ -101,9 +101,12 @@ fn what_the_host_lacks_is_refused_unless_allowed() {
         request.limits.memory_bytes = Some(64 << 20);
         let refusal = harness.try_launch(request.clone()).map(drop).expect_err("own-uid is lacking");
         assert_eq!(refusal.code, RefusalCode::ControlUnavailable);
-        for word in ["walled", "own-uid", "memory-limit", "allow_degraded", "as root"] {
+        for word in ["walled", "own-uid", "allow_degraded", "as root"] {
             assert!(refusal.message.contains(word), "{word} in {}", refusal.message);
         }
+        // Where the harness can delegate a cgroup, an ordinary user has limits.
+        let lacks_limits = !harness.place.has_limits();
+        assert_eq!(refusal.message.contains("memory-limit"), lacks_limits, "{}", refusal.message);
         request.allow_degraded = vec![Control::OwnUid, Control::MemoryLimit];
         harness.launch(request);
     } else {
@@ -129,7 +132,7 @@ fn ends_are_told_as_they_were() {
         let request = harness.request(&["env", "pause"]);
         let mut plugin = harness.launch(request);
         let mut first = [0; 1];
-        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()));
         plugin.stdout.read_exact(&mut first).expect("a line");
         let launch = plugin.launched.launch;
         assert_eq!(harness.ask(&Request::Signal { launch, signal: TERM }, &[]).0, Reply::Done);
@@ -148,7 +151,7 @@ fn both_sockets_reach_their_other_side() {
         let mut harness = Harness::start(as_);
         let request = harness.request(&["unix", "/run/plugvisor/broker.sock", "accept", "pause"]);
         let plugin = harness.launch(request);
-        assert!(wait_readable(plugin.broker.as_fd(), Instant::now() + PATIENCE), "a connection from the plugin");
+        assert!(wait_readable(plugin.broker.as_fd(), Instant::now() + patience()), "a connection from the plugin");
         let broker = UnixListener::from(plugin.broker.try_clone().expect("dup"));
         broker.accept().expect("the plugin's connection");
         let path = format!("/proc/self/fd/{}", plugin.worker.as_raw_fd());
@@ -172,7 +175,7 @@ fn a_plugin_may_bind_its_own_socket() {
         let bound = Manner::of(&["bind-accept", "/run/plugvisor/worker/worker.sock"]);
         let request = harness.request_in(&Manner { socket: SocketMode::Bind, ..bound });
         let mut plugin = harness.launch(request);
-        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE), "it says when it is bound");
+        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()), "it says when it is bound");
         let path = format!("/proc/self/fd/{}/worker.sock", plugin.worker.as_raw_fd());
         let mut worker = UnixStream::connect(path).expect("the worker socket");
         worker.write_all(b"ping").expect("write");
@@ -238,7 +241,7 @@ fn daemons_die_with_their_plugin() {
         let mut request = harness.request(&["daemons", "pause"]);
         spawn(&mut request);
         let mut plugin = harness.launch(request);
-        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()));
         assert_eq!(harness.ask(&Request::Kill { launch: plugin.launched.launch }, &[]).0, Reply::Done);
         assert_eq!(harness.exit_of(plugin.launched.launch), (Exit::Signal(KILL), false));
         read_all(&mut plugin.stdout);
@@ -253,10 +256,10 @@ fn plugins_die_with_a_killed_launcher() {
         let mut request = harness.request(&["daemons", "pause"]);
         request.grants = vec![Grant::SpawnChild];
         let mut plugin = harness.launch(request);
-        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()));
         assert!(!wait_readable(plugin.pidfd.as_fd(), Instant::now()), "it lives");
         harness.process.kill().expect("SIGKILL");
-        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE), "the plugin died with the launcher");
+        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()), "the plugin died with the launcher");
         // The daemon held the pipe too.
         read_all(&mut plugin.stdout);
     }
@@ -277,7 +280,7 @@ fn nothing_is_left_when_the_supervisor_goes() {
                 let (unused, _) = plugvisor_sandbox::seqpacket::Seqpacket::pair().expect("a pair");
                 harness.connection = unused;
             }
-            assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE), "the plugin is killed");
+            assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()), "the plugin is killed");
             assert!(harness.process.wait().expect("wait").success());
             assert_eq!(harness.cgroups(), Vec::<std::path::PathBuf>::new());
             assert_eq!(fs::read_dir(harness.path("run")).expect("the runtime directory").count(), 0);

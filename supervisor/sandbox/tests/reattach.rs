@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, Plugin, is_root, supervisor_uid, wait_readable};
+use harness::{As, Harness, Plugin, is_root, patience, supervisor_uid, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
     options::{Linger, Listen, Supervisor},
@@ -32,7 +32,7 @@ use rustix::{
 /// A connection to the plugin, over which it is told what to write.
 fn steps(plugin: &Plugin) -> UnixStream {
     let worker = UnixStream::connect(format!("/proc/self/fd/{}", plugin.worker.as_raw_fd())).expect("its socket");
-    worker.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    worker.set_read_timeout(Some(patience())).expect("a time limit");
     worker
 }
 
@@ -44,7 +44,7 @@ fn step(worker: &mut UnixStream, letter: u8) {
 
 /// Reads until the text is there.
 fn read_until(pipe: &mut fs::File, wanted: &str) -> String {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let (mut text, mut bytes) = (String::new(), [0; 4096]);
     while !text.contains(wanted) {
         match pipe.read(&mut bytes) {
@@ -68,7 +68,7 @@ fn over(harness: &mut Harness, launch: LaunchId) -> Option<Over> {
 
 /// Waits until the launcher knows that a plugin is over; the list is the only thing that tells it.
 fn await_over(harness: &mut Harness, launch: LaunchId) -> Over {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(over) = over(harness, launch) {
             return over;
@@ -171,7 +171,7 @@ fn ends_are_kept_until_they_are_acknowledged() {
         harness.disconnect();
         step(&mut worker, b'z');
         rustix::process::pidfd_send_signal(&plugin.pidfd, Signal::ABORT).expect("it lives");
-        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()));
         drop(plugin);
         for _ in 0..2 {
             harness.connect();
@@ -209,7 +209,7 @@ fn the_cause_of_an_end_is_kept_and_ends_are_bounded() {
         let mut worker = steps(&hog);
         harness.disconnect();
         worker.write_all(b"go").expect("asks");
-        assert!(wait_readable(hog.pidfd.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(hog.pidfd.as_fd(), Instant::now() + patience()));
         harness.connect();
         let Over { exit, oom_killed, .. } = await_over(&mut harness, launch);
         assert_eq!((exit, oom_killed), (Exit::Signal(9), true));
@@ -245,7 +245,7 @@ fn output_is_bounded_and_its_writer_never_waits() {
         rustix::io::ioctl_fionbio(&plugin.stdout, false).expect("blocking");
         harness.disconnect();
         worker.write_all(b"go").expect("asks");
-        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE), "it writes everything and ends");
+        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()), "it writes everything and ends");
         harness.connect();
         assert_eq!(await_over(&mut harness, launch).exit, Exit::Code(0));
         let (reattached, [out, _], _) = harness.reattach(launch);
@@ -261,7 +261,7 @@ fn one_supervisor_at_a_time() {
     for as_ in As::possible() {
         let mut harness = Harness::start_listening(as_, Linger::Forever);
         let said = |connection: &Seqpacket| {
-            let deadline = Instant::now() + PATIENCE;
+            let deadline = Instant::now() + patience();
             loop {
                 match connection.try_recv() {
                     Ok(Received::Packet(packet)) => {
@@ -288,7 +288,7 @@ fn one_supervisor_at_a_time() {
         let hello = codec::encode_request(41, &Request::Hello(Hello { version: VERSION })).expect("encodes");
         let _ = third.try_send(&hello, &[]);
         assert_eq!(said(&third), (0, RefusalCode::Busy));
-        assert!(wait_readable(third.as_fd(), Instant::now() + PATIENCE), "and shown out");
+        assert!(wait_readable(third.as_fd(), Instant::now() + patience()), "and shown out");
         let end = third.try_recv();
         assert!(matches!(end, Ok(Received::Closed)), "{end:?}");
         assert!(harness.list().launches.is_empty(), "the first is served");
@@ -304,7 +304,7 @@ fn who_says_nothing_keeps_nobody_out() {
     let silent = harness.knock();
     // While it is let in nobody else is; then it is shown out, and `connect`, which tries until it is let in, succeeds.
     harness.connect();
-    assert!(wait_readable(silent.as_fd(), Instant::now() + PATIENCE), "its connection stays open");
+    assert!(wait_readable(silent.as_fd(), Instant::now() + patience()), "its connection stays open");
     let end = silent.try_recv();
     assert!(matches!(end, Ok(Received::Closed)), "{end:?}");
 }
@@ -351,7 +351,7 @@ fn a_service_manager_may_hold_the_socket() {
     let connection = Seqpacket::connect(&path).expect("the socket listens before the launcher does");
     let hello = codec::encode_request(3, &Request::Hello(Hello { version: VERSION })).expect("encodes");
     connection.try_send(&hello, &[]).expect("sends");
-    assert!(wait_readable(connection.as_fd(), Instant::now() + PATIENCE));
+    assert!(wait_readable(connection.as_fd(), Instant::now() + patience()));
     let Ok(Received::Packet(packet)) = connection.try_recv() else { panic!("no packet") };
     let message = codec::decode_from_launcher(&packet.bytes).expect("decodes");
     assert!(matches!(message, FromLauncher::Reply { id: 3, reply: Reply::Hello { .. } }), "{message:?}");
@@ -378,7 +378,7 @@ fn it_lingers_as_long_as_it_was_told() {
                 assert_eq!(harness.list().launches.len(), 1);
                 kill_process(Pid::from_child(&harness.process), Signal::TERM).expect("SIGTERM");
             }
-            assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE), "it ends with the launcher");
+            assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()), "it ends with the launcher");
             if let Linger::For(time) = linger {
                 assert!(gone.elapsed() >= time, "{:?}", gone.elapsed());
             }
@@ -415,7 +415,7 @@ fn listening_sockets_outlive_the_supervisor() {
     let (reply, _) = harness.ask(&Request::TakeFd { name: "calls".to_owned(), keep: true }, &[]);
     assert!(matches!(reply, Reply::Refused(refusal) if refusal.code == RefusalCode::NotHeld));
     // The launcher closes what it gave back a moment after the answer.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     while UnixStream::connect(&path).is_ok() {
         assert!(Instant::now() < deadline, "somebody still holds it");
         std::thread::sleep(Duration::from_millis(2));
@@ -445,7 +445,7 @@ fn a_launch_under_way_is_known_or_gone() {
                 harness.exit_of(launch);
                 assert_eq!(harness.ask(&Request::Acknowledge { launch }, &[]).0, Reply::Done);
             }
-            let deadline = Instant::now() + PATIENCE;
+            let deadline = Instant::now() + patience();
             while harness.cgroups().iter().any(|path| path.to_string_lossy().contains("round-")) {
                 assert!(Instant::now() < deadline, "{:?}", harness.cgroups());
                 std::thread::sleep(Duration::from_millis(2));

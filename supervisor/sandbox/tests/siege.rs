@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{As, Harness, PATIENCE, Plugin, Stopping, listed, make_bundle, wait_readable};
+use harness::{As, Harness, Plugin, Stopping, listed, make_bundle, patience, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher, HEADER_LEN},
     options::Linger,
@@ -210,7 +210,7 @@ fn packets_cut_and_swollen_anywhere() {
     ]);
     let ask = |harness: &Harness, bytes: &[u8]| {
         send(&harness.connection, bytes, SendFlags::NOSIGNAL).expect("sends");
-        let (message, descriptors) = harness.receive(Instant::now() + PATIENCE).expect("the launcher lives");
+        let (message, descriptors) = harness.receive(Instant::now() + patience()).expect("the launcher lives");
         assert!(descriptors.is_empty());
         match message {
             FromLauncher::Reply { id, reply } => (id, refusal(reply).0),
@@ -355,7 +355,7 @@ fn a_supervisor_may_be_killed_at_any_moment() {
                 assert_eq!(harness.ask(&Request::Acknowledge { launch }, &[]).0, Reply::Done);
                 assert_eq!(known(&mut harness).0.len(), 1);
                 // A launch that nobody was told of takes a moment to end.
-                let deadline = Instant::now() + PATIENCE;
+                let deadline = Instant::now() + patience();
                 while harness.descriptors() != baseline {
                     assert!(Instant::now() < deadline, "{steps} requests, then killed: {baseline:?} were open");
                 }
@@ -371,7 +371,7 @@ fn a_supervisor_may_be_killed_at_any_moment() {
 
 /// A connection that was let in: the end of the last one may come a moment later.
 fn knock(harness: &Harness) -> Seqpacket {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         let connection = harness.knock();
         let hello = codec::encode_request(0, &Request::Hello(Hello { version: VERSION })).expect("encodes");
@@ -441,7 +441,7 @@ fn noticing(launcher: u32, plugin: &Plugin) -> Duration {
     let (waited, killed) = (held_up(launcher), Instant::now());
     rustix::process::pidfd_send_signal(&plugin.pidfd, Signal::KILL).expect("it lives");
     while init.exists() {
-        assert!(killed.elapsed() < PATIENCE, "nobody notices that {} is over", init.display());
+        assert!(killed.elapsed() < patience(), "nobody notices that {} is over", init.display());
         std::thread::sleep(Duration::from_micros(200));
     }
     killed.elapsed().saturating_sub(held_up(launcher).saturating_sub(waited))
@@ -462,7 +462,7 @@ fn median(harness: &Harness, plugins: &[Plugin]) -> Duration {
 }
 
 const DEATHS: usize = 7;
-/// The attack ends only after the deaths were noticed, so a launcher that serves it first would take until `PATIENCE`;
+/// The attack ends only after the deaths were noticed, so a launcher that serves it first would take until `patience`;
 /// below this is only what a busy machine takes from all.
 const IN_TIME: Duration = Duration::from_secs(1);
 
@@ -498,7 +498,7 @@ fn under(what: &str, attack: impl Fn(&Harness, &Seqpacket) + Sync) {
             }
         });
         let _stopping = Stopping(stop);
-        begins.recv_timeout(PATIENCE).expect("the attack begins");
+        begins.recv_timeout(patience()).expect("the attack begins");
         let war = median(harness, &plugins);
         stop.store(true, Ordering::Relaxed);
         attacker.join().expect("the attacker");

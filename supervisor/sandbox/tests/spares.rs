@@ -5,7 +5,7 @@ mod harness;
 
 use std::{fs, os::fd::AsFd, time::Instant};
 
-use harness::{As, Harness, PATIENCE, Plugin, is_root, read_all, wait_readable};
+use harness::{As, Harness, Plugin, is_root, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{Control, Exit, Limits};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -127,7 +127,7 @@ fn a_launch_without_a_living_spare_begins_from_nothing() {
         let pid = Pid::from_raw(spare).expect("a pid");
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("it lives");
         pidfd_send_signal(&pidfd, Signal::KILL).expect("it is killed");
-        assert!(wait_readable(pidfd.as_fd(), Instant::now() + PATIENCE), "it ends");
+        assert!(wait_readable(pidfd.as_fd(), Instant::now() + patience()), "it ends");
     }
     let request = harness.request(&["thread"]);
     let mut plugin = harness.launch(request);
@@ -146,6 +146,6 @@ fn spares_end_with_a_killed_launcher() {
         .collect();
     harness.signal(Signal::KILL);
     for pidfd in pidfds {
-        assert!(wait_readable(pidfd.as_fd(), Instant::now() + PATIENCE), "a spare outlives the launcher");
+        assert!(wait_readable(pidfd.as_fd(), Instant::now() + patience()), "a spare outlives the launcher");
     }
 }

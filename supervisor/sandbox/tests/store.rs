@@ -18,7 +18,7 @@ use std::{
 };
 
 use harness::{
-    As, Harness, Manner, PATIENCE, Stopping, announce, digest, is_root, listed, make_bundle, read_all, write_manifest,
+    As, Harness, Manner, Stopping, announce, digest, is_root, listed, make_bundle, patience, read_all, write_manifest,
 };
 use plugvisor_package::{BundleFile, Digest, Manifest, ManifestLimits, content_digest};
 use plugvisor_sandbox::protocol::{Exit, Import, ImportBegin, ImportFile, Launch, RefusalCode, Request, Stored, Tier};
@@ -93,7 +93,7 @@ fn on_disk(harness: &Harness) -> BTreeMap<String, u32> {
 
 /// Waits until what the store does by itself is done. There is no event for it outside of the launcher.
 fn settled(harness: &Harness, done: impl Fn(&BTreeMap<String, u32>) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     while !done(&on_disk(harness)) {
         assert!(Instant::now() < deadline, "{:?}", on_disk(harness));
         std::thread::sleep(Duration::from_millis(5));
@@ -248,7 +248,7 @@ fn only_regular_files_are_read() {
                 let began = Instant::now();
                 let refusal = harness.step(Import::Files(vec![file]), &[descriptor.as_fd()]).expect_err(what);
                 assert_eq!(refusal.code, RefusalCode::File, "{what}: {}", refusal.message);
-                assert!(began.elapsed() < PATIENCE / 2, "{what} held it up");
+                assert!(began.elapsed() < patience() / 2, "{what} held it up");
             }
         }
         assert_eq!(harness.attempt(|_| (), &["thread"])[0].1, "ok");
@@ -547,7 +547,7 @@ fn an_import_that_takes_too_long_ends() {
         let (begin, _) = listed(&harness.path("bundles/walled"));
         harness.step(Import::Begin(begin), &[]).expect("begun");
         // Refused until the first one's time is over; every answer is an event of the launcher's loop.
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         let mut refused = 0;
         while let Err(refusal) = harness.step(Import::Begin(begin), &[]) {
             assert_eq!(refusal.code, RefusalCode::InUse, "{}", refusal.message);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use harness::{
-    As, Harness, Manner, ORDINARY, PATIENCE, announce, digest, is_root, listed, make_bundle, open_to_all, read_all,
+    As, Harness, Manner, ORDINARY, announce, digest, is_root, listed, make_bundle, open_to_all, patience, read_all,
 };
 use plugvisor_package::{BundleFile, Digest, content_digest};
 use plugvisor_sandbox::protocol::{Exit, Grant, ImportBegin, ImportFile, Launch, RefusalCode, Stored, Tier};
@@ -97,7 +97,7 @@ fn what_runs_is_what_the_manifest_says() {
 
 /// Waits for a file that the store writes when it has the time. There is no event for it outside of the launcher.
 fn await_file(path: &Path) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     while !path.exists() {
         assert!(Instant::now() < deadline, "{} never came", path.display());
         std::thread::sleep(Duration::from_millis(5));

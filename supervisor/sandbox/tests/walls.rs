@@ -16,7 +16,7 @@ use std::{
     time::Instant,
 };
 
-use harness::{As, Harness, PATIENCE, read_all, wait_readable};
+use harness::{As, Harness, patience, read_all, wait_readable};
 use plugvisor_sandbox::{
     options::Linger,
     protocol::{Exit, Grant},
@@ -269,7 +269,7 @@ fn who_dials_the_proxy_is_the_plugin() {
         request.grants = vec![Grant::Egress];
         let plugin = harness.launch(request);
         let serve = |socket: OwnedFd, wanted: &[u8]| {
-            assert!(wait_readable(socket.as_fd(), Instant::now() + PATIENCE), "it dials");
+            assert!(wait_readable(socket.as_fd(), Instant::now() + patience()), "it dials");
             let listener = TcpListener::from(socket);
             let (mut stream, from) = listener.accept().expect("a connection");
             assert!(from.ip().is_loopback());

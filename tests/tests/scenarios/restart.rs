@@ -36,7 +36,7 @@ async fn calls_pass(daemon: &Daemon, caller: &str) -> anyhow::Result<()> {
         });
         ok.map(|sample| sample.value).sum::<f64>() >= 10.0
     };
-    let deadline = tokio::time::Instant::now() + events::PATIENCE;
+    let deadline = tokio::time::Instant::now() + events::patience();
     while !passed(&daemon.scrape().await?) {
         ensure!(tokio::time::Instant::now() < deadline, "the calls of {caller} do not pass\n{}", daemon.account());
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -95,7 +95,7 @@ async fn a_receiver_that_is_away_costs_only_the_spans(lane: Lane) -> anyhow::Res
             }
         }
     };
-    tokio::time::timeout(plugvisor_tests::events::PATIENCE, lost).await.context("lost spans were not counted")??;
+    tokio::time::timeout(plugvisor_tests::events::patience(), lost).await.context("lost spans were not counted")??;
     daemon.stop().await
 }
 

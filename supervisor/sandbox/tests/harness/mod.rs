@@ -8,12 +8,12 @@ use std::{
     io::{self, Read, Seek, SeekFrom},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{fs::PermissionsExt, process::CommandExt},
+        unix::fs::PermissionsExt,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::{
-        Mutex, PoisonError,
+        Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -35,7 +35,18 @@ use rustix::{
     fs::Uid,
 };
 
-pub const PATIENCE: Duration = Duration::from_secs(20);
+mod place;
+
+pub use place::Place;
+
+/// How long what is awaited may take. `PLUGVISOR_TEST_PATIENCE`, a whole number, says how many times slower than usual
+/// this machine is: one that is emulated.
+pub fn patience() -> Duration {
+    static SLOWNESS: OnceLock<u32> = OnceLock::new();
+    let read = || std::env::var("PLUGVISOR_TEST_PATIENCE").map_or(1, |times| times.parse().expect("a whole number"));
+    Duration::from_secs(20) * *SLOWNESS.get_or_init(read)
+}
+
 /// Stops a scoped thread, also when the test fails: the scope would wait for it for ever.
 pub struct Stopping<'a>(pub &'a AtomicBool);
 
@@ -88,6 +99,8 @@ pub struct Harness {
     args: Vec<OsString>,
     /// The bundles that were made for launches: how they run, and where they are.
     made: Mutex<BTreeMap<[u8; 32], (Manner, PathBuf)>>,
+    /// Let go of last, when the launcher has ended.
+    pub place: Place,
 }
 
 /// What a bundle's manifest says is executed, and how.
@@ -185,7 +198,8 @@ impl Harness {
     /// A new launcher in the place of one that has ended, without a Hello.
     pub fn respawn(&mut self) {
         let (connection, other) = Seqpacket::pair().expect("a socket pair");
-        let mut command = Command::new(self.path("plugvisor-launcher"));
+        self.place.clear();
+        let mut command = self.place.command(&self.path("plugvisor-launcher"));
         command.args(&self.args).stdin(Stdio::from(OwnedFd::from(other))).stderr(Stdio::null());
         self.process = command.spawn().expect("the launcher starts");
         self.connection = connection;
@@ -237,7 +251,7 @@ impl Harness {
 
     /// Connects as the supervisor's user and says Hello.
     pub fn connect(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             self.connection = self.knock();
             let hello = codec::encode_request(0, &Request::Hello(Hello { version: VERSION })).expect("encodes");
@@ -272,7 +286,7 @@ impl Harness {
 
     /// A further connection, by this user; waits until the launcher listens.
     pub fn knock_as(&self, uid: u32) -> Seqpacket {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             // The credentials are those of the thread.
             let connected = std::thread::scope(|scope| {
@@ -383,18 +397,17 @@ impl Harness {
             }
         }
         let args = options.to_args();
-        let mut command = Command::new(program);
+        let other_user = (as_ == As::Ordinary && is_root()).then_some(ORDINARY);
+        std::os::unix::fs::chown(&run, other_user, other_user).expect("chown");
+        let place = Place::new(other_user);
+        let mut command = place.command(&program);
         command.args(&args).stdin(Stdio::from(OwnedFd::from(other)));
-        if as_ == As::Ordinary && is_root() {
-            std::os::unix::fs::chown(&run, Some(ORDINARY), Some(ORDINARY)).expect("chown");
-            command.uid(ORDINARY).gid(ORDINARY);
-        }
         let process = command.spawn().expect("the launcher starts");
         drop(command);
         drop(copying);
         let spares = if as_ == As::Root { usize::try_from(options.spares).expect("few") } else { 0 };
         let made = Mutex::default();
-        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0, args, made }
+        Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0, args, made, place }
     }
 
     pub fn path(&self, inside: &str) -> PathBuf {
@@ -404,7 +417,7 @@ impl Harness {
     /// Sends a request and waits for its answer; notices on the way are kept.
     pub fn ask(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> (Reply, Vec<OwnedFd>) {
         let id = self.send(request, descriptors);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             match self.receive(deadline).expect("an answer") {
                 (FromLauncher::Reply { id: of, reply }, descriptors) if of == id => return (reply, descriptors),
@@ -441,7 +454,7 @@ impl Harness {
 
     /// Waits until a notice matches, now or among those that came before.
     pub fn await_notice<T>(&mut self, mut matches: impl FnMut(&Notice) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             if let Some(at) = self.notices.iter().position(|notice| matches(notice).is_some()) {
                 return matches(&self.notices.remove(at)).expect("it matched");
@@ -641,7 +654,7 @@ impl Harness {
 
     /// Waits until there are as many spares as there should be. There is no event for it.
     pub fn await_spares(&self) -> Vec<i32> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             let waiting = self.waiting();
             if waiting.len() == self.spares {
@@ -660,7 +673,7 @@ impl Harness {
 
     /// Waits until a child of the launcher is closing descriptors. There is no event for it.
     pub fn await_closing(&self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         while !self.closing(true) {
             assert!(Instant::now() < deadline, "nothing is closed");
             std::thread::sleep(Duration::from_millis(1));
@@ -670,7 +683,7 @@ impl Harness {
     /// How many descriptors the launcher has open when it has closed what it got; `None`, and said so, where only root may
     /// see that: the launcher is not dumpable.
     pub fn descriptors(&mut self) -> Option<usize> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         // An answer comes in a later turn of its loop than what was before: the closing child has begun by then, and in
         // the turn that reaps it lets go of it too.
         let turn = |harness: &mut Self| assert!(matches!(harness.ask(&Request::Probe, &[]).0, Reply::Probe(_)));
@@ -708,7 +721,7 @@ impl Drop for Harness {
         if let Ok((unused, _)) = Seqpacket::pair() {
             self.connection = unused;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         while matches!(self.process.try_wait(), Ok(None)) {
             if Instant::now() > deadline {
                 drop(self.process.kill());
@@ -785,7 +798,7 @@ pub fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) -> bool {
 
 /// Reads a pipe to its end, waiting for what is not there yet.
 pub fn read_all(pipe: &mut File) -> String {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let mut text = Vec::new();
     let mut bytes = [0; 4096];
     loop {
