@@ -12,6 +12,7 @@ mod setup;
 mod skips;
 mod steps;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,14 @@ enum Command {
         /// Only these checks; may be given several times.
         #[arg(long, value_enum, value_name = "CHECK")]
         only: Vec<test::Check>,
+        #[command(subcommand)]
+        lane: Option<Lane>,
+    },
+    /// The virtual machine's own side of `test vm`.
+    #[command(hide = true)]
+    VmGuest {
+        /// What the host wrote down.
+        plan: std::path::PathBuf,
     },
     /// Measure; the last line on standard output is one JSON object.
     Bench {
@@ -64,10 +73,26 @@ enum Command {
     Setup,
 }
 
+/// Lanes that are asked for by name.
+#[derive(Debug, Subcommand)]
+enum Lane {
+    /// The tests in a virtual machine: Debian 12 with systemd as PID 1 and cgroup v2 alone. As root, on Debian 12.
+    Vm {
+        /// Only the parts whose name holds this word; may be given several times.
+        #[arg(long, value_name = "WORD")]
+        part: Vec<String>,
+        /// The fixed part that is quick, instead of everything.
+        #[arg(long)]
+        quick: bool,
+    },
+}
+
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(demo) => demo::run(&demo),
-        Command::Test { full, only } => test::run_checks(full, &only),
+        Command::Test { full, only, lane: None } => test::run_checks(full, &only),
+        Command::Test { lane: Some(Lane::Vm { part, quick }), .. } => vm::run(!quick, &part),
+        Command::VmGuest { plan } => vm::run_guest(&plan),
         Command::Bench { what } => {
             // A peer that is missing is named in the result; our own figures need none.
             if matches!(what, bench::Bench::Broker(_) | bench::Bench::Spawn(_))

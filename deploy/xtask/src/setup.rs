@@ -36,6 +36,15 @@ const TESTS: &[Tool] = &[
 ];
 
 /// The peers of the benchmarks.
+/// The virtual machine: its processor, its root, and the archives that become its memory.
+const MACHINE: &[Tool] = &[
+    Tool { needs: "qemu-system-x86_64", package: "qemu-system-x86", needed_for: "test vm" },
+    Tool { needs: "debootstrap", package: "debootstrap", needed_for: "test vm" },
+    Tool { needs: "cpio", package: "cpio", needed_for: "test vm" },
+    Tool { needs: "strip", package: "binutils", needed_for: "test vm" },
+];
+
+/// The peers of `bench broker`.
 const PEERS: &[Tool] = &[
     Tool { needs: "haproxy", package: "haproxy", needed_for: "bench broker" },
     Tool { needs: "nginx", package: "nginx", needed_for: "bench broker" },
@@ -50,6 +59,7 @@ const PEERS: &[Tool] = &[
 pub(crate) fn run() -> anyhow::Result<()> {
     install(BUILD)?;
     install(TESTS)?;
+    install(MACHINE)?;
     install(PEERS)
 }
 
@@ -70,6 +80,15 @@ pub(crate) fn for_tests() -> anyhow::Result<()> {
 }
 
 /// Installs the peers of the benchmarks. A caller that can do without prints the error and goes on.
+/// Installs what `test vm` needs.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_vm() -> anyhow::Result<()> {
+    install(MACHINE)
+}
+
+/// Installs the peers of `bench broker`. A caller that can do without prints the error and goes on.
 ///
 /// # Errors
 /// As [`run`].

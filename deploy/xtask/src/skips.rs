@@ -34,11 +34,11 @@ pub(crate) fn collect(output: impl BufRead, mut show: impl FnMut(&str)) -> anyho
     Ok(skips)
 }
 
-/// Holds the skips against the list: one name per line, `#` begins a comment.
+/// Holds the skips against the list, which is in the file `list`: one name per line, `#` begins a comment.
 ///
 /// # Errors
 /// Names each skip that the list does not have.
-pub(crate) fn check(skips: &BTreeMap<String, String>, expected: &str) -> anyhow::Result<()> {
+pub(crate) fn check(skips: &BTreeMap<String, String>, expected: &str, list: &str) -> anyhow::Result<()> {
     let expected: BTreeSet<&str> = expected
         .lines()
         .filter_map(|line| line.split('#').next().map(str::trim))
@@ -53,7 +53,7 @@ pub(crate) fn check(skips: &BTreeMap<String, String>, expected: &str) -> anyhow:
         return Ok(());
     }
     bail!(
-        "tests were skipped that tests/expected-skips.txt does not have:\n{}\n\
+        "tests were skipped that {list} does not have:\n{}\n\
          give them what they ask for, or add their names there with the reason",
         unexpected.join("\n")
     );
@@ -79,8 +79,8 @@ mod tests {
     #[test]
     fn only_listed_skips_pass() {
         let skips = BTreeMap::from([("a".to_owned(), "needs root".to_owned())]);
-        assert!(check(&skips, "# why\na # needs root\n").is_ok());
-        let error = check(&skips, "# a\nb\n").unwrap_err().to_string();
+        assert!(check(&skips, "# why\na # needs root\n", "list").is_ok());
+        let error = check(&skips, "# a\nb\n", "list").unwrap_err().to_string();
         assert!(error.contains("a: needs root"), "{error}");
     }
 }

@@ -187,5 +187,5 @@ fn tests(full: bool) -> anyhow::Result<()> {
     }
     let list = workspace_root().join("tests/expected-skips.txt");
     let expected = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
-    skips::check(&skips, &expected)
+    skips::check(&skips, &expected, "tests/expected-skips.txt")
 }

@@ -118,20 +118,7 @@ impl Supervisor {
     /// # Errors
     /// When the command cannot be started.
     pub(crate) fn follow_events(&self) -> anyhow::Result<EventStream> {
-        let mut command = self.command(&["events", "--follow", "-o", "jsonl"]);
-        let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start the plugvisor command")?;
-        let lines = BufReader::new(child.stdout.take().context("the command has no output")?);
-        let (sender, events) = mpsc::channel();
-        thread::spawn(move || {
-            for line in lines.lines().map_while(Result::ok) {
-                let seen = Instant::now();
-                let Ok(event) = serde_json::from_str(&line) else { continue };
-                if sender.send((seen, event)).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(EventStream { child, events, past: Vec::new() })
+        EventStream::of(self.command(&["events", "--follow", "-o", "jsonl"]))
     }
 
     /// Sends SIGTERM and waits for the end.
@@ -191,6 +178,26 @@ pub(crate) struct EventStream {
 }
 
 impl EventStream {
+    /// What this command prints, one event a line.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(crate) fn of(mut command: Command) -> anyhow::Result<Self> {
+        let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start the plugvisor command")?;
+        let lines = BufReader::new(child.stdout.take().context("the command has no output")?);
+        let (sender, events) = mpsc::channel();
+        thread::spawn(move || {
+            for line in lines.lines().map_while(Result::ok) {
+                let seen = Instant::now();
+                let Ok(event) = serde_json::from_str(&line) else { continue };
+                if sender.send((seen, event)).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { child, events, past: Vec::new() })
+    }
+
     /// The first event, past or coming, that `wanted` accepts.
     ///
     /// # Errors
