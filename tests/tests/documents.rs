@@ -10,6 +10,8 @@ const PAGES: &[&str] = &[
     "docs/bundle.md",
     "docs/lifecycle.md",
     "docs/protocol.md",
+    "docs/systemd.md",
+    "docs/testing.md",
 ];
 
 fn root() -> PathBuf {
@@ -49,8 +51,10 @@ fn the_map_names_what_is_there() {
     let page = text("ARCHITECTURE.md");
     let table = page.split("## Where to look").nth(1).expect("the page ends with the map");
     let paths: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|path| path.contains('/')).collect();
-    let (full, below): (Vec<&str>, Vec<&str>) =
-        paths.into_iter().partition(|path| path.starts_with("proto/") || path.starts_with("supervisor/"));
+    let whole = |path: &&str| {
+        ["deploy/", "proto/", "supervisor/", "systemd/", "tests/"].iter().any(|top| path.starts_with(top))
+    };
+    let (full, below): (Vec<&str>, Vec<&str>) = paths.into_iter().partition(whole);
     let missing: Vec<&&str> = full.iter().filter(|path| !root().join(path).exists()).collect();
     assert!(missing.is_empty(), "{missing:?}");
     assert!(full.len() >= 8, "{full:?}");
