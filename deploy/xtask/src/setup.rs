@@ -35,7 +35,6 @@ const TESTS: &[Tool] = &[
     },
 ];
 
-/// The peers of the benchmarks.
 /// The virtual machine: its processor, its root, and the archives that become its memory.
 const MACHINE: &[Tool] = &[
     Tool { needs: "qemu-system-x86_64", package: "qemu-system-x86", needed_for: "test vm" },
@@ -44,7 +43,7 @@ const MACHINE: &[Tool] = &[
     Tool { needs: "strip", package: "binutils", needed_for: "test vm" },
 ];
 
-/// The peers of `bench broker`.
+/// The peers of the benchmarks.
 const PEERS: &[Tool] = &[
     Tool { needs: "haproxy", package: "haproxy", needed_for: "bench broker" },
     Tool { needs: "nginx", package: "nginx", needed_for: "bench broker" },
@@ -79,7 +78,6 @@ pub(crate) fn for_tests() -> anyhow::Result<()> {
     install(TESTS)
 }
 
-/// Installs the peers of the benchmarks. A caller that can do without prints the error and goes on.
 /// Installs what `test vm` needs.
 ///
 /// # Errors
@@ -88,7 +86,7 @@ pub(crate) fn for_vm() -> anyhow::Result<()> {
     install(MACHINE)
 }
 
-/// Installs the peers of `bench broker`. A caller that can do without prints the error and goes on.
+/// Installs the peers of the benchmarks. A caller that can do without prints the error and goes on.
 ///
 /// # Errors
 /// As [`run`].
