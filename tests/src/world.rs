@@ -33,6 +33,7 @@ struct Settings {
     tier: String,
     grants: Vec<String>,
     allow_degraded: Option<Vec<String>>,
+    also_allow: Vec<String>,
     runtime_directory: Option<PathBuf>,
     state_directory: Option<PathBuf>,
     metrics_address: String,
@@ -64,6 +65,7 @@ impl World {
                 tier: "verified".to_owned(),
                 grants: Vec::new(),
                 allow_degraded: None,
+                also_allow: Vec::new(),
                 runtime_directory: None,
                 state_directory: None,
                 metrics_address: "127.0.0.1:0".to_owned(),
@@ -110,6 +112,13 @@ impl World {
     #[must_use]
     pub fn allow_degraded(mut self, controls: &[&str]) -> Self {
         self.settings.allow_degraded = Some(controls.iter().map(ToString::to_string).collect());
+        self
+    }
+
+    /// Allows these controls to be missing, beside what is allowed anyway.
+    #[must_use]
+    pub fn also_allow(mut self, controls: &[&str]) -> Self {
+        self.settings.also_allow.extend(controls.iter().map(ToString::to_string));
         self
     }
 
@@ -270,12 +279,14 @@ impl World {
             tier,
             grants,
             allow_degraded,
+            also_allow,
             runtime_directory: _,
             state_directory: _,
             metrics_address,
             supervisor,
             toml,
         } = &self.settings;
+        let allowed: Vec<&String> = allow_degraded.iter().flatten().chain(also_allow).collect();
         let mut text = String::new();
         // Debug text of these values is valid TOML: paths and names of the tests are plain ASCII.
         let _ = write!(
@@ -284,7 +295,7 @@ impl World {
              [[directory]]\npath = {:?}\ntier = {tier:?}\ngrants = {grants:?}\n\n{toml}",
             self.runtime(),
             self.state(),
-            allow_degraded.as_deref().unwrap_or_default(),
+            allowed,
             self.plugins(),
         );
         text

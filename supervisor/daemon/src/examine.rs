@@ -4,6 +4,7 @@
 //! they were. Nothing here starts or stops a plugin.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
@@ -11,12 +12,12 @@ use std::{
 };
 
 use plugvisor_proto::admin::v1::{
-    ConfigurationCheck, ConfigurationProblem, ExamineHostResponse, HostControl, HostPlace, Setting,
-    ShowConfigurationResponse,
+    ConfigurationCheck, ConfigurationProblem, ExamineHostResponse, HostControl, HostLevel, HostPlace, LevelGap,
+    Setting, ShowConfigurationResponse,
 };
 use plugvisor_sandbox::{
     options::Options,
-    protocol::{ProbeState, Probed},
+    protocol::{Control, Host, Lacking, ProbeState, Probed, ProbedLevel},
 };
 use prost::Message as _;
 
@@ -151,7 +152,8 @@ fn host(args: Args) -> ExamineHostResponse {
         Err(error) => (Config::without_file(&surroundings), Some(error)),
     };
     let probed = probe(args.launcher);
-    let features = probed.as_deref().unwrap_or_default();
+    let nothing = Host { controls: Vec::new(), levels: Vec::new() };
+    let features = probed.as_ref().unwrap_or(&nothing);
     let owner = if surroundings.uid == 0 { privileges::find(&config.supervisor.user).ok() } else { None };
     let mut report = report(&config, features, surroundings.uid, owner, false);
     if let Some(error) = trouble {
@@ -178,7 +180,7 @@ fn host(args: Args) -> ExamineHostResponse {
 }
 
 /// Starts a launcher of our own for its probe, in a directory that is gone afterwards.
-fn probe(program: Option<PathBuf>) -> Result<Vec<Probed>, String> {
+fn probe(program: Option<PathBuf>) -> Result<Host, String> {
     let program = program.map_or_else(launcher::beside_this_program, Ok).map_err(|error| error.to_string())?;
     let directory = Scratch::make(&std::env::temp_dir()).map_err(|error| format!("no scratch directory: {error}"))?;
     let path = directory.0.canonicalize().map_err(|error| error.to_string())?;
@@ -223,13 +225,7 @@ impl Drop for Scratch {
 }
 
 /// The report. `uid` starts the supervisor and `owner` is whom it becomes.
-pub fn report(
-    config: &Config,
-    features: &[Probed],
-    uid: u32,
-    owner: Option<Owner>,
-    running: bool,
-) -> ExamineHostResponse {
+pub fn report(config: &Config, features: &Host, uid: u32, owner: Option<Owner>, running: bool) -> ExamineHostResponse {
     let control = |probed: &Probed| {
         let (works, why, fix) = match &probed.state {
             ProbeState::Works(how) => (how.clone(), String::new(), String::new()),
@@ -237,6 +233,10 @@ pub fn report(
         };
         let allowed = config.supervisor.allow_degraded.contains(&probed.control);
         HostControl { name: probed.control.to_string(), works, why, fix, allowed }
+    };
+    let level = |probed: &ProbedLevel| HostLevel {
+        name: probed.level.as_str().to_owned(),
+        gaps: probed.lacking.iter().map(|lacking| gap(lacking, &config.supervisor.allow_degraded)).collect(),
     };
     let uses = owner.map_or(uid, |owner| owner.uid);
     let mut places = Vec::new();
@@ -281,9 +281,21 @@ pub fn report(
         uid,
         user: if owner.is_some() { config.supervisor.user.clone() } else { String::new() },
         kernel: format!("{} {}", system.sysname().to_string_lossy(), system.release().to_string_lossy()),
-        controls: features.iter().map(control).collect(),
+        controls: features.controls.iter().map(control).collect(),
+        levels: features.levels.iter().map(level).collect(),
         places,
         running,
+    }
+}
+
+fn gap(lacking: &Lacking, allowed: &BTreeSet<Control>) -> LevelGap {
+    let Lacking { control, why, fix, may_be_allowed } = lacking;
+    LevelGap {
+        control: control.map(|control| control.to_string()).unwrap_or_default(),
+        why: why.clone(),
+        fix: fix.clone(),
+        allowed: *may_be_allowed && control.is_some_and(|control| allowed.contains(&control)),
+        may_be_allowed: *may_be_allowed,
     }
 }
 

@@ -111,7 +111,7 @@ fn host(page: &mut Page, supervisor: &Supervisor) {
     page.sample(&[], 1);
     page.family("plugvisor_sandbox_degraded", Kind::Gauge, "Controls that are missing and allowed to be.");
     let degraded = supervisor.degraded();
-    for feature in &supervisor.features {
+    for feature in &supervisor.features.controls {
         let name = feature.control.as_str();
         page.sample(&[("control", name)], u8::from(degraded.iter().any(|control| control == name)));
     }

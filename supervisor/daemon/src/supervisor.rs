@@ -13,7 +13,7 @@ use std::{
 
 use plugvisor_core::breaker::Transition;
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{ProbeState, Probed};
+use plugvisor_sandbox::protocol::{Host, ProbeState};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -34,7 +34,7 @@ pub struct Supervisor {
     /// All plugins.
     pub fleet: Fleet,
     /// What the launcher found to work here.
-    pub features: Vec<Probed>,
+    pub features: Host,
     /// When the supervisor started.
     pub started_at: SystemTime,
     /// The real address of the metrics page.
@@ -59,7 +59,7 @@ impl Supervisor {
         config: Arc<Config>,
         shared: Arc<Shared>,
         fleet: Fleet,
-        features: Vec<Probed>,
+        features: Host,
         metrics_address: SocketAddr,
         calls_socket: PathBuf,
     ) -> Self {
@@ -99,7 +99,8 @@ impl Supervisor {
     /// Controls that the operator allows to be missing and that are missing.
     #[must_use]
     pub fn degraded(&self) -> Vec<String> {
-        let lacking = self.features.iter().filter(|feature| matches!(feature.state, ProbeState::Lacking { .. }));
+        let lacking =
+            self.features.controls.iter().filter(|feature| matches!(feature.state, ProbeState::Lacking { .. }));
         let allowed = &self.config.supervisor.allow_degraded;
         lacking
             .filter(|feature| allowed.contains(&feature.control))

@@ -7,8 +7,8 @@
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::protocol::{
-    ControlState, Exit, Hello, Import, Imported, Launch, LaunchId, Launched, Limited, Limits, Listed, MAX_PACKET,
-    Notice, Probed, Reattached, Refusal, Reply, Request, Stats, VERSION,
+    ControlState, Exit, Hello, Host, Import, Imported, Launch, LaunchId, Launched, Limited, Limits, Listed, MAX_PACKET,
+    Notice, Reattached, Refusal, Reply, Request, Stats, VERSION,
 };
 
 /// The header's length in bytes.
@@ -265,7 +265,7 @@ pub fn decode_from_launcher(bytes: &[u8]) -> Result<FromLauncher, DecodeError> {
             let (version, pid) = parse(kind, id, body)?;
             Reply::Hello { version, pid }
         }
-        kind::PROBE_REPLY => Reply::Probe(parse::<Vec<Probed>>(kind, id, body)?),
+        kind::PROBE_REPLY => Reply::Probe(parse::<Host>(kind, id, body)?),
         kind::LAUNCHED => Reply::Launched(parse::<Launched>(kind, id, body)?),
         kind::DONE => {
             parse::<()>(kind, id, body)?;

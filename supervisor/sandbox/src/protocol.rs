@@ -139,7 +139,7 @@ pub struct Launch {
     pub plugin: String,
     /// The plugin's generation, for its environment and its cgroup's name.
     pub generation: u64,
-    /// How strong the walls are: at least as strong as the manifest asks. Only PROCESS is launched yet.
+    /// How strong the walls are: at least as strong as the manifest asks. VM is not launched yet.
     pub level: Level,
     /// The content digest of a bundle in the store.
     pub bundle: [u8; 32],
@@ -162,6 +162,52 @@ pub enum Level {
     Container,
     Sandbox,
     Vm,
+}
+
+impl Level {
+    /// Every level, weakest first.
+    pub const ALL: [Self; 5] = [Self::None, Self::Process, Self::Container, Self::Sandbox, Self::Vm];
+
+    /// The name in manifests and reports.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => IsolationLevel::None.as_str(),
+            Self::Process => IsolationLevel::Process.as_str(),
+            Self::Container => IsolationLevel::Container.as_str(),
+            Self::Sandbox => IsolationLevel::Sandbox.as_str(),
+            Self::Vm => IsolationLevel::Vm.as_str(),
+        }
+    }
+
+    /// The weakest level that has this control; every stronger one has it too.
+    #[must_use]
+    pub const fn first_with(control: Control) -> Self {
+        match control {
+            Control::OwnUid
+            | Control::Rlimits
+            | Control::MemoryLimit
+            | Control::CpuLimit
+            | Control::PidsLimit
+            | Control::WholeKill
+            | Control::DiesWithLauncher => Self::None,
+            Control::NoCapabilities
+            | Control::NoNewPrivs
+            | Control::MountNamespace
+            | Control::PidNamespace
+            | Control::IpcNamespace
+            | Control::NetworkNamespace
+            | Control::Seccomp
+            | Control::Landlock => Self::Process,
+            Control::UtsNamespace | Control::CgroupNamespace => Self::Container,
+            Control::NoWriteExec | Control::SingleExec => Self::Sandbox,
+        }
+    }
+
+    /// The controls of this level, in the order of [`Control::ALL`]. A limit among them counts when one was asked for.
+    pub fn controls(self) -> impl Iterator<Item = Control> {
+        Control::ALL.into_iter().filter(move |control| Self::first_with(*control) <= self)
+    }
 }
 
 impl From<IsolationLevel> for Level {
@@ -257,17 +303,27 @@ pub enum Control {
     PidNamespace,
     /// An IPC namespace.
     IpcNamespace,
+    /// A network namespace with nothing in it but `lo`.
+    NetworkNamespace,
+    /// A UTS namespace: a host name of its own.
+    UtsNamespace,
+    /// A cgroup namespace: its own group is the root that it sees.
+    CgroupNamespace,
     /// A seccomp filter.
     Seccomp,
     /// A Landlock ruleset.
     Landlock,
+    /// No memory that is both written and executed, nor first one and then the other.
+    NoWriteExec,
+    /// No other program is executed in place of the plugin's, nor by its children.
+    SingleExec,
     /// The memory limit.
     MemoryLimit,
     /// The CPU limit.
     CpuLimit,
     /// The limit on processes.
     PidsLimit,
-    /// Every process of the plugin dies together: a cgroup, or the PID namespace's init.
+    /// Every process of the plugin dies together: by a cgroup, or by the PID namespace's init.
     WholeKill,
     /// The plugin dies with the launcher.
     DiesWithLauncher,
@@ -275,7 +331,7 @@ pub enum Control {
 
 impl Control {
     /// Every control, in the order reports show them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 19] = [
         Self::OwnUid,
         Self::NoCapabilities,
         Self::NoNewPrivs,
@@ -283,8 +339,13 @@ impl Control {
         Self::MountNamespace,
         Self::PidNamespace,
         Self::IpcNamespace,
+        Self::NetworkNamespace,
+        Self::UtsNamespace,
+        Self::CgroupNamespace,
         Self::Seccomp,
         Self::Landlock,
+        Self::NoWriteExec,
+        Self::SingleExec,
         Self::MemoryLimit,
         Self::CpuLimit,
         Self::PidsLimit,
@@ -303,8 +364,13 @@ impl Control {
             Self::MountNamespace => "mount-namespace",
             Self::PidNamespace => "pid-namespace",
             Self::IpcNamespace => "ipc-namespace",
+            Self::NetworkNamespace => "network-namespace",
+            Self::UtsNamespace => "uts-namespace",
+            Self::CgroupNamespace => "cgroup-namespace",
             Self::Seccomp => "seccomp",
             Self::Landlock => "landlock",
+            Self::NoWriteExec => "no-write-exec",
+            Self::SingleExec => "single-exec",
             Self::MemoryLimit => "memory-limit",
             Self::CpuLimit => "cpu-limit",
             Self::PidsLimit => "pids-limit",
@@ -331,7 +397,7 @@ pub enum Reply {
         pid: u32,
     },
     /// To [`Request::Probe`].
-    Probe(Vec<Probed>),
+    Probe(Host),
     /// To [`Request::Launch`]. Descriptors: 0 a pidfd, 1 the listening broker socket, 2 an `O_PATH` descriptor through
     /// which the worker socket is reached (the socket itself when inherited, its directory when the plugin binds it),
     /// 3 stdout and 4 stderr, the reading ends; with [`Grant::Egress`], 5 a TCP socket that listens at [`EGRESS`] in the
@@ -356,6 +422,37 @@ pub enum Reply {
     Taken,
     /// To [`Request::Reattach`]. Its descriptors are described there.
     Reattached(Reattached),
+}
+
+/// What the host can enforce.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// Each control, in the order of [`Control::ALL`].
+    pub controls: Vec<Probed>,
+    /// Each level, in the order of [`Level::ALL`].
+    pub levels: Vec<ProbedLevel>,
+}
+
+/// What is missing for a level.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbedLevel {
+    /// The level.
+    pub level: Level,
+    /// What it lacks here; empty when all of it can be enforced.
+    pub lacking: Vec<Lacking>,
+}
+
+/// Something that a level lacks on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lacking {
+    /// The control; `None` when this launcher does not have the level at all.
+    pub control: Option<Control>,
+    /// What was tried and how it failed.
+    pub why: String,
+    /// What the operator can do.
+    pub fix: String,
+    /// Whether `allow_degraded` lets plugins of this level run without it.
+    pub may_be_allowed: bool,
 }
 
 /// One feature of the host.

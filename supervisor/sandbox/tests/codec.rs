@@ -4,9 +4,10 @@
 use plugvisor_sandbox::{
     codec::{self, DecodeError, FromLauncher, HEADER_LEN},
     protocol::{
-        Approval, Condition, Control, ControlState, Exit, Grant, Hello, Import, ImportBegin, ImportFile, Kept, Known,
-        Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState, Probed, ReattachState,
-        Reattached, Refusal, RefusalCode, Reply, Request, Stats, Stored, Tier, VERSION,
+        Approval, Condition, Control, ControlState, Exit, Grant, Hello, Host, Import, ImportBegin, ImportFile, Kept,
+        Known, Lacking, Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState,
+        Probed, ProbedLevel, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request, Stats, Stored, Tier,
+        VERSION,
     },
 };
 use proptest::prelude::*;
@@ -157,6 +158,11 @@ fn answers_survive() {
         ends_forgotten: 6,
         unattended_nanos: Some(7),
     };
+    let missing = Lacking { control: None, why: "not here".into(), fix: "elsewhere".into(), may_be_allowed: false };
+    let host = Host {
+        controls: vec![Probed { control: Control::OwnUid, state: lacking }],
+        levels: vec![ProbedLevel { level: Level::Vm, lacking: vec![missing] }],
+    };
     let kept = Kept { bytes: 1, lost: 2 };
     let reattached = |state| Reply::Reattached(Reattached { state, stdout: kept, stderr: Kept::default() });
     let stats = Stats { memory_bytes: Some(1), frozen: Some(false), ..Stats::default() };
@@ -168,7 +174,7 @@ fn answers_survive() {
         reattached(ReattachState::Up(launched.clone())),
         reattached(ReattachState::Over(over)),
         Reply::Hello { version: 1, pid: 2 },
-        Reply::Probe(vec![Probed { control: Control::OwnUid, state: lacking }]),
+        Reply::Probe(host),
         Reply::Launched(launched),
         Reply::Done,
         Reply::Inspected(vec![state]),

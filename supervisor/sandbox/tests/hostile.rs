@@ -16,7 +16,7 @@ use std::{
 use harness::{As, Harness, Manner, patience, wait_readable};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
-    protocol::{Exit, Grant, Hello, Import, Launch, Level, MAX_PACKET, RefusalCode, Reply, Request, VERSION},
+    protocol::{Control, Exit, Grant, Hello, Import, Launch, Level, MAX_PACKET, RefusalCode, Reply, Request, VERSION},
     seqpacket::{MOST_DESCRIPTORS, Received},
 };
 use rustix::{
@@ -43,9 +43,7 @@ fn fields_outside_of_policy() {
     let changes: Vec<Change> = vec![
         ("name", |l| l.plugin = "../x".into(), RefusalCode::Policy),
         ("empty name", |l| l.plugin.clear(), RefusalCode::Policy),
-        ("none", |l| l.level = Level::None, RefusalCode::LevelUnsupported),
-        ("container", |l| l.level = Level::Container, RefusalCode::LevelUnsupported),
-        ("sandbox", |l| l.level = Level::Sandbox, RefusalCode::LevelUnsupported),
+        ("none", |l| (l.level, l.allow_degraded) = (Level::None, Control::ALL.to_vec()), RefusalCode::Policy),
         ("vm", |l| l.level = Level::Vm, RefusalCode::LevelUnsupported),
         ("no memory", |l| l.limits.memory_bytes = Some(0), RefusalCode::Policy),
         ("no cpu", |l| l.limits.cpu_percent = Some(0), RefusalCode::Policy),

@@ -16,7 +16,7 @@ use std::{
 
 use harness::{As, Harness, Manner, is_root, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{
-    Control, Exit, Grant, Launch, Limits, Notice, ProbeState, RefusalCode, Reply, Request, SocketMode,
+    Control, Exit, Grant, Host, Launch, Level, Limits, Notice, ProbeState, RefusalCode, Reply, Request, SocketMode,
 };
 
 const TERM: i32 = 15;
@@ -44,7 +44,7 @@ fn every_control_is_read_back_from_the_kernel() {
         let Reply::Inspected(again) = harness.ask(&inspect, &[]).0 else { panic!("not inspected") };
         assert_eq!(again, plugin.launched.controls, "read later, nothing has changed");
         let names: Vec<_> = again.iter().map(|state| state.control).collect();
-        assert_eq!(names, Control::ALL);
+        assert_eq!(names, Level::Process.controls().collect::<Vec<_>>());
         for state in &again {
             // An ordinary user has these limits only in a delegated cgroup, and never a uid to give away.
             let may_lack = matches!(state.control, Control::OwnUid | Control::MemoryLimit | Control::CpuLimit);
@@ -77,7 +77,16 @@ fn every_control_is_read_back_from_the_kernel() {
 fn probe_names_every_control() {
     for as_ in As::possible() {
         let mut harness = Harness::start(as_);
-        let Reply::Probe(probed) = harness.ask(&Request::Probe, &[]).0 else { panic!("not probed") };
+        let Reply::Probe(Host { controls: probed, levels }) = harness.ask(&Request::Probe, &[]).0 else {
+            panic!("not probed")
+        };
+        assert_eq!(levels.iter().map(|probed| probed.level).collect::<Vec<_>>(), Level::ALL);
+        for probed in levels {
+            println!("{as_:?} {probed:?}");
+            let refused = probed.lacking.iter().any(|lacking| !lacking.may_be_allowed);
+            assert_eq!(refused, probed.level == Level::Vm, "{probed:?}");
+            assert!(as_ == As::Ordinary || refused || probed.lacking.is_empty(), "{probed:?}");
+        }
         assert_eq!(probed.iter().map(|probed| probed.control).collect::<Vec<_>>(), Control::ALL);
         for probed in probed {
             println!("{as_:?} {probed:?}");

@@ -6,7 +6,7 @@ mod harness;
 use std::{fs, os::fd::AsFd, time::Instant};
 
 use harness::{As, Harness, Plugin, is_root, patience, read_all, wait_readable};
-use plugvisor_sandbox::protocol::{Control, Exit, Limits};
+use plugvisor_sandbox::protocol::{Exit, Level, Limits};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 fn privileged() -> Option<Harness> {
@@ -32,9 +32,9 @@ fn init_of(plugin: &Plugin) -> i32 {
 #[test]
 fn a_spare_becomes_a_plugin_behind_the_same_walls() {
     let Some(mut harness) = privileged() else { return };
-    for round in 0..3 {
+    for (round, level) in [Level::Process, Level::Container, Level::Sandbox].into_iter().enumerate() {
         let spares = harness.await_spares();
-        let mut request = harness.request(&["pause"]);
+        let mut request = harness.request_at(level, &["pause"]);
         request.limits = Limits {
             memory_bytes: Some(64 << 20),
             cpu_percent: Some(50),
@@ -45,7 +45,7 @@ fn a_spare_becomes_a_plugin_behind_the_same_walls() {
         let plugin = harness.launch(request);
         assert!(spares.contains(&init_of(&plugin)), "round {round}: {} is not of {spares:?}", init_of(&plugin));
         let controls = &plugin.launched.controls;
-        assert_eq!(controls.len(), Control::ALL.len());
+        assert_eq!(controls.len(), level.controls().count());
         for state in controls {
             assert!(state.enforced.is_some(), "{state:?}");
         }

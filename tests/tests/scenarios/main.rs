@@ -9,6 +9,7 @@ mod calls;
 mod egress;
 mod faults;
 mod floods;
+mod levels;
 mod life;
 mod operator;
 mod order;

@@ -13,7 +13,7 @@ use tonic::Request;
 use crate::world;
 
 /// Where Debian's python3-grpcio is: below /usr, which plugins see.
-const GRPCIO: &str = "/usr/lib/python3/dist-packages/grpc/__init__.py";
+pub(crate) const GRPCIO: &str = "/usr/lib/python3/dist-packages/grpc/__init__.py";
 
 /// It loads, serves an application, calls a plugin and is called by one, streams, logs, and stops when it is told.
 async fn a_plugin_without_an_sdk_is_a_plugin(lane: Lane) -> anyhow::Result<()> {

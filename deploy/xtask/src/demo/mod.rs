@@ -74,13 +74,17 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
     build::bundle_examples(&demo.source, &binaries, &place.bundles())?;
     let mut checks = Checks::default();
 
-    let lacking = probe(&binaries, &place, &mut checks)?;
+    let found = probe(&binaries, &place, &mut checks)?;
+    let lacking = &found.lacking;
+    if !found.sandbox {
+        weaken(&place.bundles().join(SANDBOXED))?;
+    }
     let metrics = metrics_address(demo.once);
-    let text = configuration(&place.runtime(), &place.state(), &metrics, Some(&place.bundles()), &lacking);
+    let text = configuration(&place.runtime(), &place.state(), &metrics, Some(&place.bundles()), lacking);
     let file = place.configure(&text)?;
     println!("\nconfiguration, {}:\n{}", file.display(), indented(&text));
     let supervisor = Supervisor::start(&binaries, &file, &place.runtime(), &place.path().join("plugvisord.log"))?;
-    let result = show(demo, &binaries, &supervisor, &place, &lacking, &interrupt, &mut checks);
+    let result = show(demo, &binaries, &supervisor, &place, lacking, &interrupt, &mut checks);
     if let Err(error) = result {
         if interrupt.requested() {
             bail!("interrupted; the supervisor and its plugins are stopped");
@@ -92,8 +96,27 @@ pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
     checks.verdict()
 }
 
+/// What this host can do.
+struct Found {
+    /// The controls that it cannot enforce.
+    lacking: Vec<String>,
+    /// It can run plugins at SANDBOX, when what may be missing is allowed to be.
+    sandbox: bool,
+}
+
+/// The plugin that runs at SANDBOX where the host can: it decodes pictures of strangers.
+const SANDBOXED: &str = "thumbnailer";
+
+/// Has a bundle ask for PROCESS instead of SANDBOX.
+fn weaken(bundle: &Path) -> anyhow::Result<()> {
+    let manifest = bundle.join("plugin.json");
+    let text = std::fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+    let weaker = text.replace("\"isolationLevel\": \"sandbox\"", "\"isolationLevel\": \"process\"");
+    std::fs::write(&manifest, weaker).with_context(|| format!("cannot write {}", manifest.display()))
+}
+
 /// Starts the supervisor without plugins to learn what this host can enforce, and stops it.
-fn probe(binaries: &Path, place: &Place, checks: &mut Checks) -> anyhow::Result<Vec<String>> {
+fn probe(binaries: &Path, place: &Place, checks: &mut Checks) -> anyhow::Result<Found> {
     let file = place.configure(&configuration(&place.runtime(), &place.state(), "127.0.0.1:0", None, &[]))?;
     let supervisor = Supervisor::start(binaries, &file, &place.runtime(), &place.path().join("probe.log"))?;
     let status = supervisor.ask(&["status"])?;
@@ -111,9 +134,24 @@ fn probe(binaries: &Path, place: &Place, checks: &mut Checks) -> anyhow::Result<
             lacking.push(text("name"));
         }
     }
+    let doctor = supervisor.ask(&["doctor"])?;
+    println!("and plugins can run at the levels");
+    let mut sandbox = false;
+    for level in doctor["levels"].as_array().into_iter().flatten() {
+        let name = level["name"].as_str().unwrap_or_default();
+        let gaps: Vec<&Value> = level["gaps"].as_array().into_iter().flatten().collect();
+        let possible = gaps.iter().all(|gap| gap["may_be_allowed"] == true);
+        sandbox |= possible && name == "sandbox";
+        let text = |gap: &&Value| match gap["control"].as_str() {
+            None | Some("") => gap["why"].as_str().unwrap_or_default().to_owned(),
+            Some(control) => format!("without {control}"),
+        };
+        let gaps: Vec<String> = gaps.iter().map(text).collect();
+        println!("  {} {name:<20} {}", if possible { "+" } else { "-" }, gaps.join(", "));
+    }
     let status = supervisor.stop()?;
     checks.check("a supervisor without plugins stops cleanly", status.success(), status, "status 0", "see probe.log");
-    Ok(lacking)
+    Ok(Found { lacking, sandbox })
 }
 
 /// The address of the design when it is free. `--once` runs beside others, so it takes any.

@@ -25,7 +25,8 @@ pub(crate) fn judge(
     let description = supervisor.ask(&["describe", name])?;
     let controls = description["controls"].as_array().cloned().unwrap_or_default();
     let text = |control: &Value, field: &str| control[field].as_str().unwrap_or_default().to_owned();
-    println!("\n{name} (pid {pid}), as the supervisor read it from the kernel:");
+    let level = description["status"]["isolation_level"].as_str().unwrap_or_default().to_owned();
+    println!("\n{name} (pid {pid}) at the level {level}, as the supervisor read it from the kernel:");
     for control in &controls {
         let enforced = text(control, "enforced");
         let (mark, what) = if enforced.is_empty() { ("-", text(control, "unavailable")) } else { ("+", enforced) };
@@ -44,12 +45,18 @@ pub(crate) fn judge(
         "none missing",
         "see `plugvisor describe`",
     );
-    from_outside(name, pid, degraded, checks)?;
+    from_outside(name, pid, &level, degraded, checks)?;
     limits(name, pid, &description["manifest"], degraded, checks)
 }
 
 /// The controls that `/proc` shows to us.
-fn from_outside(name: &str, pid: u32, degraded: &BTreeSet<String>, checks: &mut Checks) -> anyhow::Result<()> {
+fn from_outside(
+    name: &str,
+    pid: u32,
+    level: &str,
+    degraded: &BTreeSet<String>,
+    checks: &mut Checks,
+) -> anyhow::Result<()> {
     let status = status(pid)?;
     let field = |field: &str| status.get(field).cloned().unwrap_or_default();
     let next = "this wall is not there: report it";
@@ -63,7 +70,16 @@ fn from_outside(name: &str, pid: u32, degraded: &BTreeSet<String>, checks: &mut 
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
         expect("no-capabilities", set, field(set), "0000000000000000");
     }
-    for (kind, control) in [("mnt", "mount-namespace"), ("pid", "pid-namespace"), ("ipc", "ipc-namespace")] {
+    let mut kinds = vec![
+        ("mnt", "mount-namespace"),
+        ("pid", "pid-namespace"),
+        ("ipc", "ipc-namespace"),
+        ("net", "network-namespace"),
+    ];
+    if level == "sandbox" {
+        kinds.extend([("uts", "uts-namespace"), ("cgroup", "cgroup-namespace")]);
+    }
+    for (kind, control) in kinds {
         if degraded.contains(control) {
             continue;
         }

@@ -1,6 +1,8 @@
 //! `plugvisor doctor`: what this host can enforce, what it lacks, and what to do about it.
 
-use plugvisor_proto::admin::v1::{ExamineHostRequest, ExamineHostResponse, HostControl, HostPlace};
+use plugvisor_proto::admin::v1::{
+    ExamineHostRequest, ExamineHostResponse, HostControl, HostLevel, HostPlace, LevelGap,
+};
 
 use crate::admin::{Admin, QUESTION};
 use crate::args::Format;
@@ -34,6 +36,35 @@ fn lacking(answer: &ExamineHostResponse) -> impl Iterator<Item = &HostControl> {
     answer.controls.iter().filter(|control| control.works.is_empty())
 }
 
+/// Whether plugins run at this level, and without what.
+fn level_line(HostLevel { name: _, gaps }: &HostLevel) -> (Style, &'static str, String) {
+    let names = |gaps: &[&LevelGap]| gaps.iter().map(|gap| gap.control.as_str()).collect::<Vec<_>>().join(", ");
+    let (allowed, refused): (Vec<&LevelGap>, Vec<&LevelGap>) = gaps.iter().partition(|gap| gap.allowed);
+    match (allowed.as_slice(), refused.as_slice()) {
+        ([], []) => (Style::Good, "works", String::new()),
+        (allowed, []) => (Style::Warning, "works, allowed", format!("without {}", names(allowed))),
+        (_, [LevelGap { control, why, .. }]) if control.is_empty() => (Style::Bad, "REFUSED", why.clone()),
+        (_, refused) => (Style::Bad, "REFUSED", format!("lacks {}", names(refused))),
+    }
+}
+
+/// What to do about a level that is refused for more than a wall that is told of below.
+fn levels_fixes(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
+    let told = |gap: &LevelGap| lacking(answer).any(|control| control.fix == gap.fix);
+    for HostLevel { name, gaps } in &answer.levels {
+        for gap in gaps.iter().filter(|gap| !gap.control.is_empty() && !told(gap)) {
+            let LevelGap { control, why, fix, .. } = gap;
+            output.line(
+                &Line::new("  ")
+                    .add(Style::Title, format!("{control} at {name}"))
+                    .add(Style::Plain, format!(": {why}")),
+            )?;
+            output.line(&Line::new("    fix: ").add(Style::Plain, fix))?;
+        }
+    }
+    Ok(())
+}
+
 fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
     let who = match answer.user.as_str() {
         "" => format!("uid {}", answer.uid),
@@ -56,6 +87,14 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
         table.row(vec![Line::new(format!("  {name}")), Line::default().add(style, mark), Line::new(works)]);
     }
     output.lines(&table.lines()[1..])?;
+    output.title("Levels")?;
+    let mut table = Table::new(&[]);
+    for level in &answer.levels {
+        let (style, mark, what) = level_line(level);
+        table.row(vec![Line::new(format!("  {}", level.name)), Line::default().add(style, mark), Line::new(what)]);
+    }
+    output.lines(&table.lines()[1..])?;
+    levels_fixes(output, answer)?;
     output.title("Places")?;
     for HostPlace { name, path, detail, trouble, fix } in &answer.places {
         let at = if path.is_empty() { String::new() } else { format!(" {path}") };

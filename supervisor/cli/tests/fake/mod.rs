@@ -8,11 +8,12 @@ use plugvisor_proto::admin::v1::admin_server::{Admin, AdminServer};
 use plugvisor_proto::admin::v1::{
     BreakerStatus, CallStep, CapabilityState, Control, DescribePluginRequest, DescribePluginResponse,
     ExamineHostRequest, ExamineHostResponse, ExplainCallRequest, ExplainCallResponse, GetStatusRequest,
-    GetStatusResponse, HostControl, HostFeature, HostPlace, LastExit, ListBreakersRequest, ListBreakersResponse,
-    LoadPluginRequest, LoadPluginResponse, LogStream, PluginState, PluginStatus, ReadLogsRequest, ReadLogsResponse,
-    ResetBreakersRequest, ResetBreakersResponse, ResolveServiceRequest, ResolveServiceResponse, RestartPluginRequest,
-    RestartPluginResponse, ServiceState, Setting, ShowConfigurationRequest, ShowConfigurationResponse, StepOutcome,
-    SupervisorStatus, Transition, UnloadPluginRequest, UnloadPluginResponse, WatchEventsRequest, WatchEventsResponse,
+    GetStatusResponse, HostControl, HostFeature, HostLevel, HostPlace, LastExit, LevelGap, ListBreakersRequest,
+    ListBreakersResponse, LoadPluginRequest, LoadPluginResponse, LogStream, PluginState, PluginStatus, ReadLogsRequest,
+    ReadLogsResponse, ResetBreakersRequest, ResetBreakersResponse, ResolveServiceRequest, ResolveServiceResponse,
+    RestartPluginRequest, RestartPluginResponse, ServiceState, Setting, ShowConfigurationRequest,
+    ShowConfigurationResponse, StepOutcome, SupervisorStatus, Transition, UnloadPluginRequest, UnloadPluginResponse,
+    WatchEventsRequest, WatchEventsResponse,
 };
 use plugvisor_proto::event::v1::{Event, Severity};
 use plugvisor_proto::host::v1::events_server::{Events, EventsServer};
@@ -375,6 +376,14 @@ impl Admin for Answers {
             allowed,
             ..HostControl::default()
         };
+        let gap = |control: &str, allowed| LevelGap {
+            control: control.into(),
+            why: "no delegated cgroup".into(),
+            fix: "start it by systemd with Delegate=yes".into(),
+            allowed,
+            may_be_allowed: true,
+        };
+        let level = |name: &str, gaps| HostLevel { name: name.into(), gaps };
         let place = |name: &str, path: &str, detail: &str, trouble: &str, fix: &str| HostPlace {
             name: name.into(),
             path: path.into(),
@@ -392,6 +401,12 @@ impl Admin for Answers {
                 place("plugin directory", "/srv/plugins", "", "No such file", "create it"),
             ],
             running: true,
+            levels: vec![
+                level("none", vec![]),
+                level("process", vec![gap("memory-limit", true), gap("cpu-limit", false)]),
+                level("container", vec![gap("memory-limit", true)]),
+                level("vm", vec![LevelGap { why: "this version does not have it".into(), ..LevelGap::default() }]),
+            ],
         }))
     }
 

@@ -79,6 +79,9 @@ impl WhyNot {
     }
 }
 
+/// The strongest level that this version launches; every weaker one too.
+pub const STRONGEST: IsolationLevel = IsolationLevel::Sandbox;
+
 /// The capabilities whose mechanism this version has.
 pub const IMPLEMENTED: CapabilitySet = CapabilitySet::of(&[
     Capability::HttpClient,
@@ -115,7 +118,7 @@ impl Policy {
 
         let mut errors = Vec::new();
         let level = asked.level.unwrap_or(IsolationLevel::Process).max(weakest);
-        if level != IsolationLevel::Process {
+        if level > STRONGEST {
             errors.push(level_not_implemented(name, tier, level, asked.level, operator.tier));
         }
 
@@ -158,11 +161,11 @@ fn level_not_implemented(
     directory: TrustTier,
 ) -> Error {
     let hint = if asked == Some(level) {
-        "set security.sandbox.isolationLevel in its plugin.json to \"process\"".to_owned()
+        format!("set security.sandbox.isolationLevel in its plugin.json to \"{STRONGEST}\"")
     } else if tier < directory {
-        format!("its plugin.json limits it to the tier {tier} with security.trustLevel: raise it to \"verified\"")
+        format!("its plugin.json limits it to the tier {tier} with security.trustLevel: raise it")
     } else {
-        "set the tier of its directory in plugvisor.toml to \"verified\" or \"internal\", if you trust it".to_owned()
+        "set a higher tier for its directory in plugvisor.toml, if you trust it".to_owned()
     };
     let because = if asked == Some(level) {
         "its manifest asks for it".to_owned()
@@ -172,7 +175,7 @@ fn level_not_implemented(
     Error::new(
         Code::LevelNotImplemented,
         format!(
-            "plugin {name} needs the isolation level {level}, because {because}; this version launches only process"
+            "plugin {name} needs the isolation level {level}, because {because}; the strongest that this version launches is {STRONGEST}"
         ),
         hint,
     )

@@ -25,14 +25,17 @@ fn the_level_is_the_stronger_of_manifest_and_tier() {
         (None, None, T::Verified, Ok(L::Process)),
         (None, None, T::Internal, Ok(L::Process)),
         (None, Some(L::None), T::Verified, Ok(L::Process)),
-        (None, Some(L::None), T::Internal, Err((Code::LevelNotImplemented, "plugin.json"))),
-        (None, Some(L::Container), T::Verified, Err((Code::LevelNotImplemented, "isolationLevel"))),
+        (None, Some(L::None), T::Internal, Ok(L::None)),
+        (None, Some(L::Container), T::Verified, Ok(L::Container)),
+        (None, Some(L::Sandbox), T::Internal, Ok(L::Sandbox)),
         (None, Some(L::Vm), T::Internal, Err((Code::LevelNotImplemented, "isolationLevel"))),
-        (None, None, T::Community, Err((Code::LevelNotImplemented, "directory"))),
-        (None, None, T::Untrusted, Err((Code::LevelNotImplemented, "directory"))),
+        (None, None, T::Community, Ok(L::Container)),
+        (None, Some(L::Process), T::Community, Ok(L::Container)),
+        (None, None, T::Untrusted, Ok(L::Sandbox)),
+        (None, Some(L::None), T::Untrusted, Ok(L::Sandbox)),
         (Some(T::Internal), None, T::Verified, Ok(L::Process)),
-        (Some(T::Internal), None, T::Untrusted, Err((Code::LevelNotImplemented, "directory"))),
-        (Some(T::Community), None, T::Verified, Err((Code::LevelNotImplemented, "trustLevel"))),
+        (Some(T::Internal), None, T::Untrusted, Ok(L::Sandbox)),
+        (Some(T::Community), None, T::Verified, Ok(L::Container)),
         (None, None, T::Quarantined, Err((Code::TierNeverRuns, "directory"))),
         (Some(T::Quarantined), None, T::Internal, Err((Code::TierNeverRuns, "trustLevel"))),
     ];
@@ -129,7 +132,8 @@ proptest! {
             prop_assert_eq!(verdict.granted, asked.capabilities.and(tier).and(operator.grants));
             prop_assert!(verdict.granted.minus(IMPLEMENTED).is_empty());
             prop_assert!(verdict.tier <= operator.tier);
-            prop_assert_eq!(verdict.level, L::Process);
+            let weakest = policy.rules(verdict.tier).weakest.expect("a tier that runs");
+            prop_assert_eq!(verdict.level, weakest.max(L::Process));
             for one in verdict.capabilities {
                 prop_assert_eq!(one.why_not.is_none(), verdict.granted.contains(one.capability));
             }

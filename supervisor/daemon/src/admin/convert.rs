@@ -47,7 +47,7 @@ pub(super) fn supervisor(state: &Supervisor) -> SupervisorStatus {
         configuration_file: state.config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default(),
         degraded: state.degraded(),
         ready: matches!(crate::observe::Observed::readiness(state), crate::observe::Readiness::Ready),
-        features: state.features.iter().map(feature).collect(),
+        features: state.features.controls.iter().map(feature).collect(),
         resident_bytes: stats::resident_bytes(std::process::id()).unwrap_or(0),
         not_ready: match crate::observe::Observed::readiness(state) {
             crate::observe::Readiness::Ready => Vec::new(),

@@ -240,6 +240,8 @@ fn difference(
     };
     if known.bundle != *info.digest.as_bytes() {
         Some("its bundle")
+    } else if known.level != protocol::Level::from(verdict.level) {
+        Some("its isolation level")
     } else if known.grants != grants {
         Some("its capabilities")
     } else if known_limits != in_force {

@@ -8,7 +8,7 @@ use plugvisor_core::{
     lifecycle::{Failure, Permanence, Phase},
 };
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{self, Launch, Level, RefusalCode};
+use plugvisor_sandbox::protocol::{self, Launch, RefusalCode};
 use tokio::time::Instant;
 
 use super::{
@@ -33,7 +33,7 @@ impl Driver {
             let launch = Launch {
                 plugin: manifest.name.to_string(),
                 generation: generation.0,
-                level: Level::Process,
+                level: verdict.level.into(),
                 bundle: *info.digest.as_bytes(),
                 approval: None,
                 limits: settings::kernel_limits(&verdict.limits),
@@ -204,7 +204,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         RefusalCode::LevelUnsupported => (
             Code::LevelNotImplemented,
             Permanence::Permanent,
-            "set the tier of its directory in plugvisor.toml to \"verified\", if you trust it",
+            "set security.sandbox.isolationLevel in its plugin.json to \"sandbox\", the strongest level of this version",
         ),
         RefusalCode::ControlUnavailable => (
             Code::ControlUnavailable,

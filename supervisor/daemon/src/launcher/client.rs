@@ -13,9 +13,7 @@ use std::{
 
 use plugvisor_sandbox::{
     codec::{FromLauncher, decode_from_launcher, encode_request},
-    protocol::{
-        ControlState, Exit, Hello, Launch, LaunchId, Launched, Notice, Probed, Refusal, Reply, Request, VERSION,
-    },
+    protocol::{ControlState, Exit, Hello, Host, Launch, LaunchId, Launched, Notice, Refusal, Reply, Request, VERSION},
     seqpacket::{Packet, Received, Seqpacket},
 };
 use tokio::{
@@ -157,8 +155,8 @@ impl Launcher {
         self.end.clone()
     }
 
-    /// Which controls work on this host.
-    pub async fn probe(&self) -> Result<Vec<Probed>, LauncherError> {
+    /// Which controls and levels this host can enforce.
+    pub async fn probe(&self) -> Result<Host, LauncherError> {
         match self.ask(Request::Probe, Vec::new(), LAUNCH_PATIENCE).await? {
             Answer::Plain(Reply::Probe(probed)) => Ok(probed),
             _ => Err(LauncherError::Mismatch),

@@ -174,6 +174,15 @@ impl Harness {
         harness
     }
 
+    /// One to which the plugins are the operator's own, so that each level may be asked for.
+    pub fn start_trusting(as_: As) -> Self {
+        Self::start_with(as_, |options| {
+            for root in &mut options.bundle_roots {
+                root.tier = Tier::Internal;
+            }
+        })
+    }
+
     /// With a store on the disk, as root.
     pub fn start_with_store(as_: As, change: impl FnOnce(&mut Options)) -> Self {
         let mut harness = Self::spawn_in(as_, tempfile::tempdir().expect("a temporary directory"), |options, path| {
@@ -492,6 +501,21 @@ impl Harness {
         }
     }
 
+    /// The same at a level. At NONE an ordinary user also lacks the cgroup that would end all of it together.
+    pub fn request_at(&self, level: Level, args: &[&str]) -> Launch {
+        self.request_at_in(level, &Manner::of(args))
+    }
+
+    /// The same as it runs in a bundle made for it.
+    pub fn request_at_in(&self, level: Level, manner: &Manner) -> Launch {
+        let mut launch = self.request_in(manner);
+        launch.level = level;
+        if level == Level::None && self.as_ == As::Ordinary {
+            launch.allow_degraded.extend([Control::WholeKill, Control::DiesWithLauncher]);
+        }
+        launch
+    }
+
     /// The digest of a bundle of this name that runs so; it is made when there is none.
     pub fn made(&self, name: &str, manner: &Manner) -> [u8; 32] {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
@@ -637,7 +661,7 @@ impl Harness {
         children.split_whitespace().any(|child| {
             let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
             let name = name.trim();
-            let others = ["plugvisor-init", "plugvisor-early", "plugvisor-spare"];
+            let others = ["plugvisor-init", "plugvisor-guard", "plugvisor-early", "plugvisor-spare"];
             name == "plugvisor-close" || (!only_named && !others.contains(&name))
         })
     }

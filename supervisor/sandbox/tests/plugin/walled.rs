@@ -83,6 +83,26 @@ fn main() {
                 }
                 sys(number(&call), values)
             }
+            // The same, with what it gives instead of "ok".
+            "value" => {
+                let (call, arguments) = (next(), next());
+                let mut values = [0; 6];
+                for (value, text) in values.iter_mut().zip(arguments.split(',')) {
+                    *value = number(text);
+                }
+                result(number(&call), values).map_or_else(|error| io::<()>(Err(error)), |value| value.to_string())
+            }
+            // Another program in place of this one: a line only when that fails.
+            "exec" => {
+                use std::os::unix::process::CommandExt;
+                io::<()>(Err(std::process::Command::new(next()).exec()))
+            }
+            "host-name" => host_name(),
+            "leads-session" => {
+                // SAFETY: both take no pointers.
+                let leads = unsafe { libc::getsid(0) == libc::getpid() };
+                leads.to_string()
+            }
             "int80" => int80(),
             other => panic!("unknown attempt {other}"),
         };
@@ -105,11 +125,27 @@ fn io<T>(result: std::io::Result<T>) -> String {
     }
 }
 
-fn sys(call: i64, [a, b, c, d, e, f]: [i64; 6]) -> String {
+fn sys(call: i64, arguments: [i64; 6]) -> String {
+    io(result(call, arguments))
+}
+
+fn result(call: i64, [a, b, c, d, e, f]: [i64; 6]) -> std::io::Result<i64> {
     // SAFETY: the arguments are plain numbers; where the kernel takes them for pointers they are null or invalid, which
     // it answers with an error.
     let result = unsafe { libc::syscall(call, a, b, c, d, e, f) };
-    if result < 0 { io::<()>(Err(std::io::Error::last_os_error())) } else { "ok".to_owned() }
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// The machine's name as uname(2) gives it.
+fn host_name() -> String {
+    let mut name = std::mem::MaybeUninit::<libc::utsname>::zeroed();
+    // SAFETY: uname fills the struct that it is given.
+    unsafe { libc::uname(name.as_mut_ptr()) };
+    // SAFETY: it was zeroed, and every field is an array of numbers.
+    let name = unsafe { name.assume_init() };
+    let bytes: Vec<u8> =
+        name.nodename.iter().take_while(|byte| **byte != 0).map(|byte| byte.to_ne_bytes()[0]).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Says something over TCP and gives what is answered until the end.

@@ -9,6 +9,7 @@ use plugvisor_sandbox::protocol::{Launch, Refusal, RefusalCode, Tier};
 use crate::{
     check::{self, Checked, refuse},
     launch::Launcher,
+    level::Walls,
     store::Bundle,
 };
 
@@ -23,7 +24,12 @@ pub(crate) struct Admitted {
 }
 
 impl Launcher {
-    pub(crate) fn admit(&mut self, request: &Launch, plugin: &PluginName) -> Result<Admitted, Refusal> {
+    pub(crate) fn admit(
+        &mut self,
+        request: &Launch,
+        plugin: &PluginName,
+        walls: Walls,
+    ) -> Result<Admitted, Refusal> {
         let named = Digest::from_bytes(request.bundle);
         let bundle = self.store.use_bundle(&request.bundle)?;
         // The manifest is part of the digest: no content is launched under another plugin's name and uid.
@@ -38,7 +44,7 @@ impl Launcher {
         let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref(), now)?;
         let tier = claimed(tier, bundle);
         self.policy.check_level(plugin, named, tier, request.level, bundle.doubt.as_ref(), now)?;
-        let checked = check::program(plugin, request.generation, &bundle.stated, &request.grants)?;
+        let checked = check::program(plugin, request.generation, &bundle.stated, &request.grants, walls)?;
         let path = bundle.path().to_owned();
         match bundle.open() {
             Ok(directory) => Ok(Admitted { directory, path, checked }),

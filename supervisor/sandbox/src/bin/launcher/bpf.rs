@@ -15,6 +15,8 @@ pub(crate) enum Decision {
     Fail(u16),
     /// The process is killed.
     Kill,
+    /// The call waits for what the holder of the filter's listener says; it fails with ENOSYS when nobody holds it.
+    Notify,
     /// It fails as the first alternative says all of whose conditions hold, and is allowed when none does.
     Ask(Vec<(Vec<Test>, u16)>),
 }
@@ -46,6 +48,9 @@ pub(crate) enum Comparison {
     Equal(u64),
     NotEqual(u64),
 }
+
+/// `SECCOMP_RET_USER_NOTIF`, Linux 5.0.
+pub(crate) const NOTIFY: u32 = 0x7FC0_0000;
 
 // struct seccomp_data: the number, the architecture, the instruction pointer, the arguments.
 const NUMBER: u32 = 0;
@@ -159,6 +164,7 @@ fn answer(decision: &Decision) -> Option<BpfProgram> {
         Decision::Allow => vec![statement(RETURN, libc::SECCOMP_RET_ALLOW)],
         Decision::Fail(errno) => vec![fail(*errno)],
         Decision::Kill => vec![statement(RETURN, libc::SECCOMP_RET_KILL_PROCESS)],
+        Decision::Notify => vec![statement(RETURN, NOTIFY)],
         Decision::Ask(alternatives) => {
             let mut program = Vec::new();
             for (tests, errno) in alternatives {

@@ -7,9 +7,13 @@ use std::{
 };
 
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{EGRESS, Grant, Launch, Level, Limits, Refusal, RefusalCode, SocketMode};
+use plugvisor_sandbox::protocol::{EGRESS, Grant, Launch, Limits, Refusal, RefusalCode, SocketMode};
 
-use crate::{mounts, store::Stated};
+use crate::{
+    level::{self, Keeper, Tree, Walls},
+    mounts,
+    store::Stated,
+};
 
 const MAX_ARGS: usize = 256;
 const MAX_VARIABLES: usize = 256;
@@ -20,6 +24,7 @@ const MIN_MEMORY: u64 = 1 << 20;
 /// What is executed, and how: what the bundle's manifest says, as the kernel takes it.
 pub(crate) struct Checked {
     pub(crate) plugin: PluginName,
+    pub(crate) walls: Walls,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
     pub(crate) socket: SocketMode,
@@ -34,25 +39,30 @@ fn policy<T>(message: impl Into<String>) -> Result<T, Refusal> {
 }
 
 /// Checks a request, and gives the plugin's name.
-pub(crate) fn launch(request: &Launch) -> Result<PluginName, Refusal> {
+pub(crate) fn launch(request: &Launch) -> Result<(PluginName, Walls), Refusal> {
     let Ok(plugin) = request.plugin.parse::<PluginName>() else {
         return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
     };
-    match request.level {
-        Level::Process => {}
-        Level::None | Level::Container | Level::Sandbox | Level::Vm => {
-            return refuse(
-                RefusalCode::LevelUnsupported,
-                format!(
-                    "{plugin} was not started: the level {:?} is not implemented in this version, only Process is; \
-                     set its directory's tier to verified and its isolationLevel to process",
-                    request.level
-                ),
-            );
-        }
+    let Some(walls) = level::walls(request.level) else {
+        return refuse(
+            RefusalCode::LevelUnsupported,
+            format!(
+                "{plugin} was not started: the level {} is not implemented in this version; set its isolationLevel to \
+                 sandbox, the strongest that is",
+                request.level.as_str()
+            ),
+        );
+    };
+    if walls.tree == Tree::Host && request.grants.contains(&Grant::Egress) {
+        // In the host's own network the proxy would be a port of the host, and nobody would have to use it.
+        return policy(format!(
+            "{plugin} was not started: at the level {} it has the host's network, which no proxy holds; grant it no \
+             network capability, or run it at the level process",
+            request.level.as_str()
+        ));
     }
     limits(&plugin, request)?;
-    Ok(plugin)
+    Ok((plugin, walls))
 }
 
 /// Checks what a manifest says is executed. Asked when it is imported, with all that it asks for, so that a launch finds
@@ -62,9 +72,10 @@ pub(crate) fn program(
     generation: u64,
     stated: &Stated,
     grants: &[Grant],
+    walls: Walls,
 ) -> Result<Checked, Refusal> {
-    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, generation, stated, grants)?);
-    Ok(Checked { plugin: plugin.clone(), argv, envp, socket: stated.socket })
+    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, generation, stated, grants, &walls)?);
+    Ok(Checked { plugin: plugin.clone(), walls, argv, envp, socket: stated.socket })
 }
 
 fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {
@@ -108,16 +119,19 @@ fn argv(plugin: &PluginName, stated: &Stated) -> Result<Vec<CString>, Refusal> {
     Ok(argv)
 }
 
-fn envp(plugin: &PluginName, generation: u64, stated: &Stated, grants: &[Grant]) -> Result<Vec<CString>, Refusal> {
+fn envp(
+    plugin: &PluginName,
+    generation: u64,
+    stated: &Stated,
+    grants: &[Grant],
+    walls: &Walls,
+) -> Result<Vec<CString>, Refusal> {
     if stated.env.len() > MAX_VARIABLES {
         return policy(format!("{plugin} may not run: it has more than {MAX_VARIABLES} variables"));
     }
-    let broker = format!("{}/broker.sock", mounts::SOCKETS);
+    let broker = mounts::broker(walls.tree);
     let generation = generation.to_string();
-    let listen = match stated.socket {
-        SocketMode::Inherit => format!("{}/worker.sock", mounts::SOCKETS),
-        SocketMode::Bind => format!("{}/worker.sock", mounts::WORKER_DIRECTORY),
-    };
+    let listen = mounts::worker(walls.tree, stated.socket);
     let mut all: Vec<(&str, &str)> = vec![
         ("PATH", "/usr/local/bin:/usr/bin:/bin"),
         ("LANG", "C.UTF-8"),
@@ -128,8 +142,12 @@ fn envp(plugin: &PluginName, generation: u64, stated: &Stated, grants: &[Grant])
         ("PLUGVISOR_GENERATION", &generation),
     ];
     if stated.socket == SocketMode::Inherit {
-        // sd_listen_fds(3) compares LISTEN_PID with its own pid: in a fresh PID namespace the init is 1, the program 2.
-        all.extend([("LISTEN_FDS", "1"), ("LISTEN_PID", "2")]);
+        all.push(("LISTEN_FDS", "1"));
+        // sd_listen_fds(3) compares LISTEN_PID with its own pid: in a fresh PID namespace the init is 1, the program 2. In
+        // the host's it is not known yet; the child adds it.
+        if walls.keeper == Keeper::Init {
+            all.push(("LISTEN_PID", "2"));
+        }
     }
     let proxy = format!("http://{EGRESS}");
     if grants.contains(&Grant::Egress) {

@@ -66,11 +66,28 @@ pub(crate) fn map_user(identity: &Identity) -> Result<(), Failure> {
     map().map_err(|errno| Failure::new(Step::UserNamespace, errno))
 }
 
-/// Gives up everything, in the order in which each step still has the privilege it needs.
-pub(crate) fn drop_privileges(identity: &Identity) -> Result<(), Failure> {
+/// Becomes the plugin's user without its privileges, in the order in which each step still has the privilege it needs. With
+/// `for_good` nothing can give any back; without, a set-uid program of the host can.
+pub(crate) fn drop_privileges(identity: &Identity, for_good: bool) -> Result<(), Failure> {
     if let Identity::Own { .. } = identity {
         set_thread_groups(&[]).map_err(|errno| Failure::new(Step::Groups, errno))?;
     }
+    if for_good {
+        lose_capabilities()?;
+    }
+    if let Identity::Own { uid } = *identity {
+        let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+        set_thread_res_gid(group, group, group).map_err(|errno| Failure::new(Step::Identity, errno))?;
+        set_thread_res_uid(user, user, user).map_err(|errno| Failure::new(Step::Identity, errno))?;
+    }
+    let none = CapabilitySet::empty();
+    clear_ambient_capability_set().map_err(|errno| Failure::new(Step::Capabilities, errno))?;
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+        .map_err(|errno| Failure::new(Step::Capabilities, errno))
+}
+
+/// The ways by which an exec or another uid could give capabilities.
+fn lose_capabilities() -> Result<(), Failure> {
     kernel::drop_bounding_set().map_err(|error| Failure::io(Step::BoundingSet, &error))?;
     set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT
@@ -81,16 +98,7 @@ pub(crate) fn drop_privileges(identity: &Identity) -> Result<(), Failure> {
             | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
             | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED,
     )
-    .map_err(|errno| Failure::new(Step::Securebits, errno))?;
-    if let Identity::Own { uid } = *identity {
-        let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
-        set_thread_res_gid(group, group, group).map_err(|errno| Failure::new(Step::Identity, errno))?;
-        set_thread_res_uid(user, user, user).map_err(|errno| Failure::new(Step::Identity, errno))?;
-    }
-    let none = CapabilitySet::empty();
-    clear_ambient_capability_set().map_err(|errno| Failure::new(Step::Capabilities, errno))?;
-    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
-        .map_err(|errno| Failure::new(Step::Capabilities, errno))
+    .map_err(|errno| Failure::new(Step::Securebits, errno))
 }
 
 fn write(path: &str, text: &str) -> Result<(), Errno> {

@@ -10,6 +10,8 @@ use std::{
     ptr,
 };
 
+use seccompiler::sock_filter;
+
 /// Which side of [`clone3`] this is.
 pub(crate) enum Cloned {
     /// The new process.
@@ -289,6 +291,100 @@ pub(crate) fn landlock_abi() -> i32 {
     // SAFETY: with a null attribute, size 0 and this flag the call only returns a number.
     let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, ptr::null::<u8>(), 0_usize, VERSION) };
     i32::try_from(abi).unwrap_or(0).max(0)
+}
+
+/// A program for the kernel, as seccomp(2) takes it.
+#[repr(C)]
+struct FilterProgram {
+    length: u16,
+    instructions: *const sock_filter,
+}
+
+const SET_MODE_FILTER: u32 = 1;
+const NEW_LISTENER: u64 = 1 << 3;
+
+fn install(program: &[sock_filter], flags: u64) -> io::Result<i64> {
+    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = FilterProgram { length, instructions: program.as_ptr() };
+    // SAFETY: the program and its instructions are valid and outlive the call, which copies them.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Filters the calling thread's system calls from here on, and those of everything that it starts.
+pub(crate) fn filter_calls(program: &[sock_filter]) -> io::Result<()> {
+    install(program, 0).map(drop)
+}
+
+/// The same, and gives the listener that answers for the calls of which the filter says "notify"; Linux 5.0.
+pub(crate) fn filter_calls_with_listener(program: &[sock_filter]) -> io::Result<OwnedFd> {
+    let listener = install(program, NEW_LISTENER)?;
+    // The kernel makes it close-on-exec.
+    RawFd::try_from(listener).map(own).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// `struct seccomp_notif`: id, pid, flags, and `struct seccomp_data`.
+#[repr(C)]
+#[derive(Default)]
+struct Notification {
+    id: u64,
+    pid: u32,
+    flags: u32,
+    number: i32,
+    architecture: u32,
+    instruction: u64,
+    arguments: [u64; 6],
+}
+
+/// `struct seccomp_notif_resp`.
+#[repr(C)]
+struct Response {
+    id: u64,
+    value: i64,
+    error: i32,
+    flags: u32,
+}
+
+/// `SECCOMP_IOCTL_NOTIF_RECV` and `_SEND`: read and write, the size, '!', 0 and 1.
+const RECEIVE: libc::c_ulong = 0xC000_0000 | (size_of::<Notification>() as libc::c_ulong) << 16 | 0x21 << 8;
+const SEND: libc::c_ulong = 0xC000_0000 | (size_of::<Response>() as libc::c_ulong) << 16 | 0x21 << 8 | 1;
+/// `SECCOMP_USER_NOTIF_FLAG_CONTINUE`.
+const CONTINUE: u32 = 1;
+
+/// Lets one call pass that waits at the listener. The listener must be readable: then nothing here waits, also when the
+/// caller died meanwhile, which is ENOENT.
+pub(crate) fn let_pass(listener: BorrowedFd<'_>) -> io::Result<()> {
+    let mut asked = Notification::default();
+    // SAFETY: the kernel writes a struct of this size, which is zeroed as it demands.
+    if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE as _, &raw mut asked) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let answer = Response { id: asked.id, value: 0, error: 0, flags: CONTINUE };
+    // SAFETY: the kernel reads a struct of this size.
+    if unsafe { libc::ioctl(listener.as_raw_fd(), SEND as _, &raw const answer) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether the process has called [`refuse_exec_gain`]; `None` where the kernel does not know it (Linux 6.3).
+pub(crate) fn refuses_exec_gain() -> Option<bool> {
+    // SAFETY: PR_GET_MDWE takes numbers only.
+    match unsafe { libc::prctl(GET_MDWE, 0, 0, 0, 0) } {
+        refused if refused >= 0 => Some(refused & 1 == 1),
+        _ => None,
+    }
+}
+
+const SET_MDWE: i32 = 65;
+const GET_MDWE: i32 = 66;
+
+/// Refuses the calling process, and what it starts or executes, memory that is written and executed, or that becomes
+/// executable. EINVAL where the kernel does not know it.
+pub(crate) fn refuse_exec_gain() -> io::Result<()> {
+    // SAFETY: PR_SET_MDWE takes numbers only; no mapping changes.
+    let result = unsafe { libc::prctl(SET_MDWE, 1, 0, 0, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Names the process in `ps`.

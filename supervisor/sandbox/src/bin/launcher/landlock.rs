@@ -1,4 +1,4 @@
-//! The Landlock rules of PROCESS: deny everything that this kernel's Landlock knows, then open the plugin's own tree.
+//! The Landlock rules from PROCESS up: deny everything that this kernel's Landlock knows, then open the plugin's own tree.
 //!
 //! Built in the child after it changed its root, because rules hold on to files as the child sees them. What an older
 //! Landlock lacks is held elsewhere too: TCP by seccomp (no such sockets without a grant) and the empty network namespace, signals by the PID namespace, abstract Unix
@@ -14,7 +14,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{child::Failure, kernel, mounts, step::Step};
+use crate::{child::Failure, kernel, level::Tree, mounts, step::Step};
 
 /// The first version with rules for TCP.
 const TCP: i32 = 4;
@@ -90,9 +90,9 @@ fn apply(version: i32, socket: SocketMode, temp: bool, egress: bool) -> Result<(
     for name in mounts::DEVICES {
         open(&format!("/dev/{name}"), device)?;
     }
-    open(mounts::SOCKETS, AccessFs::ReadDir.into())?;
+    open(mounts::sockets(Tree::Own), AccessFs::ReadDir.into())?;
     if socket == SocketMode::Bind {
-        open(mounts::WORKER_DIRECTORY, make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}))?;
+        open(&mounts::worker_directory(Tree::Own), make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}))?;
     }
     if temp {
         let denied = make_bitflags!(AccessFs::{Execute | MakeSock | MakeChar | MakeBlock | IoctlDev});

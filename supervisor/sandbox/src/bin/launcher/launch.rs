@@ -14,7 +14,7 @@ use std::{
 use plugvisor_package::PluginName;
 use plugvisor_sandbox::{
     options::Options,
-    protocol::{Control, Exit, Grant, Launch, LaunchId, Limits, Refusal, RefusalCode, SocketMode},
+    protocol::{Control, Exit, Grant, Launch, LaunchId, Level, Limits, Refusal, RefusalCode, SocketMode},
 };
 use rustix::{
     fs::{Gid, Mode, OFlags, Uid},
@@ -30,6 +30,7 @@ use crate::{
     creds::Identity,
     kernel::{self, Cloned},
     landlock,
+    level::{self, Keeper, Walls},
     mounts::Own,
     policy::Policy,
     probe::Trial,
@@ -82,6 +83,8 @@ pub(crate) struct Parts {
 pub(crate) struct Running {
     pub(crate) id: LaunchId,
     pub(crate) plugin: String,
+    pub(crate) level: Level,
+    pub(crate) walls: Walls,
     pub(crate) identity: Identity,
     pub(crate) limits: Limits,
     pub(crate) allow_degraded: Vec<Control>,
@@ -89,7 +92,7 @@ pub(crate) struct Running {
     /// The same by the clock of the marks.
     pub(crate) began: u64,
     pub(crate) marks: Marks,
-    /// The init, a child of the launcher.
+    /// The init or the guard, a child of the launcher.
     pub(crate) init: OwnedFd,
     pub(crate) init_pid: i32,
     /// From the child; closed when all of it is gone.
@@ -98,6 +101,8 @@ pub(crate) struct Running {
     /// Readable when the program was executed or died.
     pub(crate) exec: Option<OwnedFd>,
     pub(crate) program: Option<OwnedFd>,
+    /// Readable when the program asks for its exec; closed when it was let pass.
+    pub(crate) listener: Option<OwnedFd>,
     pub(crate) executing: bool,
     pub(crate) failure: Option<Failure>,
     pub(crate) ended: Option<Exit>,
@@ -165,26 +170,19 @@ impl Launcher {
 
     /// Refuses a launch that needs a control which this host lacks, unless the operator allows that.
     pub(crate) fn require(&self, request: &Launch) -> Result<(), Refusal> {
-        let limits = &request.limits;
-        let needed = |control: &Control| match control {
-            Control::MemoryLimit => limits.memory_bytes.is_some(),
-            Control::CpuLimit => limits.cpu_percent.is_some(),
-            Control::PidsLimit => limits.pids.is_some(),
-            _ => true,
-        };
-        // What the other walls rest on cannot be left out by anyone.
-        let optional = |control: &Control| {
-            matches!(
-                control,
-                Control::OwnUid | Control::Landlock | Control::MemoryLimit | Control::CpuLimit | Control::PidsLimit
-            )
-        };
+        let level = request.level;
+        if let Some(why) = self.missing(level) {
+            return refuse(
+                RefusalCode::ControlUnavailable,
+                format!("{} was not started: {why}; {}", request.plugin, step::FIX_NAMESPACES),
+            );
+        }
         // Controls that fail for one reason are told together.
         let mut missing: Vec<(Vec<&str>, String)> = Vec::new();
-        for control in Control::ALL {
-            let allowed = optional(&control) && request.allow_degraded.contains(&control);
-            let Some(why) = self.lacking(control).filter(|_| needed(&control) && !allowed) else { continue };
-            let reason = format!("{why}; {}", step::fix(control));
+        for control in level.controls().filter(|control| asked(&request.limits, *control)) {
+            let allowed = may_be_allowed(level, control) && request.allow_degraded.contains(&control);
+            let Some(why) = self.lacking(level, control).filter(|_| !allowed) else { continue };
+            let reason = format!("{why}; {}", step::fix_at(level, control));
             match missing.iter_mut().find(|(_, other)| *other == reason) {
                 Some((names, _)) => names.push(control.as_str()),
                 None => missing.push((vec![control.as_str()], reason)),
@@ -197,7 +195,12 @@ impl Launcher {
         }
         refuse(
             RefusalCode::ControlUnavailable,
-            format!("{} was not started: this host cannot enforce {}", request.plugin, missing.join("; and ")),
+            format!(
+                "{} was not started at the level {}: this host cannot enforce {}",
+                request.plugin,
+                level.as_str(),
+                missing.join("; and ")
+            ),
         )
     }
 
@@ -223,6 +226,8 @@ impl Launcher {
             Ok(begun) => Ok(Running {
                 id,
                 plugin: plugin.to_owned(),
+                level: request.level,
+                walls: checked.walls,
                 identity,
                 limits: request.limits.clone(),
                 allow_degraded: request.allow_degraded.clone(),
@@ -235,6 +240,7 @@ impl Launcher {
                 report_closed: false,
                 exec: Some(begun.exec),
                 program: None,
+                listener: None,
                 executing: false,
                 failure: None,
                 ended: None,
@@ -282,10 +288,13 @@ impl Launcher {
         let pipes = Pipes::make(identity).map_err(|error| failed(("making its pipes", error)))?;
         marks.done(Part::Sockets);
         let name = format!("{}-{}-{}", request.plugin, request.generation, id.0);
-        let limits = self.enforceable(&request.limits);
+        let walls = checked.walls;
+        let limits = self.enforceable(request);
         let mut order = Order {
+            walls,
+            plugin: request.plugin.clone(),
             identity,
-            rlimits: self.rlimits(&request.limits),
+            rlimits: self.rlimits(request, &walls),
             socket: checked.socket,
             temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
             grants: request.grants.clone(),
@@ -299,10 +308,10 @@ impl Launcher {
             worker: sockets.listener.as_ref().map(AsFd::as_fd),
         };
 
-        // A spare executes nothing from memory.
-        let spare = match program.entry {
-            Entry::InBundle => self.spares.take(),
-            Entry::Sealed(_) => None,
+        // A spare executes nothing from memory, and is the init of its namespace.
+        let spare = match (program.entry, walls.keeper) {
+            (Entry::InBundle, Keeper::Init) => self.spares.take(),
+            (Entry::InBundle | Entry::Sealed(_), _) => None,
         };
         let ready = spare.and_then(|mut spare| {
             match self.send_order(&mut spare, request, program, id, &name, &mut order, &ends, &pipes) {
@@ -316,7 +325,8 @@ impl Launcher {
         let (init, init_pid, report, groups, memory) = match ready {
             Some((spare, memory)) => (spare.init, spare.init_pid, spare.report, spare.groups, memory),
             None => {
-                let mut groups = self.cgroups.create(&name, &Limits::default()).map_err(unenforceable)?;
+                let made = self.cgroups.create(&name, &Limits::default(), besides(&walls));
+                let mut groups = made.map_err(unenforceable)?;
                 order.marks.done(Part::Groups);
                 let (init, init_pid, report) = match self.fork(program, id, &groups, &order, ends, &pipes) {
                     Ok(forked) => forked,
@@ -367,7 +377,7 @@ impl Launcher {
         report::send_packet(spare.report.as_fd(), &[0], &[pipes.exec_write.as_fd()]).map_err(drop)?;
         spare.groups.rename(name).map_err(drop)?;
         let memory = watch_memory(request, &spare.groups).map_err(drop)?;
-        spare.groups.set_limits(&self.enforceable(&request.limits)).map_err(drop)?;
+        spare.groups.set_limits(&self.enforceable(request)).map_err(drop)?;
         Ok(memory)
     }
 
@@ -403,17 +413,22 @@ impl Launcher {
             sockets: &sockets,
             ends,
         };
-        match kernel::clone3(self.namespaces(), born_in.as_ref().map(AsFd::as_fd))
-            .map_err(|error| ("making its namespaces (clone3)", error))?
-        {
-            Cloned::Child => child::run(&kit, &plan, order),
-            Cloned::Parent { pidfd, pid } => Ok((pidfd, pid, report)),
+        let born_in = born_in.as_ref().map(AsFd::as_fd);
+        let cloned = match order.walls.keeper {
+            Keeper::Init => kernel::clone3(self.namespaces(&order.walls), born_in),
+            Keeper::Guard => kernel::clone3(0, None),
+        };
+        match (cloned.map_err(|error| ("making its namespaces (clone3)", error))?, order.walls.keeper) {
+            (Cloned::Child, Keeper::Init) => child::run(&kit, &plan, order),
+            (Cloned::Child, Keeper::Guard) => child::guard::run(&kit, &plan, order, groups, born_in),
+            (Cloned::Parent { pidfd, pid }, _) => Ok((pidfd, pid, report)),
         }
     }
 
     /// The limits without those that this host lacks, which the operator allowed to be missing.
-    fn enforceable(&self, limits: &Limits) -> Limits {
-        let here = |control| self.lacking(control).is_none();
+    fn enforceable(&self, request: &Launch) -> Limits {
+        let here = |control| self.lacking(request.level, control).is_none();
+        let limits = &request.limits;
         Limits {
             memory_bytes: limits.memory_bytes.filter(|_| here(Control::MemoryLimit)),
             cpu_percent: limits.cpu_percent.filter(|_| here(Control::CpuLimit)),
@@ -421,25 +436,26 @@ impl Launcher {
         }
     }
 
-    /// The namespaces that a child is born in; with privileges it makes the others of PROCESS itself. The network one is
-    /// empty, whatever Landlock can do: in the host's, a plugin without any socket of its own could still read
-    /// /proc/self/net, ask a Unix socket for the host's addresses (SIOCGIFCONF), and bind an abstract name that a program
-    /// of the host connects to. Landlock scopes only what a plugin connects to.
-    fn namespaces(&self) -> u64 {
-        let mut flags = libc::CLONE_NEWPID;
-        if !self.privileged {
-            flags |= libc::CLONE_NEWUSER | child::NAMESPACES;
-        }
+    /// The namespaces that a plugin's init is born in; with privileges it makes the others itself, so that the launcher
+    /// need not wait: the network one takes the longest of all. Without, all are made with the user namespace.
+    fn namespaces(&self, walls: &Walls) -> u64 {
+        let flags = if self.privileged { walls.namespaces & level::BORN_IN } else { walls.namespaces | libc::CLONE_NEWUSER };
         flags.unsigned_abs().into()
     }
 
-    fn rlimits(&self, limits: &Limits) -> Rlimits {
+    fn rlimits(&self, request: &Launch, walls: &Walls) -> Rlimits {
+        let limits = &request.limits;
         let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
-        let processes = limits.pids.map(|pids| {
+        let processes = limits.pids.and_then(|pids| {
             let with_init = u64::from(pids) + 1;
             // The kernel counts per uid and user namespace. Without privileges that is this launch alone, and holds the
-            // limit where there is no cgroup; with them it is every generation of the plugin, and only a backstop.
-            if self.privileged { with_init * 4 } else { with_init }
+            // limit where there is no cgroup; with them it is every generation of the plugin, and only a backstop. What
+            // shares the launcher's user namespace without a uid of its own would be counted together with it.
+            match (self.privileged, walls.keeper) {
+                (true, _) => Some(with_init * 4),
+                (false, Keeper::Init) => Some(with_init),
+                (false, Keeper::Guard) => None,
+            }
         });
         Rlimits {
             // 1 and not 0: the kernel starts a core handler (`|` in core_pattern) whatever the limit is, except for 1, and
@@ -449,6 +465,34 @@ impl Launcher {
             file_size: limits.file_size_bytes,
             processes,
         }
+    }
+}
+
+/// Processes in its groups that are not the plugin's.
+fn besides(walls: &Walls) -> u32 {
+    match walls.keeper {
+        Keeper::Init => 1,
+        Keeper::Guard => 0,
+    }
+}
+
+/// Whether a control of the level is part of a launch with these limits.
+pub(crate) fn asked(limits: &Limits, control: Control) -> bool {
+    match control {
+        Control::MemoryLimit => limits.memory_bytes.is_some(),
+        Control::CpuLimit => limits.cpu_percent.is_some(),
+        Control::PidsLimit => limits.pids.is_some(),
+        _ => true,
+    }
+}
+
+/// Whether the operator may allow a control to be missing. What the other walls rest on cannot be left out by anyone; at
+/// NONE there are no others.
+pub(crate) fn may_be_allowed(level: Level, control: Control) -> bool {
+    match control {
+        Control::OwnUid | Control::Landlock | Control::MemoryLimit | Control::CpuLimit | Control::PidsLimit => true,
+        Control::WholeKill | Control::DiesWithLauncher => level == Level::None,
+        _ => false,
     }
 }
 
@@ -563,6 +607,7 @@ impl Running {
                 Message::Failed { step, errno } => self.failure = self.failure.or(Some(Failure { step, errno })),
                 Message::Ready => {}
                 Message::Listening => self.egress = descriptor,
+                Message::Asks => self.listener = descriptor,
                 Message::Executing { marks } => {
                     self.program = descriptor;
                     self.executing = true;
@@ -588,13 +633,35 @@ impl Running {
         self.unsaved.map(|_| uids::unwritten(&self.plugin, errno))
     }
 
-    /// Kills every process: the init's end ends its PID namespace.
+    /// Lets the program execute what it asks for, once: the listener is closed, and who asks again is told ENOSYS. Called
+    /// when the listener is readable.
+    pub(crate) fn let_execute(&mut self) -> Option<OwnedFd> {
+        let listener = self.listener.take()?;
+        // Fails only when the program died while it asked; its end follows.
+        let _ = kernel::let_pass(listener.as_fd());
+        Some(listener)
+    }
+
+    /// What is left when its first process is gone, of a launch without a PID namespace.
+    pub(crate) fn kill_left(&self) {
+        if self.walls.keeper == Keeper::Guard {
+            self.groups.kill_members();
+        }
+    }
+
+    /// Kills every process: the init's end ends its PID namespace. Who has none is killed with its groups, here and until
+    /// they are empty.
     pub(crate) fn kill(&self) {
         self.groups.kill();
+        if self.walls.keeper == Keeper::Guard {
+            self.groups.kill_members();
+        }
         // Fails only when the init is gone already.
         let _ = pidfd_send_signal(&self.init, Signal::KILL);
-        // What is frozen does not die; a group that is gone needs no thaw.
-        let _ = self.groups.thaw();
+        // What is frozen does not die; a group that is gone needs no thaw. Members that are being killed thaw when all are.
+        if self.walls.keeper == Keeper::Init {
+            let _ = self.groups.thaw();
+        }
     }
 
     /// The program's number in the launcher's PID namespace.

@@ -24,6 +24,7 @@ mod held;
 mod kernel;
 mod landlock;
 mod launch;
+mod level;
 mod mounts;
 mod output;
 mod own_program;

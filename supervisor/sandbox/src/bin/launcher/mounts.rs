@@ -1,9 +1,12 @@
-//! The plugin's mount tree: what it sees of the host, and nothing else.
+//! The plugin's mount tree: what it sees of the host, and nothing else; at NONE all that the host has, and its own places.
 //!
 //! Runs in the child, in its own mount namespace, with the launcher's private directory as working directory: there are
 //! the plugin's sockets and the mount point `root`. Everything is made on a small tmpfs which becomes the root; the host's
 //! tree is detached from the namespace. That part is the same for all plugins and may be made ahead. Then what is one
 //! plugin's is attached, and the root becomes read-only.
+//!
+//! At NONE the host's directories are attached to that root as they are. It is no wall: it gives the bundle and the sockets
+//! places that lie beneath no directory which the plugin's user may not enter.
 
 use std::{
     fs,
@@ -22,17 +25,36 @@ use rustix::{
     process::{chdir, pivot_root},
 };
 
-use crate::{child::Failure, kernel, step::Step};
+use crate::{child::Failure, kernel, level::Tree, step::Step};
 
 /// Where the bundle is, and the working directory.
 pub(crate) const BUNDLE: &str = "/plugin";
-/// Where the sockets are.
-pub(crate) const SOCKETS: &str = "/run/plugvisor";
+/// Where the sockets are. In the host's tree not in /run, which is the host's there.
+pub(crate) const fn sockets(tree: Tree) -> &'static str {
+    match tree {
+        Tree::Own => "/run/plugvisor",
+        Tree::Host => "/plugvisor",
+    }
+}
+
+/// The broker's socket.
+pub(crate) fn broker(tree: Tree) -> String {
+    format!("{}/broker.sock", sockets(tree))
+}
+
 /// Where a plugin that binds its own socket may make it.
-pub(crate) const WORKER_DIRECTORY: &str = "/run/plugvisor/worker";
-/// The sockets, from the root.
-const BROKER: &str = "run/plugvisor/broker.sock";
-const WORKER: &str = "run/plugvisor/worker.sock";
+pub(crate) fn worker_directory(tree: Tree) -> String {
+    format!("{}/worker", sockets(tree))
+}
+
+/// The worker socket.
+pub(crate) fn worker(tree: Tree, socket: SocketMode) -> String {
+    match socket {
+        SocketMode::Inherit => format!("{}/worker.sock", sockets(tree)),
+        SocketMode::Bind => format!("{}/worker.sock", worker_directory(tree)),
+    }
+}
+
 /// The mount point for the new root, in the launcher's directory.
 pub(crate) const ROOT: &str = "root";
 
@@ -114,34 +136,47 @@ impl Own {
 /// The part of the tree that is the same for every plugin, before anything of one is in it.
 pub(crate) struct Common {
     root: OwnedFd,
+    tree: Tree,
 }
 
-/// Makes the calling process's mounts its own. First of all: nothing made later may propagate to the host.
-pub(crate) fn separate() -> Result<(), Failure> {
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    mount_change("/", private).map_err(at(Step::Propagation))
+/// Makes the calling process's mounts its own. First of all: nothing made later may propagate to the host. What the host
+/// mounts later comes in where its tree is shown whole.
+pub(crate) fn separate(tree: Tree) -> Result<(), Failure> {
+    let propagation = match tree {
+        Tree::Own => MountPropagationFlags::PRIVATE,
+        Tree::Host => MountPropagationFlags::DOWNSTREAM,
+    };
+    mount_change("/", propagation | MountPropagationFlags::REC).map_err(at(Step::Propagation))
 }
 
 impl Common {
     /// Makes it and changes into it. The caller is the only process in its mount namespace, which is separate.
-    pub(crate) fn enter() -> Result<Self, Failure> {
+    pub(crate) fn enter(tree: Tree) -> Result<Self, Failure> {
         let limits = c"size=1m,nr_inodes=256,mode=0755";
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
         mount("tmpfs", ROOT, "tmpfs", flags, limits).map_err(at(Step::Root))?;
         let root =
             open(ROOT, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(Step::Root))?;
 
-        host(&root).map_err(at(Step::HostDirectories))?;
-        devices(&root).map_err(at(Step::Devices))?;
         let directory = |path: &str| mkdirat(&root, path, Mode::from_raw_mode(0o755));
+        match tree {
+            Tree::Own => {
+                host(&root).map_err(at(Step::HostDirectories))?;
+                devices(&root).map_err(at(Step::Devices))?;
+                directory("run").map_err(at(Step::Sockets))?;
+                directory("tmp").map_err(at(Step::Temp))?;
+                mkdirat(&root, "proc", Mode::from_raw_mode(0o555)).map_err(at(Step::Proc))?;
+            }
+            Tree::Host => whole_host(&root).map_err(at(Step::HostTree))?,
+        }
         directory(&BUNDLE[1..]).map_err(at(Step::Bundle))?;
-        directory("run").and_then(|()| directory(&SOCKETS[1..])).map_err(at(Step::Sockets))?;
-        touch(&root, BROKER).map_err(at(Step::Sockets))?;
-        directory("tmp").map_err(at(Step::Temp))?;
-        mkdirat(&root, "proc", Mode::from_raw_mode(0o555)).map_err(at(Step::Proc))?;
+        directory(&sockets(tree)[1..]).map_err(at(Step::Sockets))?;
+        touch(&root, &broker(tree)[1..]).map_err(at(Step::Sockets))?;
         rustix::process::fchdir(&root).map_err(at(Step::Pivot))?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        mount("proc", "proc", "proc", flags, c"hidepid=2,subset=pid").map_err(at(Step::Proc))?;
+        if tree == Tree::Own {
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            mount("proc", "proc", "proc", flags, c"hidepid=2,subset=pid").map_err(at(Step::Proc))?;
+        }
 
         pivot_root(".", ".").map_err(at(Step::Pivot))?;
         // The old root now lies over the new one at ".".
@@ -149,28 +184,31 @@ impl Common {
         chdir("/").map_err(at(Step::Pivot))?;
         let root =
             open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(Step::Pivot))?;
-        Ok(Self { root })
+        Ok(Self { root, tree })
     }
 
     /// Puts in what is one plugin's, closes the tree for writing, and changes to the bundle. `temp` is the size of /tmp in
-    /// bytes, when the plugin has one.
+    /// bytes, when the plugin has one; the host's tree has its own.
     pub(crate) fn complete(self, own: Own, socket: SocketMode, temp: Option<u64>) -> Result<(), Failure> {
-        let root = &self.root;
-        let Own { bundle, broker, worker: own_worker } = own;
+        let Self { root, tree } = &self;
+        let Own { bundle, broker: own_broker, worker: own_worker } = own;
         attach(&bundle, root, &BUNDLE[1..]).map_err(at(Step::Bundle))?;
-        let worker = match socket {
-            SocketMode::Inherit => touch(root, WORKER).map(|()| WORKER),
+        let made = match socket {
+            SocketMode::Inherit => {
+                let path = worker(*tree, socket);
+                touch(root, &path[1..]).map(|()| path)
+            }
             SocketMode::Bind => {
-                let inside = &WORKER_DIRECTORY[1..];
-                mkdirat(root, inside, Mode::from_raw_mode(0o755)).map(|()| inside)
+                let path = worker_directory(*tree);
+                mkdirat(root, &path[1..], Mode::from_raw_mode(0o755)).map(|()| path)
             }
         };
-        let sockets = || {
-            attach(&own_worker, root, worker?)?;
-            attach(&broker, root, BROKER)
+        let put = || {
+            attach(&own_worker, root, &made?[1..])?;
+            attach(&own_broker, root, &broker(*tree)[1..])
         };
-        sockets().map_err(at(Step::Sockets))?;
-        if let Some(size) = temp {
+        put().map_err(at(Step::Sockets))?;
+        if let Some(size) = temp.filter(|_| *tree == Tree::Own) {
             let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
             let limits = std::ffi::CString::new(format!("size={size},nr_inodes=16384,mode=1777"));
             let limits = limits.map_err(|_| Failure::new(Step::Temp, Errno::INVAL))?;
@@ -179,6 +217,32 @@ impl Common {
         kernel::mount_setattr(root.as_fd(), false, READ_ONLY).map_err(|error| Failure::io(Step::Pivot, &error))?;
         chdir(BUNDLE).map_err(at(Step::Pivot))
     }
+}
+
+/// Shows all that the host has, as it is. What has the name of a place of the plugin's own is hidden by it.
+fn whole_host(root: &OwnedFd) -> Result<(), Errno> {
+    let own = [BUNDLE, sockets(Tree::Host)].map(Path::new);
+    let entries = fs::read_dir("/").map_err(|_| Errno::IO)?;
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| !own.contains(&path.as_path())) {
+        let Ok(found) = fs::symlink_metadata(&path) else { continue };
+        let Ok(inside) = path.strip_prefix("/") else { continue };
+        if found.is_symlink() {
+            symlinkat(fs::read_link(&path).map_err(|_| Errno::NOENT)?, root, inside)?;
+            continue;
+        }
+        if found.is_dir() {
+            mkdirat(root, inside, Mode::from_raw_mode(0o755))?;
+        } else {
+            touch(root, inside)?;
+        }
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH
+            | OpenTreeFlags::AT_RECURSIVE;
+        let tree = open_tree(path_only(&path)?, "", flags)?;
+        move_mount(&tree, "", root, inside, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    }
+    Ok(())
 }
 
 fn host(root: &OwnedFd) -> Result<(), Errno> {
@@ -236,8 +300,8 @@ fn path_only(path: &Path) -> Result<OwnedFd, Errno> {
     open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn touch(root: &OwnedFd, path: &str) -> Result<(), Errno> {
-    openat(root, path, OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC, Mode::from_raw_mode(0o444)).map(drop)
+fn touch(root: &OwnedFd, path: impl AsRef<Path>) -> Result<(), Errno> {
+    openat(root, path.as_ref(), OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC, Mode::from_raw_mode(0o444)).map(drop)
 }
 
 /// Mounts a copy of the tree at the source.

@@ -1,5 +1,5 @@
-//! Which controls work on this host, found by using them: one trial launch of the launcher's own program through every
-//! wall, and one trial group with every limit. A kernel's version or a file's presence proves nothing.
+//! Which controls work on this host, found by using them: trial launches of the launcher's own program through every wall,
+//! the strongest level first, and one trial group with every limit. A kernel's version or a file's presence proves nothing.
 
 use std::{
     fs::File,
@@ -8,7 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use plugvisor_sandbox::protocol::{Control, Exit, Launch, Level, Limits, ProbeState, Probed, SocketMode};
+use plugvisor_sandbox::protocol::{
+    Control, Exit, Host, Lacking, Launch, Level, Limits, ProbeState, Probed, ProbedLevel, SocketMode,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{WaitId, WaitIdOptions, waitid},
@@ -18,8 +20,9 @@ use crate::{
     check::Checked,
     child::Entry,
     creds::Identity,
-    launch::{Launcher, Program, Running, remove_sockets},
-    own_program,
+    kernel,
+    launch::{Launcher, Program, Running, may_be_allowed, remove_sockets},
+    level, own_program,
     step::{self, Step},
 };
 
@@ -31,8 +34,10 @@ const TRIAL_TIME: Duration = Duration::from_secs(5);
 /// What the trial found.
 #[derive(Debug, Default)]
 pub(crate) struct Trial {
-    /// The controls that failed, and how.
+    /// The controls of PROCESS and above that failed, and how.
     failed: Vec<(Control, String)>,
+    /// Why nothing can be launched at NONE.
+    none: Option<String>,
 }
 
 /// Where a trial launch failed.
@@ -54,26 +59,47 @@ impl Launcher {
         // The groups first, alone: without them the walls can still be tried.
         let limits =
             Limits { memory_bytes: Some(64 << 20), cpu_percent: Some(50), pids: Some(16), ..Limits::default() };
-        match self.cgroups.create("trial", &limits) {
+        match self.cgroups.create("trial", &limits, 1) {
             Ok(mut groups) => {
                 groups.remove();
             }
             Err(error) => trial.failed.push((error.control, error.why)),
         }
-        let mut walls = self.try_walls();
-        if let Err(TrialError { step: Some(Step::Cgroup), why }) = &walls {
-            // Groups that nobody can join hold nothing; the walls are tried again without them.
-            self.cgroups.give_up(why);
-            walls = self.try_walls();
-        }
-        if let Err(error) = walls {
-            let controls = match error.step.and_then(Step::control) {
-                Some(Control::MountNamespace | Control::PidNamespace) | None => self.resting_on_namespaces(),
-                Some(control) => vec![control],
-            };
+        let mut level = Level::Sandbox;
+        loop {
+            let mut walls = self.try_walls(level);
+            if let Err(TrialError { step: Some(Step::Cgroup), why }) = &walls {
+                // Groups that nobody can join hold nothing; the walls are tried again without them.
+                self.cgroups.give_up(why);
+                walls = self.try_walls(level);
+            }
+            let Err(error) = walls else { break };
+            let controls = self.concerned(level, error.step);
+            // What fails at a weaker level too is no more than that; else the weaker one is tried without it.
+            let weaker = controls.iter().map(|control| Level::first_with(*control)).min();
             trial.failed.extend(controls.into_iter().map(|control| (control, error.why.clone())));
+            level = match (level, weaker) {
+                (Level::Sandbox, Some(Level::Sandbox)) => Level::Container,
+                (Level::Sandbox | Level::Container, Some(Level::Container)) => Level::Process,
+                _ => break,
+            };
         }
+        let none = self.try_walls(Level::None).err();
+        trial.none = none.map(|error| error.why);
         self.trial = trial;
+    }
+
+    /// The controls that a failure at this step of this level leaves in doubt.
+    fn concerned(&self, level: Level, step: Option<Step>) -> Vec<Control> {
+        match (step.and_then(Step::control), level) {
+            (Some(Control::MountNamespace | Control::PidNamespace), _) => self.resting_on_namespaces(),
+            (Some(control), _) => vec![control],
+            // It did not say: whatever this level adds to the next one.
+            (None, Level::Sandbox | Level::Container) => {
+                Control::ALL.into_iter().filter(|control| Level::first_with(*control) == level).collect()
+            }
+            (None, _) => self.resting_on_namespaces(),
+        }
     }
 
     /// What falls with the namespaces.
@@ -82,6 +108,9 @@ impl Launcher {
             Control::MountNamespace,
             Control::PidNamespace,
             Control::IpcNamespace,
+            Control::NetworkNamespace,
+            Control::UtsNamespace,
+            Control::CgroupNamespace,
             Control::WholeKill,
             Control::DiesWithLauncher,
         ];
@@ -91,12 +120,12 @@ impl Launcher {
         controls
     }
 
-    fn try_walls(&mut self) -> Result<(), TrialError> {
+    fn try_walls(&mut self, level: Level) -> Result<(), TrialError> {
         let plain = |error: io::Error| TrialError { step: None, why: format!("a trial launch failed: {error}") };
         let request = Launch {
             plugin: "trial".to_owned(),
             generation: 0,
-            level: Level::Process,
+            level,
             bundle: [0; 32],
             approval: None,
             limits: Limits { pids: Some(4), ..Limits::default() },
@@ -108,7 +137,8 @@ impl Launcher {
         let path = std::env::current_dir().map_err(plain)?;
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
         let plugin = request.plugin.parse().expect("a plugin's name");
-        let checked = Checked { plugin, argv, envp: Vec::new(), socket: SocketMode::Inherit };
+        let walls = level::walls(level).ok_or_else(|| plain(io::ErrorKind::Unsupported.into()))?;
+        let checked = Checked { plugin, walls, argv, envp: Vec::new(), socket: SocketMode::Inherit };
         let program = Program {
             directory: here.as_fd(),
             path: &path,
@@ -130,8 +160,18 @@ impl Launcher {
                 running.kill();
             }
             let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()).max(1_000_000) };
-            let mut fds = [PollFd::new(&running.init, PollFlags::IN)];
+            let asks = running.listener.as_ref();
+            let mut fds = vec![PollFd::new(&running.init, PollFlags::IN)];
+            if !running.report_closed {
+                fds.push(PollFd::new(&running.report, PollFlags::IN));
+            }
+            fds.extend(asks.map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)));
             let _ = poll(&mut fds, Some(&timeout));
+            let asked = asks.is_some() && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::IN));
+            if asked {
+                running.let_execute();
+            }
+            running.drain();
             let status = waitid(WaitId::PidFd(running.init.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
             ended = !matches!(status, Ok(None));
         }
@@ -147,30 +187,65 @@ impl Launcher {
         }
     }
 
-    /// Why this control cannot be enforced here; `None` when it can.
-    pub(crate) fn lacking(&self, control: Control) -> Option<String> {
-        if let Some((_, why)) = self.trial.failed.iter().find(|(failed, _)| *failed == control) {
-            return Some(why.clone());
-        }
-        match control {
-            Control::OwnUid if !self.privileged() => Some(format!(
+    /// Why nothing can be launched at this level, whatever is allowed to be missing.
+    pub(crate) fn missing(&self, level: Level) -> Option<&str> {
+        self.trial.none.as_deref().filter(|_| level == Level::None)
+    }
+
+    /// Why this control cannot be enforced here at this level; `None` when it can.
+    pub(crate) fn lacking(&self, level: Level, control: Control) -> Option<String> {
+        let tried =
+            |control| self.trial.failed.iter().find(|(failed, _)| *failed == control).map(|(_, why)| why.clone());
+        let limit = || self.cgroups.place(control).err().or_else(|| tried(control).filter(|_| level > Level::None));
+        match (control, level) {
+            (Control::OwnUid, _) if !self.privileged() => Some(format!(
                 "the launcher runs as uid {}, which may use no other uid; the plugin keeps its supplementary groups too",
                 rustix::process::geteuid().as_raw()
             )),
-            Control::Landlock if self.landlock == 0 => Some("this kernel has no Landlock".to_owned()),
-            Control::MemoryLimit | Control::CpuLimit => self.cgroups.place(control).err(),
-            Control::PidsLimit if self.privileged() => self.cgroups.place(control).err(),
-            _ => None,
+            (Control::Landlock, _) if self.landlock == 0 => Some("this kernel has no Landlock".to_owned()),
+            (Control::MemoryLimit | Control::CpuLimit, _) => limit(),
+            (Control::PidsLimit, _) if self.privileged() => limit(),
+            (Control::PidsLimit, Level::None) => limit(),
+            (Control::WholeKill | Control::DiesWithLauncher, Level::None) => self.cgroups.kills().err().map(|why| {
+                format!(
+                    "without a PID namespace only a cgroup ends every process of a plugin, and there is none: {why}"
+                )
+            }),
+            (_, Level::None) => None,
+            _ => tried(control),
         }
     }
 
-    /// Every control with its mechanism, or what is missing and the fix.
-    pub(crate) fn probed(&self) -> Vec<Probed> {
-        let state = |control| match self.lacking(control) {
+    /// Every control with its mechanism, or what is missing and the fix; and every level.
+    pub(crate) fn probed(&self) -> Host {
+        let state = |control| match self.lacking(Level::Sandbox, control) {
             None => ProbeState::Works(self.mechanism(control)),
             Some(why) => ProbeState::Lacking { why, fix: step::fix(control).to_owned() },
         };
-        Control::ALL.into_iter().map(|control| Probed { control, state: state(control) }).collect()
+        let controls = Control::ALL.into_iter().map(|control| Probed { control, state: state(control) }).collect();
+        let levels = Level::ALL.into_iter().map(|level| ProbedLevel { level, lacking: self.lacks(level) }).collect();
+        Host { controls, levels }
+    }
+
+    fn lacks(&self, level: Level) -> Vec<Lacking> {
+        let whole = |why: &str, fix: &str| {
+            vec![Lacking { control: None, why: why.to_owned(), fix: fix.to_owned(), may_be_allowed: false }]
+        };
+        if level::walls(level).is_none() {
+            return whole("this version does not have it", "use the level sandbox, the strongest that it has");
+        }
+        if let Some(why) = self.missing(level) {
+            return whole(why, step::FIX_NAMESPACES);
+        }
+        let lacking = level.controls().filter_map(|control| {
+            Some(Lacking {
+                control: Some(control),
+                why: self.lacking(level, control)?,
+                fix: step::fix_at(level, control).to_owned(),
+                may_be_allowed: may_be_allowed(level, control),
+            })
+        });
+        lacking.collect()
     }
 
     fn mechanism(&self, control: Control) -> String {
@@ -185,7 +260,15 @@ impl Launcher {
             Control::MountNamespace => format!("mount {namespace}"),
             Control::PidNamespace => format!("PID {namespace}"),
             Control::IpcNamespace => format!("IPC {namespace}"),
-            Control::Seccomp => "filters of policy/process.toml".to_owned(),
+            Control::NetworkNamespace => format!("network {namespace}"),
+            Control::UtsNamespace => format!("UTS {namespace}"),
+            Control::CgroupNamespace => format!("cgroup {namespace}"),
+            Control::NoWriteExec => match kernel::refuses_exec_gain() {
+                Some(_) => "PR_SET_MDWE, and the allow-list".to_owned(),
+                None => "the allow-list; this kernel has no PR_SET_MDWE".to_owned(),
+            },
+            Control::SingleExec => "seccomp notification, answered once".to_owned(),
+            Control::Seccomp => "a deny-list, and at sandbox an allow-list".to_owned(),
             Control::Landlock => format!("Landlock version {}", self.landlock),
             Control::MemoryLimit | Control::CpuLimit => self.cgroups.place(control).unwrap_or_default(),
             Control::PidsLimit => {

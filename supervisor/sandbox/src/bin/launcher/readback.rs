@@ -10,30 +10,17 @@ use plugvisor_sandbox::protocol::{Control, ControlState};
 
 use crate::{
     creds::Identity,
-    launch::{CORE_BYTES, Launcher, Running},
+    kernel,
+    launch::{CORE_BYTES, Launcher, Running, asked},
+    level::{Calls, Keeper},
     step,
 };
 
 /// Every control of this launch, read now.
 pub(crate) fn read(launcher: &Launcher, running: &Running) -> Vec<ControlState> {
     let process = Process::read(running.program_pid().unwrap_or(-1));
-    let asked = |control: &Control| match control {
-        Control::MemoryLimit => running.limits.memory_bytes.is_some(),
-        Control::CpuLimit => running.limits.cpu_percent.is_some(),
-        Control::PidsLimit => running.limits.pids.is_some(),
-        Control::OwnUid
-        | Control::NoCapabilities
-        | Control::NoNewPrivs
-        | Control::Rlimits
-        | Control::MountNamespace
-        | Control::PidNamespace
-        | Control::IpcNamespace
-        | Control::Seccomp
-        | Control::Landlock
-        | Control::WholeKill
-        | Control::DiesWithLauncher => true,
-    };
-    Control::ALL.into_iter().filter(asked).map(|control| state(launcher, running, &process, control)).collect()
+    let asked = running.level.controls().filter(|control| asked(&running.limits, *control));
+    asked.map(|control| state(launcher, running, &process, control)).collect()
 }
 
 fn state(launcher: &Launcher, running: &Running, process: &Process, control: Control) -> ControlState {
@@ -42,10 +29,33 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Control::OwnUid => ("a uid of its own".into(), process.own_uid(running.identity)),
         Control::NoCapabilities => ("no capability in any set".into(), process.no_capabilities()),
         Control::NoNewPrivs => ("no_new_privs".into(), process.status_is("NoNewPrivs", "1")),
-        Control::Seccomp => ("the deny-list of PROCESS".into(), process.seccomp()),
+        Control::Seccomp => {
+            let list = match running.walls.calls {
+                Some(Calls::Only) => "the allow-list of SANDBOX",
+                Some(Calls::Listed) | None => "the deny-list of PROCESS",
+            };
+            (list.into(), process.seccomp())
+        }
         Control::MountNamespace => ("its own mounts".into(), process.namespace("mnt")),
         Control::PidNamespace => ("its own processes".into(), process.namespace("pid")),
         Control::IpcNamespace => ("its own IPC".into(), process.namespace("ipc")),
+        Control::NetworkNamespace => ("a network of its own, empty".into(), process.namespace("net")),
+        Control::UtsNamespace => ("a host name of its own".into(), process.namespace("uts")),
+        Control::CgroupNamespace => ("its own cgroup as the root".into(), process.namespace("cgroup")),
+        Control::NoWriteExec => {
+            let (filtered, from) = process.seccomp();
+            let held = filtered.map(|_| match kernel::refuses_exec_gain() {
+                Some(_) => "PR_SET_MDWE, confirmed before exec, and the allow-list".to_owned(),
+                None => "the allow-list; this kernel has no PR_SET_MDWE".to_owned(),
+            });
+            ("no memory that is written and executed".into(), (held, format!("PR_GET_MDWE inside, and {from}")))
+        }
+        Control::SingleExec => {
+            let (filtered, from) = process.seccomp();
+            let held = filtered.filter(|_| running.executing && running.listener.is_none());
+            let held = held.map(|_| "one exec was let pass, and the listener is closed".to_owned());
+            ("no exec after the first".into(), (held, format!("the filter's listener, and {from}")))
+        }
         Control::Rlimits => {
             let mut wanted = vec![("Max core file size", CORE_BYTES)];
             wanted.extend(limits.open_files.map(|files| ("Max open files", files.into())));
@@ -67,27 +77,33 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Control::PidsLimit => {
             let pids = u64::from(limits.pids.unwrap_or_default());
             let read = match from_group(running, control) {
-                (None, _) if !launcher.privileged() => process.limits(&[("Max processes", pids + 1)]),
+                (None, _) if !launcher.privileged() && running.walls.keeper == Keeper::Init => {
+                    process.limits(&[("Max processes", pids + 1)])
+                }
                 other => other,
             };
-            (format!("{pids}, and one for its init"), read)
+            let asked = match running.walls.keeper {
+                Keeper::Init => format!("{pids}, and one for its init"),
+                Keeper::Guard => pids.to_string(),
+            };
+            (asked, read)
         }
-        Control::WholeKill => ("all processes end together".into(), whole_kill(running)),
-        Control::DiesWithLauncher => {
-            let held = parent(running.init_pid)
-                .filter(|pid| *pid == rustix::process::getpid().as_raw_nonzero().get())
-                .map(|pid| format!("SIGKILL when launcher {pid} ends"));
-            let from = format!("PR_GET_PDEATHSIG in its init, and PPid in /proc/{}/status", running.init_pid);
-            ("dies with the launcher".into(), (held, from))
+        Control::WholeKill => {
+            let read = match running.walls.keeper {
+                Keeper::Init => whole_kill(running),
+                Keeper::Guard => kill_by_group(running),
+            };
+            ("all processes end together".into(), read)
         }
+        Control::DiesWithLauncher => ("dies with the launcher".into(), dies_with_launcher(running)),
     };
     let (enforced, read_from) = read;
     let unavailable = match &enforced {
         Some(_) => String::new(),
         None => {
-            let why = launcher.lacking(control).map_or_else(
+            let why = launcher.lacking(running.level, control).map_or_else(
                 || "the kernel did not confirm it; the process may have ended meanwhile".to_owned(),
-                |why| format!("{why}; {}", step::fix(control)),
+                |why| format!("{why}; {}", step::fix_at(running.level, control)),
             );
             let allowed = running.allow_degraded.contains(&control);
             if allowed { format!("{why} (allowed by allow_degraded)") } else { why }
@@ -109,6 +125,30 @@ fn whole_kill(running: &Running) -> (Option<String>, String) {
     let numbers = init.field("NSpid").unwrap_or_default();
     let first = numbers.split_whitespace().count() > 1 && numbers.split_whitespace().last() == Some("1");
     (first.then(|| format!("process {} is PID 1 of its namespace", running.init_pid)), path)
+}
+
+fn kill_by_group(running: &Running) -> (Option<String>, String) {
+    match running.program_pid().and_then(|pid| running.groups.member_of_killer(pid)) {
+        Some((member, file)) => (member.then(|| "its group is killed with all in it".to_owned()), file),
+        None => (None, "no cgroup".to_owned()),
+    }
+}
+
+fn dies_with_launcher(running: &Running) -> (Option<String>, String) {
+    let init = running.init_pid;
+    let launcher = parent(init).filter(|pid| *pid == rustix::process::getpid().as_raw_nonzero().get());
+    match running.walls.keeper {
+        Keeper::Init => {
+            let held = launcher.map(|pid| format!("SIGKILL when launcher {pid} ends"));
+            (held, format!("PR_GET_PDEATHSIG in its init, and PPid in /proc/{init}/status"))
+        }
+        Keeper::Guard => {
+            let (group, file) = kill_by_group(running);
+            let held = launcher.filter(|_| group.is_some());
+            let held = held.map(|pid| format!("guard {init} kills its group when launcher {pid} ends"));
+            (held, format!("PPid in /proc/{init}/status, and {file}"))
+        }
+    }
 }
 
 fn parent(pid: i32) -> Option<i32> {

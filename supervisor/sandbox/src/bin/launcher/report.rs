@@ -15,6 +15,7 @@ use rustix::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
         recv, recvmsg, send as send_bytes, sendmsg,
     },
+    process::WaitStatus,
 };
 
 use crate::{step::Step, timing::Marks};
@@ -37,16 +38,27 @@ pub(crate) enum Message {
     Executing { marks: Marks },
     /// Before its mounts, with a TCP socket that listens in its network namespace.
     Listening,
-    /// From the init: how the program ended.
+    /// From the program, with the listener that answers for its exec.
+    Asks,
+    /// From the init or the guard: how the program ended.
     Ended { signal: bool, value: i32 },
 }
 
 impl Message {
+    /// How a process ended.
+    pub(crate) fn of(status: WaitStatus) -> Self {
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Self::Ended { signal: false, value: code },
+            (None, signal) => Self::Ended { signal: true, value: signal.unwrap_or(libc::SIGKILL) },
+        }
+    }
+
     fn encode(self) -> [u8; SIZE] {
         let (tag, detail, value, marks) = match self {
             Self::Failed { step, errno } => (1, step as u8, errno, None),
             Self::Ready => (3, 0, 0, None),
             Self::Executing { marks } => (4, 0, 0, Some(marks)),
+            Self::Asks => (7, 0, 0, None),
             Self::Ended { signal, value } => (5, u8::from(signal), value, None),
             Self::Listening => (6, 0, 0, None),
         };
@@ -65,6 +77,7 @@ impl Message {
             1 => Self::Failed { step: Step::from_number(*detail)?, errno: value },
             3 => Self::Ready,
             4 => Self::Executing { marks: Marks::from_bytes(marks.try_into().ok()?) },
+            7 => Self::Asks,
             5 => Self::Ended { signal: *detail != 0, value },
             6 => Self::Listening,
             _ => return None,

@@ -188,7 +188,7 @@ impl Launcher {
     pub(crate) fn make_spare(&mut self) -> Option<(u64, BorrowedFd<'_>)> {
         self.spares.made += 1;
         let number = self.spares.made;
-        let made = match self.cgroups.create(&group(number), &Limits::default()) {
+        let made = match self.cgroups.create(&group(number), &Limits::default(), 1) {
             Ok(groups) => self.fork_spare(number, groups).ok(),
             Err(_) => None,
         };

@@ -1,6 +1,6 @@
 //! The steps of setting up a plugin's process, as the child reports them and as people read them.
 
-use plugvisor_sandbox::protocol::{Control, Refusal, RefusalCode};
+use plugvisor_sandbox::protocol::{Control, Level, Refusal, RefusalCode};
 
 macro_rules! steps {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $doing:literal;)*) => {
@@ -53,6 +53,11 @@ steps! {
     Seccomp = 31, "installing its seccomp filters";
     Exec = 32, "executing the entry";
     Network = 34, "listening for its egress proxy in its network namespace";
+    HostName = 35, "giving it a host name of its own";
+    LateNamespaces = 36, "entering its UTS and cgroup namespaces";
+    WriteExec = 37, "refusing it memory that is written and executed";
+    Listener = 38, "installing the filter that lets one exec pass";
+    HostTree = 39, "showing it the host's files";
 }
 
 impl Step {
@@ -74,8 +79,13 @@ impl Step {
             Self::NoNewPrivs => Some(Control::NoNewPrivs),
             Self::Landlock | Self::LandlockCheck => Some(Control::Landlock),
             Self::Seccomp => Some(Control::Seccomp),
+            Self::HostName => Some(Control::UtsNamespace),
+            Self::LateNamespaces => Some(Control::CgroupNamespace),
+            Self::WriteExec => Some(Control::NoWriteExec),
+            Self::Listener => Some(Control::SingleExec),
             Self::Trial
             | Self::Cgroup
+            | Self::HostTree
             | Self::Session
             | Self::Network
             | Self::Bundle
@@ -126,6 +136,23 @@ fn exec_words(errno: i32) -> String {
     }
 }
 
+/// What an operator can do where namespaces cannot be made.
+pub(crate) const FIX_NAMESPACES: &str = "start plugvisord as root, or allow unprivileged user namespaces \
+     (sysctl kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1, \
+     user.max_user_namespaces above 0)";
+
+/// The same at NONE, where groups end what has no PID namespace.
+const FIX_GROUP: &str = "start plugvisord as root or in a delegated cgroup (systemd-run --user --scope -p Delegate=yes ...), \
+     or run the plugin at the level process, or put \"whole-kill\" and \"dies-with-launcher\" into allow_degraded";
+
+/// What an operator can do where a level lacks a control.
+pub(crate) const fn fix_at(level: Level, control: Control) -> &'static str {
+    match (level, control) {
+        (Level::None, Control::WholeKill | Control::DiesWithLauncher) => FIX_GROUP,
+        _ => fix(control),
+    }
+}
+
 /// What an operator can do where a control cannot be enforced.
 pub(crate) const fn fix(control: Control) -> &'static str {
     match control {
@@ -133,12 +160,9 @@ pub(crate) const fn fix(control: Control) -> &'static str {
         Control::MountNamespace
         | Control::PidNamespace
         | Control::IpcNamespace
+        | Control::NetworkNamespace
         | Control::WholeKill
-        | Control::DiesWithLauncher => {
-            "start plugvisord as root, or allow unprivileged user namespaces \
-             (sysctl kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1, \
-             user.max_user_namespaces above 0)"
-        }
+        | Control::DiesWithLauncher => FIX_NAMESPACES,
         Control::Landlock => {
             "boot a kernel of 5.13 or newer with lsm=...,landlock, or put \"landlock\" into allow_degraded"
         }
@@ -154,7 +178,15 @@ pub(crate) const fn fix(control: Control) -> &'static str {
             "start plugvisord as root or in a delegated cgroup (systemd-run --user --scope -p Delegate=yes ...), \
              or put \"pids-limit\" into allow_degraded"
         }
+        Control::UtsNamespace | Control::CgroupNamespace => {
+            "boot a kernel with CONFIG_UTS_NS and CONFIG_CGROUPS, or run the plugin at the level process"
+        }
         Control::Seccomp => "boot a kernel with CONFIG_SECCOMP_FILTER",
+        Control::NoWriteExec => "boot a kernel with CONFIG_SECCOMP_FILTER, or run the plugin at the level container",
+        Control::SingleExec => {
+            "boot a kernel of 5.0 or newer with CONFIG_SECCOMP_FILTER, and start plugvisord where no other program \
+             listens to seccomp notifications (some container managers do), or run the plugin at the level container"
+        }
         Control::NoCapabilities | Control::NoNewPrivs | Control::Rlimits => {
             "this kernel is older than Plugvisor supports; 5.14 or newer is needed"
         }

@@ -30,7 +30,7 @@ impl Groups {
                 if let (Control::MemoryLimit, Some(bytes)) = (control, limits.memory_bytes) {
                     group.make_way(bytes).map_err(wrong)?;
                 }
-                group.limit(*control, limits).map_err(wrong)?;
+                group.limit(*control, limits, self.besides).map_err(wrong)?;
             }
         }
         Ok(())

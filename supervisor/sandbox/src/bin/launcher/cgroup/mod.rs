@@ -6,6 +6,7 @@
 mod change;
 mod clear;
 mod freeze;
+mod kill;
 mod locate;
 mod stats;
 
@@ -62,6 +63,8 @@ struct Parent {
 #[derive(Debug)]
 pub(crate) struct Groups {
     groups: Vec<Group>,
+    /// Processes in them that are not the plugin's, and do not count for its limit: its init.
+    besides: u32,
 }
 
 #[derive(Debug)]
@@ -196,9 +199,10 @@ impl Cgroups {
         Err(why.unwrap_or_else(|| "it is not a limit of a cgroup".to_owned()))
     }
 
-    /// Makes a launch's groups, writes the limits that have a controller, and reads them back.
-    pub(crate) fn create(&self, name: &str, limits: &Limits) -> Result<Groups, LimitError> {
-        let mut groups = Groups { groups: Vec::new() };
+    /// Makes a launch's groups, writes the limits that have a controller, and reads them back. `besides` is the number of
+    /// processes in it that are not the plugin's.
+    pub(crate) fn create(&self, name: &str, limits: &Limits, besides: u32) -> Result<Groups, LimitError> {
+        let mut groups = Groups { groups: Vec::new(), besides };
         let made = self.fill(&mut groups, name, limits);
         if made.is_err() {
             groups.remove();
@@ -282,7 +286,7 @@ impl Groups {
     pub(crate) fn set_limits(&self, limits: &Limits) -> Result<(), LimitError> {
         for group in &self.groups {
             for control in &group.controls {
-                group.limit(*control, limits).map_err(|why| LimitError { control: *control, why })?;
+                group.limit(*control, limits, self.besides).map_err(|why| LimitError { control: *control, why })?;
             }
         }
         Ok(())
@@ -330,13 +334,6 @@ impl Groups {
                 let event = open(&group.directory.join("memory.events"), OFlags::RDONLY)?;
                 Ok(Some(MemoryWatch { event, version: Version::V2 }))
             }
-        }
-    }
-
-    /// Kills every member at once where v2 can; the end of the PID namespace's init does it everywhere.
-    pub(crate) fn kill(&self) {
-        for group in self.groups.iter().filter(|group| group.version == Version::V2) {
-            drop(fs::write(group.directory.join("cgroup.kill"), "1"));
         }
     }
 
@@ -388,7 +385,7 @@ impl MemoryWatch {
 
 impl Group {
     /// Writes the limit, if one was asked for, and checks what the kernel made of it.
-    fn limit(&self, control: Control, limits: &Limits) -> Result<(), String> {
+    fn limit(&self, control: Control, limits: &Limits, besides: u32) -> Result<(), String> {
         match (control, self.version) {
             (Control::MemoryLimit, version) => {
                 let Some(bytes) = limits.memory_bytes else { return Ok(()) };
@@ -429,8 +426,7 @@ impl Group {
             }
             (Control::PidsLimit, _) => {
                 let Some(pids) = limits.pids else { return Ok(()) };
-                // One more, for the init.
-                let max = (u64::from(pids) + 1).to_string();
+                let max = (u64::from(pids) + u64::from(besides)).to_string();
                 self.set("pids.max", &max, |value| value == max)
             }
             _ => Ok(()),

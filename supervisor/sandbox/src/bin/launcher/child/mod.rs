@@ -5,8 +5,12 @@
 //! Without the init, the plugin would be PID 1 itself, and the kernel would drop every signal that it has no handler
 //! for: SIGTERM would do nothing, and abort(3) would look like a segmentation fault.
 //!
+//! That is from PROCESS up; at NONE there is a guard instead, see `guard`. What else differs from level to level is in the
+//! `Walls` of the order (`level`).
+//!
 //! Everything that can be prepared is prepared by the launcher; what fails here is told as a (step, errno) pair.
 
+pub(crate) mod guard;
 pub(crate) mod spare;
 
 use std::{
@@ -27,6 +31,7 @@ use rustix::{
         parent_process_death_signal, pidfd_open, set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
         setsid, umask, wait,
     },
+    system::sethostname,
 };
 use seccompiler::BpfProgram;
 use serde::{Deserialize, Serialize};
@@ -34,7 +39,9 @@ use serde::{Deserialize, Serialize};
 use crate::{
     creds::{self, Identity},
     kernel::{self, Strings},
-    landlock, mounts,
+    landlock,
+    level::{Calls, Walls},
+    mounts,
     report::{self, Message},
     seccomp::Filters,
     step::Step,
@@ -84,6 +91,9 @@ pub(crate) struct Kit<'a> {
 /// What becomes of a child: everything but descriptors.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Order {
+    pub(crate) walls: Walls,
+    /// The plugin's name, and its host's where it has one of its own.
+    pub(crate) plugin: String,
     pub(crate) identity: Identity,
     pub(crate) rlimits: Rlimits,
     pub(crate) socket: SocketMode,
@@ -133,10 +143,6 @@ const LIFTED: RawFd = 32;
 /// Connections that may wait for the egress proxy, such as while no supervisor is there.
 const EGRESS_BACKLOG: i32 = 1024;
 
-/// The namespaces that a child of a privileged launcher makes itself, so that the launcher need not wait: the network one
-/// takes the longest of all. Its PID namespace it was born in. Without privileges all are made with the user namespace.
-pub(crate) const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
-
 /// Runs a child with everything there is to know. Never returns to the launcher's code.
 pub(crate) fn run(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order) -> ! {
     kernel::set_name(NAME);
@@ -166,17 +172,24 @@ fn fail(kit: &Kit<'_>, failure: Failure) -> ! {
 fn set_up(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
     umask(Mode::empty());
     creds::map_user(&order.identity)?;
+    setsid().map_err(at(Step::Session))?;
+    build(kit, plan, order, marks)
+}
+
+/// From a process in its first namespaces to one behind all walls but the last.
+fn build(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
     join(kit)?;
     marks.done(Part::Joined);
-    setsid().map_err(at(Step::Session))?;
-    if let Identity::Own { .. } = order.identity {
-        kernel::unshare(NAMESPACES).map_err(|error| Failure::io(Step::Namespaces, &error))?;
+    let missing = order.walls.not_born_in(order.identity);
+    if missing != 0 {
+        kernel::unshare(missing).map_err(|error| Failure::io(Step::Namespaces, &error))?;
     }
     marks.done(Part::Namespaces);
     network(kit, order)?;
-    mounts::separate()?;
+    let tree = order.walls.tree;
+    mounts::separate(tree)?;
     let own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
-    let common = mounts::Common::enter()?;
+    let common = mounts::Common::enter(tree)?;
     common.complete(own, order.socket, order.temp)?;
     marks.done(Part::Tree);
     wall_in(kit, plan.entry, &plan.ends, order, marks)
@@ -218,6 +231,8 @@ fn network(kit: &Kit<'_>, order: &Order) -> Result<(), Failure> {
 
 /// From the finished mount tree on.
 fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, marks: &mut Marks) -> Result<(), Failure> {
+    let walls = &order.walls;
+    enter_late(walls, &order.plugin)?;
     let Rlimits { core, open_files, file_size, processes } = order.rlimits;
     set_limit(Resource::Core, core)?;
     // Only raised here, and lowered by the program itself: the child holds what the launcher has open, under numbers
@@ -230,14 +245,16 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     if let Some(processes) = processes {
         set_limit(Resource::Nproc, processes)?;
     }
-    creds::drop_privileges(&order.identity)?;
+    creds::drop_privileges(&order.identity, walls.powerless)?;
     // Only now: the kernel clears the parent-death signal when credentials change.
     tie_to(kit)?;
-    rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivs))?;
+    if walls.powerless {
+        rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivs))?;
+    }
     marks.done(Part::Identity);
     arrange(kit, entry, ends).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     marks.done(Part::Descriptors);
-    if kit.landlock > 0 {
+    if walls.landlock && kit.landlock > 0 {
         let egress = order.grants.contains(&Grant::Egress);
         landlock::restrict(kit.landlock, order.socket, order.temp.is_some(), egress)?;
     }
@@ -250,7 +267,20 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     Ok(())
 }
 
-/// Ties the calling process's life to the launcher's, and shows its memory to nobody.
+/// The namespaces that begin with the cgroups that it has joined.
+fn enter_late(walls: &Walls, plugin: &str) -> Result<(), Failure> {
+    if walls.late == 0 {
+        return Ok(());
+    }
+    kernel::unshare(walls.late).map_err(|error| Failure::io(Step::LateNamespaces, &error))?;
+    if walls.late & libc::CLONE_NEWUTS != 0 {
+        // At most 64 bytes, as a plugin's name is.
+        sethostname(plugin.as_bytes()).map_err(at(Step::HostName))?;
+    }
+    Ok(())
+}
+
+/// Ties the calling process's life to that of its parent and so to the launcher's, and shows its memory to nobody.
 fn tie_to(kit: &Kit<'_>) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(at(Step::ParentDeath))?;
     if parent_process_death_signal() != Ok(Some(Signal::KILL)) {
@@ -263,17 +293,57 @@ fn tie_to(kit: &Kit<'_>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What the program's last steps need.
+struct Last<'a> {
+    filter: Option<(Calls, &'a BpfProgram)>,
+    no_write_exec: bool,
+    /// Where the program is, or else behind `ENTRY`.
+    path: Option<&'a CStr>,
+    argv: Strings<'a>,
+    envp: Strings<'a>,
+    open_files: u64,
+    marks: Marks,
+}
+
+impl<'a> Last<'a> {
+    fn of(
+        kit: &Kit<'a>,
+        entry: Entry<'_>,
+        order: &'a Order,
+        envp: &'a [CString],
+        marks: Marks,
+    ) -> Result<Self, Failure> {
+        let filter = match order.walls.calls {
+            None => None,
+            Some(calls) => {
+                let program = kit.filters.of(calls, &order.grants);
+                Some((calls, program.ok_or(Failure::new(Step::Seccomp, Errno::INVAL))?))
+            }
+        };
+        Ok(Self {
+            filter,
+            no_write_exec: order.walls.no_write_exec,
+            path: match entry {
+                Entry::InBundle => order.argv.first().map(CString::as_c_str),
+                Entry::Sealed(_) => None,
+            },
+            argv: Strings::new(&order.argv),
+            envp: Strings::new(envp),
+            open_files: order.rlimits.open_files,
+            marks,
+        })
+    }
+}
+
 /// Starts the program and becomes its init. Returns only when it could not be started.
 fn start(kit: &Kit<'_>, entry: Entry<'_>, order: &Order, marks: Marks) -> Failure {
-    let filter = kit.filters.for_grants(&order.grants);
-    let (argv, envp) = (Strings::new(&order.argv), Strings::new(&order.envp));
-    let path = match entry {
-        Entry::InBundle => order.argv.first().map(CString::as_c_str),
-        Entry::Sealed(_) => None,
+    let last = match Last::of(kit, entry, order, &order.envp, marks) {
+        Ok(last) => last,
+        Err(failure) => return failure,
     };
     // It shares this process's memory until it executes, and takes nothing from it.
     let program = kernel::vfork(|| {
-        let failure = execute(filter, path, &argv, &envp, order.rlimits.open_files, marks);
+        let failure = execute(&last);
         let message = Message::Failed { step: failure.step, errno: failure.errno };
         drop(report::send(kernel::fixed(REPORT), &message, None));
         kernel::exit_now(1)
@@ -284,15 +354,9 @@ fn start(kit: &Kit<'_>, entry: Entry<'_>, order: &Order, marks: Marks) -> Failur
     }
 }
 
-/// The program, at this path or else behind `ENTRY`: returns why it could not be executed.
-fn execute(
-    filter: &BpfProgram,
-    path: Option<&CStr>,
-    argv: &Strings<'_>,
-    envp: &Strings<'_>,
-    open_files: u64,
-    mut marks: Marks,
-) -> Failure {
+/// The last steps: returns why the program could not be executed.
+fn execute(last: &Last<'_>) -> Failure {
+    let mut marks = last.marks;
     marks.done(Part::Forked);
     // Its own session, so that the program's process group is not its init's.
     if let Err(errno) = setsid() {
@@ -322,18 +386,45 @@ fn execute(
     }
     // Only now: descriptors under way in sockets are counted for the whole uid and held against the sender's limit, so
     // that other launches could make the message above fail (ETOOMANYREFS).
-    if let Err(failure) = set_limit(Resource::Nofile, open_files) {
+    if let Err(failure) = set_limit(Resource::Nofile, last.open_files) {
         return failure;
     }
-    if let Err(error) = seccompiler::apply_filter(filter) {
-        let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
-        return source.map_or(Failure::new(Step::Seccomp, Errno::INVAL), |error| Failure::io(Step::Seccomp, error));
+    if last.no_write_exec
+        && let Err(failure) = refuse_exec_gain()
+    {
+        return failure;
     }
-    let error = match path {
-        Some(path) => kernel::execve(path, argv, envp),
-        None => kernel::execveat(ENTRY, argv, envp),
+    if let Some((calls, filter)) = last.filter
+        && let Err(failure) = filter_calls(calls, filter)
+    {
+        return failure;
+    }
+    let error = match last.path {
+        Some(path) => kernel::execve(path, &last.argv, &last.envp),
+        None => kernel::execveat(ENTRY, &last.argv, &last.envp),
     };
     Failure::io(Step::Exec, &error)
+}
+
+/// Where the kernel does not know how, the filter holds it alone.
+fn refuse_exec_gain() -> Result<(), Failure> {
+    match kernel::refuse_exec_gain() {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) && kernel::refuses_exec_gain().is_none() => Ok(()),
+        Err(error) => Err(Failure::io(Step::WriteExec, &error)),
+        // The kernel shows it nobody else, so it is read back here.
+        Ok(()) if kernel::refuses_exec_gain() == Some(true) => Ok(()),
+        Ok(()) => Err(Failure::new(Step::WriteExec, Errno::INVAL)),
+    }
+}
+
+fn filter_calls(calls: Calls, filter: &BpfProgram) -> Result<(), Failure> {
+    match calls {
+        Calls::Listed => kernel::filter_calls(filter).map_err(|error| Failure::io(Step::Seccomp, &error)),
+        // The exec waits until the launcher, which gets the listener, lets it pass; nobody else ever has it.
+        Calls::Only => kernel::filter_calls_with_listener(filter)
+            .and_then(|listener| report::send(kernel::fixed(REPORT), &Message::Asks, Some(listener.as_fd())))
+            .map_err(|error| Failure::io(Step::Listener, &error)),
+    }
 }
 
 /// PID 1 of the plugin's namespace: reaps until the program ends, tells how, and ends; the kernel then kills whatever
@@ -350,11 +441,7 @@ fn init(pid: i32) -> ! {
             Ok(_) | Err(Errno::INTR) => continue,
             Err(_) => kernel::exit_now(1),
         };
-        let message = match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => Message::Ended { signal: false, value: code },
-            (None, signal) => Message::Ended { signal: true, value: signal.unwrap_or(libc::SIGKILL) },
-        };
-        drop(report::send(kernel::fixed(REPORT), &message, None));
+        drop(report::send(kernel::fixed(REPORT), &Message::of(status), None));
         kernel::exit_now(0)
     }
 }

@@ -15,10 +15,11 @@ use rustix::{
 };
 
 use super::{
-    Ends, Entry, Failure, Kit, NAME, NAMESPACES, Order, at, fail, join, lift, network, start, tie_to, wall_in,
+    Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, network, start, tie_to, wall_in,
 };
 use crate::{
     kernel,
+    level::{self, Tree},
     mounts::{self, Common},
     report::{self, Message},
     step::Step,
@@ -48,9 +49,9 @@ fn prepare<'a>(kit: &Kit<'a>) -> Result<(Kit<'a>, Common), Failure> {
     tie_to(&kit)?;
     join(&kit)?;
     setsid().map_err(at(Step::Session))?;
-    kernel::unshare(NAMESPACES).map_err(|error| Failure::io(Step::Namespaces, &error))?;
-    mounts::separate()?;
-    let common = Common::enter()?;
+    kernel::unshare(level::LATER).map_err(|error| Failure::io(Step::Namespaces, &error))?;
+    mounts::separate(Tree::Own)?;
+    let common = Common::enter(Tree::Own)?;
     // For whoever looks from outside: from here on it only waits.
     kernel::set_name(c"plugvisor-spare");
     report::send(kit.report, &Message::Ready, None).map_err(|error| Failure::io(Step::Descriptors, &error))?;

@@ -9,6 +9,7 @@ use std::{
 use plugvisor_sandbox::protocol::{Exit, Notice, Refusal, RefusalCode, Reply};
 use rustix::{
     event::epoll,
+    io::Errno,
     process::{WaitId, WaitIdOptions, waitid},
 };
 
@@ -38,6 +39,15 @@ impl Server {
         let Some(slot) = self.slots.get_mut(&id) else { return };
         let was_open = !slot.running.report_closed;
         slot.running.drain();
+        // Once: the program asks once, and a listener that was answered is gone.
+        if let Some(listener) = &slot.running.listener {
+            let data = epoll::EventData::new_u64(Source::Listener(id).token());
+            match epoll::add(&self.epoll, listener, data, epoll::EventFlags::IN) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                // Without one its exec fails, and it says so.
+                Err(_) => slot.running.listener = None,
+            }
+        }
         if was_open && slot.running.report_closed {
             let _ = epoll::delete(&self.epoll, &slot.running.report);
         }
@@ -78,6 +88,14 @@ impl Server {
         }
         for (id, refusal) in refused {
             self.give_up(id, refusal);
+        }
+    }
+
+    /// The program of a launch asks for its exec.
+    pub(super) fn asked_to_execute(&mut self, id: u64) {
+        let listener = self.slots.get_mut(&id).and_then(|slot| slot.running.let_execute());
+        if let Some(listener) = listener {
+            let _ = epoll::delete(&self.epoll, &listener);
         }
     }
 
@@ -148,8 +166,10 @@ impl Server {
             if let Some(memory) = slot.running.memory.take() {
                 let _ = epoll::delete(&self.epoll, memory.as_fd());
             }
-            // A process that has been reaped may hold its group for a moment longer.
+            // A process that has been reaped may hold its group for a moment longer. So may one that its guard could not
+            // wait for.
             if !slot.running.groups.remove() {
+                slot.running.kill_left();
                 continue;
             }
             let Some(mut slot) = self.slots.remove(&id) else { continue };

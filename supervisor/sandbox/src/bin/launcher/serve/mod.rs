@@ -58,6 +58,7 @@ enum Source {
     Report(u64),
     Exec(u64),
     Memory(u64),
+    Listener(u64),
     Output(u64, Stream),
     Change(u64),
     Spare(u64),
@@ -84,6 +85,7 @@ impl Source {
             Self::Output(id, Stream::Stderr) => id << 4 | 9,
             Self::Change(id) => id << 4 | 10,
             Self::Spare(number) => number << 4 | 11,
+            Self::Listener(id) => id << 4 | 15,
             Self::Copier => 12,
             Self::Chore => 13,
             Self::Saver => 14,
@@ -104,6 +106,7 @@ impl Source {
             (9, id) => Some(Self::Output(id, Stream::Stderr)),
             (10, id) => Some(Self::Change(id)),
             (11, number) => Some(Self::Spare(number)),
+            (15, id) => Some(Self::Listener(id)),
             (12, _) => Some(Self::Copier),
             (13, _) => Some(Self::Chore),
             (14, _) => Some(Self::Saver),
@@ -281,6 +284,7 @@ impl Server {
                 self.reported(id);
             }
             Source::Memory(id) => self.memory_event(id),
+            Source::Listener(id) => self.asked_to_execute(id),
             Source::Door => self.accept(),
             Source::Output(id, stream) => self.drain(id, stream),
             Source::Change(id) => self.changed(id),

@@ -111,7 +111,7 @@ impl Server {
     }
 
     pub(super) fn launch(&mut self, id: u64, request: &Launch, arrived: Instant) -> Result<(), Refusal> {
-        let plugin = check::launch(request)?;
+        let (plugin, walls) = check::launch(request)?;
         if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
             return refuse(
                 RefusalCode::Exhausted,
@@ -122,7 +122,7 @@ impl Server {
             );
         }
         self.launcher.require(request)?;
-        let Admitted { directory, path, checked } = self.launcher.admit(request, &plugin)?;
+        let Admitted { directory, path, checked } = self.launcher.admit(request, &plugin, walls)?;
         let program = Program { directory: directory.as_fd(), path: &path, entry: Entry::InBundle, identity: None };
         let running = self.launcher.start(request, &checked, &program, arrived)?;
         let number = running.id.0;

@@ -35,6 +35,7 @@ use crate::{
     check::{self, refuse},
     creds::Identity,
     kernel::{self, Cloned},
+    level,
 };
 
 /// With more directories waiting to be removed nothing is imported: the disk does not keep up.
@@ -553,7 +554,8 @@ fn runnable(name: &PluginName, stated: &Stated, files: &[BundleFile]) -> Result<
             ),
         );
     }
-    check::program(name, 0, stated, &stated.grants).map(drop)
+    // Where its sockets are makes no difference.
+    check::program(name, 0, stated, &stated.grants, level::PROCESS).map(drop)
 }
 
 fn no_import<T>() -> Result<T, Refusal> {

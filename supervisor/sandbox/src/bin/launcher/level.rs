@@ -1,0 +1,141 @@
+//! What each level is made of: one value for each, read by whoever puts up, tries or reads back a wall. Pure.
+//!
+//! | | NONE | PROCESS | CONTAINER | SANDBOX |
+//! |---|---|---|---|---|
+//! | keeper | guard, outside of its cgroup | init of its PID namespace | same | same |
+//! | tree | the host's, and its own places | its own | same | same |
+//! | namespaces | mount, to have its places | and PID, IPC, network | and UTS, cgroup | same |
+//! | rights | none dropped but by its uid | no capabilities, no_new_privs | same | same |
+//! | Landlock | | deny all but its tree | same | same |
+//! | system calls | all | deny-list | same | allow-list, memory and exec rules |
+//!
+//! A user namespace is added where the launcher has no privileges, from PROCESS up. Which controls a level promises is said
+//! in `plugvisor_sandbox::protocol`; limits are the same at each.
+
+use plugvisor_sandbox::protocol::Level;
+use serde::{Deserialize, Serialize};
+
+use crate::creds::Identity;
+
+/// What a level is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Walls {
+    pub(crate) keeper: Keeper,
+    pub(crate) tree: Tree,
+    /// The namespaces that it has before its mounts, `CLONE_NEW*`. A spare has those of PROCESS.
+    pub(crate) namespaces: i32,
+    /// Those that it enters when it has joined its cgroups: what it is then in is the root that its cgroup namespace shows.
+    pub(crate) late: i32,
+    /// No capabilities, and no way to gain any.
+    pub(crate) powerless: bool,
+    pub(crate) landlock: bool,
+    pub(crate) calls: Option<Calls>,
+    /// `PR_SET_MDWE`, where the kernel has it.
+    pub(crate) no_write_exec: bool,
+}
+
+/// Who waits for the plugin's end, ends what it left behind, and ends it when the launcher is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Keeper {
+    /// PID 1 of its namespace: the kernel kills everything in the namespace when it ends. See `child`.
+    Init,
+    /// A process beside it, which kills its cgroup. See `child::guard`.
+    Guard,
+}
+
+/// What it sees of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Tree {
+    /// All that the host has, with the bundle and the sockets at places that only this plugin has.
+    Host,
+    /// A root of its own.
+    Own,
+}
+
+/// Which system calls it may make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Calls {
+    /// All but those in `policy/process.toml`.
+    Listed,
+    /// Only those in `policy/sandbox.toml`, and one exec.
+    Only,
+}
+
+const NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
+
+/// Those that a child of a privileged launcher enters when it is born.
+pub(crate) const BORN_IN: i32 = libc::CLONE_NEWPID;
+
+/// Those of PROCESS that it makes itself.
+pub(crate) const LATER: i32 = NAMESPACES & !BORN_IN;
+
+impl Walls {
+    /// What of its namespaces a child is not born in: an init of a launcher without privileges is born in all, together
+    /// with its user namespace.
+    pub(crate) const fn not_born_in(&self, identity: Identity) -> i32 {
+        match (self.keeper, identity) {
+            (Keeper::Guard, _) => self.namespaces,
+            (Keeper::Init, Identity::Own { .. }) => self.namespaces & !BORN_IN,
+            (Keeper::Init, Identity::Mapped { .. }) => 0,
+        }
+    }
+}
+
+const NONE: Walls = Walls {
+    keeper: Keeper::Guard,
+    tree: Tree::Host,
+    namespaces: libc::CLONE_NEWNS,
+    late: 0,
+    powerless: false,
+    landlock: false,
+    calls: None,
+    no_write_exec: false,
+};
+
+/// The network namespace is empty, whatever Landlock can do: in the host's, a plugin without any socket of its own could
+/// still read /proc/self/net, ask a Unix socket for the host's addresses (SIOCGIFCONF), and bind an abstract name that a
+/// program of the host connects to. Landlock scopes only what a plugin connects to.
+pub(crate) const PROCESS: Walls = Walls {
+    keeper: Keeper::Init,
+    tree: Tree::Own,
+    namespaces: NAMESPACES,
+    late: 0,
+    powerless: true,
+    landlock: true,
+    calls: Some(Calls::Listed),
+    no_write_exec: false,
+};
+
+const CONTAINER: Walls = Walls { late: libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP, ..PROCESS };
+
+const SANDBOX: Walls = Walls { calls: Some(Calls::Only), no_write_exec: true, ..CONTAINER };
+
+/// The walls of a level; `None` when this launcher does not have it.
+pub(crate) const fn walls(level: Level) -> Option<Walls> {
+    match level {
+        Level::None => Some(NONE),
+        Level::Process => Some(PROCESS),
+        Level::Container => Some(CONTAINER),
+        Level::Sandbox => Some(SANDBOX),
+        Level::Vm => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stronger_level_lacks_nothing_that_a_weaker_one_has() {
+        let all: Vec<Walls> = Level::ALL.into_iter().filter_map(walls).collect();
+        assert_eq!(all.len(), 4);
+        for pair in all.windows(2) {
+            let (weak, strong) = (&pair[0], &pair[1]);
+            assert_eq!(weak.namespaces & !strong.namespaces, 0);
+            assert_eq!(weak.late & !strong.late, 0);
+            let has = |walls: &Walls| [walls.powerless, walls.landlock, walls.no_write_exec, walls.calls.is_some()];
+            let kept = has(weak).into_iter().zip(has(strong)).all(|(weak, strong)| !weak || strong);
+            assert!(kept, "{weak:?} {strong:?}");
+        }
+    }
+}
