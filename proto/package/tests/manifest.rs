@@ -80,7 +80,7 @@ fn the_full_manifest_is_read_to_its_last_field() {
     );
     assert_eq!(
         paths(&manifest.unsupported(), |field| &field.path),
-        ["security.signature", "security.sandbox.isolationLevel", "module.guards",]
+        ["security.signature", "module.guards"]
     );
     assert_eq!(
         paths(&manifest.not_checked(), |field| &field.path),

@@ -99,9 +99,9 @@ fn main() {
             }
             "host-name" => host_name(),
             "leads-session" => {
-                // SAFETY: both take no pointers.
-                let leads = unsafe { libc::getsid(0) == libc::getpid() };
-                leads.to_string()
+                // SAFETY: getsid takes a number.
+                let session = unsafe { libc::getsid(0) };
+                (u32::try_from(session) == Ok(std::process::id())).to_string()
             }
             "int80" => int80(),
             other => panic!("unknown attempt {other}"),

@@ -24,12 +24,7 @@ pub(crate) struct Admitted {
 }
 
 impl Launcher {
-    pub(crate) fn admit(
-        &mut self,
-        request: &Launch,
-        plugin: &PluginName,
-        walls: Walls,
-    ) -> Result<Admitted, Refusal> {
+    pub(crate) fn admit(&mut self, request: &Launch, plugin: &PluginName, walls: Walls) -> Result<Admitted, Refusal> {
         let named = Digest::from_bytes(request.bundle);
         let bundle = self.store.use_bundle(&request.bundle)?;
         // The manifest is part of the digest: no content is launched under another plugin's name and uid.

@@ -439,7 +439,8 @@ impl Launcher {
     /// The namespaces that a plugin's init is born in; with privileges it makes the others itself, so that the launcher
     /// need not wait: the network one takes the longest of all. Without, all are made with the user namespace.
     fn namespaces(&self, walls: &Walls) -> u64 {
-        let flags = if self.privileged { walls.namespaces & level::BORN_IN } else { walls.namespaces | libc::CLONE_NEWUSER };
+        let flags =
+            if self.privileged { walls.namespaces & level::BORN_IN } else { walls.namespaces | libc::CLONE_NEWUSER };
         flags.unsigned_abs().into()
     }
 

@@ -203,9 +203,8 @@ impl Launcher {
                 rustix::process::geteuid().as_raw()
             )),
             (Control::Landlock, _) if self.landlock == 0 => Some("this kernel has no Landlock".to_owned()),
-            (Control::MemoryLimit | Control::CpuLimit, _) => limit(),
+            (Control::MemoryLimit | Control::CpuLimit, _) | (Control::PidsLimit, Level::None) => limit(),
             (Control::PidsLimit, _) if self.privileged() => limit(),
-            (Control::PidsLimit, Level::None) => limit(),
             (Control::WholeKill | Control::DiesWithLauncher, Level::None) => self.cgroups.kills().err().map(|why| {
                 format!(
                     "without a PID namespace only a cgroup ends every process of a plugin, and there is none: {why}"

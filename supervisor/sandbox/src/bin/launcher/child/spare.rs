@@ -14,9 +14,7 @@ use rustix::{
     process::{setsid, umask},
 };
 
-use super::{
-    Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, network, start, tie_to, wall_in,
-};
+use super::{Ends, Entry, Failure, Kit, NAME, Order, at, fail, join, lift, network, start, tie_to, wall_in};
 use crate::{
     kernel,
     level::{self, Tree},
