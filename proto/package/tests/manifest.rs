@@ -78,10 +78,7 @@ fn the_full_manifest_is_read_to_its_last_field() {
             "runtime.activation",
         ]
     );
-    assert_eq!(
-        paths(&manifest.unsupported(), |field| &field.path),
-        ["security.signature", "module.guards"]
-    );
+    assert_eq!(paths(&manifest.unsupported(), |field| &field.path), ["security.signature", "module.guards"]);
     assert_eq!(
         paths(&manifest.not_checked(), |field| &field.path),
         [
