@@ -55,9 +55,9 @@ fn corpus() -> Vec<Wrong> {
         ),
         (hostile("level-too-strong").set("/security/sandbox/isolationLevel", "vm"), "manifest.unsupported", &["vm"]),
         (
-            hostile("wants-network").capabilities(&["network:http-client"]),
+            hostile("wants-network").capabilities(&["network:tcp-server"]),
             "security.capability_not_implemented",
-            &["network:http-client"],
+            &["network:tcp-server"],
         ),
     ]
 }
@@ -65,7 +65,7 @@ fn corpus() -> Vec<Wrong> {
 /// Each is refused with its code, its words and a hint; in the status, as an event and on the command line. The good
 /// citizen beside them is loaded and answers.
 async fn each_wrong_bundle_is_named(lane: Lane) -> anyhow::Result<()> {
-    let mut world = world(lane)?.grants(&["network:http-client"]);
+    let mut world = world(lane)?.grants(&["network:tcp-server"]);
     for (bundle, ..) in corpus() {
         world = world.plugin(&bundle)?;
     }
