@@ -6,7 +6,7 @@ mod harness;
 
 use std::{fs, os::fd::AsFd, time::Instant};
 
-use harness::{As, Harness, Manner, PATIENCE, is_root, read_all, wait_readable};
+use harness::{As, Harness, Manner, is_root, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{Control, Exit, Grant, Level, Limits, RefusalCode, Reply, Request, SocketMode};
 
 const EPERM: &str = "1";
@@ -82,7 +82,7 @@ fn every_level_serves_on_both_kinds_of_socket() {
                 let path = match socket {
                     SocketMode::Inherit => format!("/proc/self/fd/{}", plugin.worker.as_raw_fd()),
                     SocketMode::Bind => {
-                        let deadline = Instant::now() + PATIENCE;
+                        let deadline = Instant::now() + patience();
                         let mut said = String::new();
                         while !said.contains("bound") {
                             assert!(wait_readable(plugin.stdout.as_fd(), deadline), "it says when it is bound");
@@ -174,7 +174,7 @@ fn none_dies_as_a_whole_and_with_its_launcher() {
         assert_eq!(attempt(&mut harness, Level::None, &[], &["daemons"]), ["ok"], "{as_:?}");
         let request = harness.request_at(Level::None, &["daemons", "pause"]);
         let mut plugin = harness.launch(request.clone());
-        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()));
         if as_ == As::Root {
             assert_eq!(harness.ask(&Request::Kill { launch: plugin.launched.launch }, &[]).0, Reply::Done);
         } else {
@@ -186,9 +186,9 @@ fn none_dies_as_a_whole_and_with_its_launcher() {
         read_all(&mut plugin.stdout);
 
         let mut plugin = harness.launch(request);
-        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + PATIENCE));
+        assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()));
         harness.process.kill().expect("SIGKILL");
-        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + PATIENCE), "the plugin died with the launcher");
+        assert!(wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()), "the plugin died with the launcher");
         read_all(&mut plugin.stdout);
     }
 }
