@@ -13,7 +13,7 @@ use std::{
 
 use plugvisor_package::TrustTier;
 
-use crate::protocol::Tier;
+use crate::protocol::{Control, Tier};
 
 /// The uids that plugins get when the starter names none: the part of the uid space that systemd's `UIDS-GIDS` lists as
 /// unused, so that neither people, services, nor containers are met there.
@@ -59,6 +59,10 @@ pub struct Options {
     /// `--runtime-directory DIR`: an existing private directory in which the launcher makes `launcher/` for its
     /// sockets. Absolute.
     pub runtime_directory: PathBuf,
+    /// `--without CONTROL`, repeatable: a wall that is left out of every launch, so that the escape suite can show that the
+    /// attempts which it holds would succeed. Only a build for development knows it: in a release build it is an unknown
+    /// flag, and nothing reads this field.
+    pub without: Vec<Control>,
 }
 
 /// A directory of bundles, and what the operator says of them.
@@ -158,6 +162,8 @@ const SPARES: &str = "--spares";
 /// Spares when the starter says nothing: for a few plugins that start together. Each is some 0.3 MiB.
 const DEFAULT_SPARES: u32 = 4;
 const RUNTIME: &str = "--runtime-directory";
+/// See [`Options::without`].
+const WITHOUT: &str = "--without";
 
 impl Options {
     /// The defaults for what the starter seldom sets: [`DEFAULT_UIDS`], the cgroup `plugvisor-<pid of the starter>`, 64
@@ -177,6 +183,7 @@ impl Options {
             max_plugins: 64,
             spares: DEFAULT_SPARES,
             runtime_directory,
+            without: Vec::new(),
         }
     }
 
@@ -205,6 +212,7 @@ impl Options {
             max_plugins,
             spares,
             runtime_directory,
+            without,
         } = self;
         let mut args: Vec<OsString> = Vec::new();
         let mut push = |flag: &str, value: &OsStr| args.extend([OsString::from(flag), value.to_owned()]);
@@ -242,15 +250,23 @@ impl Options {
         if let Some(policy) = policy {
             push(POLICY, policy.as_os_str());
         }
+        for control in without {
+            push(WITHOUT, control.as_str().as_ref());
+        }
         args
     }
 
     /// Reads the arguments after the program's name.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, OptionsError> {
+        Self::parse_in(args, cfg!(debug_assertions))
+    }
+
+    /// The same, in a build for development or not.
+    fn parse_in(args: impl IntoIterator<Item = OsString>, development: bool) -> Result<Self, OptionsError> {
         let mut args = args.into_iter();
         let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
         let (mut uids, mut cgroup, mut max, mut spares, mut runtime) = (None, None, None, None, None);
-        let mut bundle_roots = Vec::new();
+        let (mut bundle_roots, mut without) = (Vec::new(), Vec::new());
         let (mut store, mut store_bytes, mut store_bundles, mut import, mut policy) = (None, None, None, None, None);
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
@@ -272,6 +288,7 @@ impl Options {
                 }
                 IMPORT => once(IMPORT, &mut import, parse_number::<u32>(IMPORT, &value(IMPORT)?)?)?,
                 POLICY => once(POLICY, &mut policy, parse_dir(POLICY, &value(POLICY)?)?)?,
+                WITHOUT if development => without.push(parse_control(&value(WITHOUT)?)?),
                 _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
             }
         }
@@ -300,6 +317,7 @@ impl Options {
             max_plugins: max.unwrap_or(64),
             spares: spares.unwrap_or(DEFAULT_SPARES),
             runtime_directory: runtime.ok_or(OptionsError::Missing(RUNTIME))?,
+            without,
         })
     }
 }
@@ -409,6 +427,11 @@ fn parse_spares(value: &OsStr) -> Result<u32, OptionsError> {
     spares.ok_or_else(|| refuse(SPARES, value, "it must be a number from 0 to 16"))
 }
 
+fn parse_control(value: &OsStr) -> Result<Control, OptionsError> {
+    let control = Control::ALL.into_iter().find(|control| value == control.as_str());
+    control.ok_or_else(|| refuse(WITHOUT, value, "it must be the name of a control"))
+}
+
 fn parse_dir(flag: &'static str, value: &OsStr) -> Result<PathBuf, OptionsError> {
     let path = Path::new(value);
     let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
@@ -464,6 +487,19 @@ mod tests {
         assert_eq!(uid_of("plug", users), Some(7));
         assert_eq!(uid_of("plugv", users), None);
         assert_eq!(uid_of("bad", users), None);
+    }
+
+    #[test]
+    fn only_a_build_for_development_leaves_a_wall_out() {
+        let base = ["--socket-fd", "3", "--cgroup-root", "p", "--runtime-directory", "/run/p", "--without", "seccomp"];
+        let args = || base.iter().map(OsString::from);
+        assert_eq!(Options::parse_in(args(), false), Err(OptionsError::Unknown(WITHOUT.to_owned())));
+        let options = Options::parse_in(args(), true).expect("parses");
+        assert_eq!(options.without, [Control::Seccomp]);
+        assert_eq!(Options::parse_in(options.to_args(), true), Ok(options));
+        assert_eq!(Options::parse(args()).is_ok(), cfg!(debug_assertions));
+        let unknown = base[..7].iter().chain(&["doors"]).map(OsString::from);
+        assert!(matches!(Options::parse_in(unknown, true), Err(OptionsError::Value { .. })));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{EGRESS, Grant, Launch, Limits, Refusal, RefusalCode, SocketMode};
+use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, Launch, Limits, Refusal, RefusalCode, SocketMode};
 
 use crate::{
     level::{self, Keeper, Tree, Walls},
@@ -38,8 +38,8 @@ fn policy<T>(message: impl Into<String>) -> Result<T, Refusal> {
     refuse(RefusalCode::Policy, message)
 }
 
-/// Checks a request, and gives the plugin's name.
-pub(crate) fn launch(request: &Launch) -> Result<(PluginName, Walls), Refusal> {
+/// Checks a request, and gives the plugin's name and its walls. `without` are those that the escape suite leaves out.
+pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginName, Walls), Refusal> {
     let Ok(plugin) = request.plugin.parse::<PluginName>() else {
         return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
     };
@@ -61,6 +61,7 @@ pub(crate) fn launch(request: &Launch) -> Result<(PluginName, Walls), Refusal> {
             request.level.as_str()
         ));
     }
+    let walls = walls.leaving_out(without);
     limits(&plugin, request)?;
     Ok((plugin, walls))
 }

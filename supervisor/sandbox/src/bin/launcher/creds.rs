@@ -2,18 +2,20 @@
 
 use std::{ops::RangeInclusive, os::fd::AsFd};
 
+use plugvisor_sandbox::protocol::Control;
 use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
     process::{DumpableBehavior, getgid, getuid, set_dumpable_behavior},
     thread::{
-        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
-        set_capabilities, set_capabilities_secure_bits, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, capabilities, clear_ambient_capability_set,
+        configure_capability_in_ambient_set, set_capabilities, set_capabilities_secure_bits, set_keep_capabilities,
+        set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{child::Failure, kernel, step::Step, uids::Uids};
+use crate::{child::Failure, kernel, level::Without, step::Step, uids::Uids};
 
 /// How the plugin gets its identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,22 +70,37 @@ pub(crate) fn map_user(identity: &Identity) -> Result<(), Failure> {
 
 /// Becomes the plugin's user without its privileges, in the order in which each step still has the privilege it needs. With
 /// `for_good` nothing can give any back; without, a set-uid program of the host can.
-pub(crate) fn drop_privileges(identity: &Identity, for_good: bool) -> Result<(), Failure> {
+pub(crate) fn drop_privileges(identity: &Identity, for_good: bool, without: Without) -> Result<(), Failure> {
     if let Identity::Own { .. } = identity {
         set_thread_groups(&[]).map_err(|errno| Failure::new(Step::Groups, errno))?;
     }
-    if for_good {
+    let keep = for_good && without.has(Control::NoCapabilities);
+    if keep {
+        set_keep_capabilities(true).map_err(|errno| Failure::new(Step::Capabilities, errno))?;
+    } else if for_good {
         lose_capabilities()?;
     }
-    if let Identity::Own { uid } = *identity {
+    if let Identity::Own { uid } = *identity
+        && !without.has(Control::OwnUid)
+    {
         let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
         set_thread_res_gid(group, group, group).map_err(|errno| Failure::new(Step::Identity, errno))?;
         set_thread_res_uid(user, user, user).map_err(|errno| Failure::new(Step::Identity, errno))?;
+    }
+    if keep {
+        return hand_on_capabilities().map_err(|errno| Failure::new(Step::Capabilities, errno));
     }
     let none = CapabilitySet::empty();
     clear_ambient_capability_set().map_err(|errno| Failure::new(Step::Capabilities, errno))?;
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
         .map_err(|errno| Failure::new(Step::Capabilities, errno))
+}
+
+/// Has the program keep all capabilities that this process holds, for a launch from which `no-capabilities` is left out.
+fn hand_on_capabilities() -> Result<(), Errno> {
+    let held = capabilities(None)?.permitted;
+    set_capabilities(None, CapabilitySets { effective: held, permitted: held, inheritable: held })?;
+    held.iter().try_for_each(|capability| configure_capability_in_ambient_set(capability, true))
 }
 
 /// The ways by which an exec or another uid could give capabilities.

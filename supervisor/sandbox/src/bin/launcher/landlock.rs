@@ -27,9 +27,9 @@ pub(crate) fn version() -> i32 {
 }
 
 /// Restricts the calling process and everything it starts, then tries it.
-pub(crate) fn restrict(version: i32, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Failure> {
+pub(crate) fn restrict(version: i32, tree: Tree, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Failure> {
     let failure = |error: &RulesetError| Failure::new(Step::Landlock, errno(error));
-    apply(version, socket, temp, egress).map_err(|error| match error {
+    apply(version, tree, socket, temp, egress).map_err(|error| match error {
         Wrong::Rules(error) => failure(&error),
         Wrong::Path => Failure::new(Step::Landlock, Errno::NOENT),
     })?;
@@ -58,7 +58,7 @@ impl From<PathFdError> for Wrong {
     }
 }
 
-fn apply(version: i32, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Wrong> {
+fn apply(version: i32, tree: Tree, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Wrong> {
     let abi = ABI::from(version);
     let all = AccessFs::from_all(abi);
     let read: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
@@ -90,9 +90,9 @@ fn apply(version: i32, socket: SocketMode, temp: bool, egress: bool) -> Result<(
     for name in mounts::DEVICES {
         open(&format!("/dev/{name}"), device)?;
     }
-    open(mounts::sockets(Tree::Own), AccessFs::ReadDir.into())?;
+    open(mounts::sockets(tree), AccessFs::ReadDir.into())?;
     if socket == SocketMode::Bind {
-        open(&mounts::worker_directory(Tree::Own), make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}))?;
+        open(&mounts::worker_directory(tree), make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}))?;
     }
     if temp {
         let denied = make_bitflags!(AccessFs::{Execute | MakeSock | MakeChar | MakeBlock | IoctlDev});

@@ -140,7 +140,11 @@ impl Launcher {
             store,
             policy,
             uids,
-            spares: Spares::new(if privileged { usize::try_from(options.spares).unwrap_or(0) } else { 0 }),
+            spares: Spares::new(match (privileged, options.without.as_slice()) {
+                (true, []) => usize::try_from(options.spares).unwrap_or(0),
+                // A spare is born behind walls that may be among those left out.
+                (true, _) | (false, _) => 0,
+            }),
             trial: Trial::default(),
             privileged,
             pidfd: pidfd_open(getpid(), PidfdFlags::empty())?,
@@ -447,6 +451,9 @@ impl Launcher {
     fn rlimits(&self, request: &Launch, walls: &Walls) -> Rlimits {
         let limits = &request.limits;
         let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        if walls.without.has(Control::Rlimits) {
+            return Rlimits { core: CORE_BYTES, open_files: hard, file_size: None, processes: None };
+        }
         let processes = limits.pids.and_then(|pids| {
             let with_init = u64::from(pids) + 1;
             // The kernel counts per uid and user namespace. Without privileges that is this launch alone, and holds the

@@ -12,7 +12,7 @@
 //! A user namespace is added where the launcher has no privileges, from PROCESS up. Which controls a level promises is said
 //! in `plugvisor_sandbox::protocol`; limits are the same at each.
 
-use plugvisor_sandbox::protocol::Level;
+use plugvisor_sandbox::protocol::{Control, Level};
 use serde::{Deserialize, Serialize};
 
 use crate::creds::Identity;
@@ -32,6 +32,59 @@ pub(crate) struct Walls {
     pub(crate) calls: Option<Calls>,
     /// `PR_SET_MDWE`, where the kernel has it.
     pub(crate) no_write_exec: bool,
+    pub(crate) without: Without,
+}
+
+impl Walls {
+    /// These without some controls: for the escape suite, and in a build for development alone (`Options::without`). A
+    /// control that is not named here is a limit, which is left out by not asking for it, or one that others rest on.
+    pub(crate) fn leaving_out(mut self, controls: &[Control]) -> Self {
+        if !cfg!(debug_assertions) {
+            return self;
+        }
+        for control in controls {
+            match control {
+                Control::MountNamespace => self.tree = Tree::Host,
+                Control::PidNamespace => self.namespaces &= !libc::CLONE_NEWPID,
+                Control::IpcNamespace => self.namespaces &= !libc::CLONE_NEWIPC,
+                Control::NetworkNamespace => self.namespaces &= !libc::CLONE_NEWNET,
+                Control::UtsNamespace => self.late &= !libc::CLONE_NEWUTS,
+                Control::CgroupNamespace => self.late &= !libc::CLONE_NEWCGROUP,
+                Control::Seccomp => self.calls = None,
+                Control::Landlock => self.landlock = false,
+                Control::NoWriteExec => self.no_write_exec = false,
+                Control::OwnUid
+                | Control::NoCapabilities
+                | Control::NoNewPrivs
+                | Control::Rlimits
+                | Control::SingleExec
+                | Control::MemoryLimit
+                | Control::CpuLimit
+                | Control::PidsLimit
+                | Control::WholeKill
+                | Control::DiesWithLauncher => {}
+            }
+            self.without = Without(self.without.0 | Without::bit(*control));
+        }
+        self
+    }
+}
+
+/// Controls that are left out, see [`Walls::leaving_out`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Without(u32);
+
+impl Without {
+    pub(crate) const NOTHING: Self = Self(0);
+
+    const fn bit(control: Control) -> u32 {
+        1 << control as u32
+    }
+
+    /// Whether this one is left out; never in a release build.
+    pub(crate) const fn has(self, control: Control) -> bool {
+        cfg!(debug_assertions) && self.0 & Self::bit(control) != 0
+    }
 }
 
 /// Who waits for the plugin's end, ends what it left behind, and ends it when the launcher is gone.
@@ -90,6 +143,7 @@ const NONE: Walls = Walls {
     landlock: false,
     calls: None,
     no_write_exec: false,
+    without: Without::NOTHING,
 };
 
 /// The network namespace is empty, whatever Landlock can do: in the host's, a plugin without any socket of its own could
@@ -104,6 +158,7 @@ pub(crate) const PROCESS: Walls = Walls {
     landlock: true,
     calls: Some(Calls::Listed),
     no_write_exec: false,
+    without: Without::NOTHING,
 };
 
 const CONTAINER: Walls = Walls { late: libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP, ..PROCESS };

@@ -136,7 +136,7 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     };
     let signals =
         kernel::signalfd(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]).map_err(system("making a signalfd"))?;
-    let filters = Filters::compile().map_err(Wrong::Policy)?;
+    let filters = Filters::compile(&options.without).map_err(Wrong::Policy)?;
     let closer = Closer::new().map_err(system("dividing its descriptor table"))?;
     let directory =
         own_directory(&options.runtime_directory).map_err(system("making its directory in --runtime-directory"))?;

@@ -20,7 +20,7 @@ use std::{
     path::Path,
 };
 
-use plugvisor_sandbox::protocol::{EGRESS, Grant, SocketMode};
+use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, SocketMode};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
@@ -245,9 +245,11 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     if let Some(processes) = processes {
         set_limit(Resource::Nproc, processes)?;
     }
-    creds::drop_privileges(&order.identity, walls.powerless)?;
+    creds::drop_privileges(&order.identity, walls.powerless, walls.without)?;
     // Only now: the kernel clears the parent-death signal when credentials change.
-    tie_to(kit)?;
+    if !walls.without.has(Control::DiesWithLauncher) {
+        tie_to(kit)?;
+    }
     if walls.powerless {
         rustix::thread::set_no_new_privs(true).map_err(at(Step::NoNewPrivs))?;
     }
@@ -256,7 +258,7 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     marks.done(Part::Descriptors);
     if walls.landlock && kit.landlock > 0 {
         let egress = order.grants.contains(&Grant::Egress);
-        landlock::restrict(kit.landlock, order.socket, order.temp.is_some(), egress)?;
+        landlock::restrict(kit.landlock, walls.tree, order.socket, order.temp.is_some(), egress)?;
     }
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match order.socket {
@@ -317,7 +319,10 @@ impl<'a> Last<'a> {
             None => None,
             Some(calls) => {
                 let program = kit.filters.of(calls, &order.grants);
-                Some((calls, program.ok_or(Failure::new(Step::Seccomp, Errno::INVAL))?))
+                let program = program.ok_or(Failure::new(Step::Seccomp, Errno::INVAL))?;
+                // Without that control its filter asks nobody.
+                let asks = !order.walls.without.has(Control::SingleExec);
+                Some((if asks { calls } else { Calls::Listed }, program))
             }
         };
         Ok(Self {

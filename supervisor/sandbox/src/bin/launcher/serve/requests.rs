@@ -111,7 +111,7 @@ impl Server {
     }
 
     pub(super) fn launch(&mut self, id: u64, request: &Launch, arrived: Instant) -> Result<(), Refusal> {
-        let (plugin, walls) = check::launch(request)?;
+        let (plugin, walls) = check::launch(request, &self.launcher.options.without)?;
         if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
             return refuse(
                 RefusalCode::Exhausted,

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     creds::{self, Identity},
     kernel,
+    level::Without,
 };
 
 const CHUNK: usize = 256 << 10;
@@ -188,7 +189,7 @@ fn confine(jobs: &[Job<'_>], report: BorrowedFd<'_>, terms: &Terms<'_>) -> Resul
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }).map_err(Errno::raw_os_error)?;
     }
-    creds::drop_privileges(&terms.identity, true).map_err(|failure| failure.errno)?;
+    creds::drop_privileges(&terms.identity, true, Without::NOTHING).map_err(|failure| failure.errno)?;
     // Cleared by the change of credentials.
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(Errno::raw_os_error)?;
     if getppid() != Some(terms.launcher) {
