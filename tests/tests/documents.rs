@@ -12,6 +12,7 @@ const PAGES: &[&str] = &[
     "docs/protocol.md",
     "docs/systemd.md",
     "docs/testing.md",
+    "docs/escape.md",
 ];
 
 fn root() -> PathBuf {

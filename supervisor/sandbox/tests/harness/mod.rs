@@ -183,6 +183,19 @@ impl Harness {
         })
     }
 
+    /// The same, with walls left out of every launch.
+    pub fn start_trusting_without(as_: As, without: &[Control]) -> Self {
+        Self::start_with(as_, |options| {
+            options.without = without.to_vec();
+            if !without.is_empty() {
+                options.spares = 0;
+            }
+            for root in &mut options.bundle_roots {
+                root.tier = Tier::Internal;
+            }
+        })
+    }
+
     /// With a store on the disk, as root.
     pub fn start_with_store(as_: As, change: impl FnOnce(&mut Options)) -> Self {
         let mut harness = Self::spawn_in(as_, tempfile::tempdir().expect("a temporary directory"), |options, path| {

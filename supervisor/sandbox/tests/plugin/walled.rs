@@ -3,6 +3,8 @@
 #![allow(unsafe_code, reason = "raw system calls are the point")]
 #![allow(missing_docs, reason = "a test program")]
 
+mod attack;
+
 use std::{
     fs,
     io::{Read, Write},
@@ -15,7 +17,11 @@ use std::{
 };
 
 fn main() {
-    let mut args = std::env::args().skip(1);
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    if words == ["obey"] {
+        words = orders();
+    }
+    let mut args = words.into_iter();
     while let Some(name) = args.next() {
         let mut next = || args.next().expect("an argument");
         let result = match name.as_str() {
@@ -104,10 +110,20 @@ fn main() {
                 (u32::try_from(session) == Ok(std::process::id())).to_string()
             }
             "int80" => int80(),
-            other => panic!("unknown attempt {other}"),
+            other => attack::attempt(other, &mut next).unwrap_or_else(|| panic!("unknown attempt {other}")),
         };
         println!("{name} {result}");
     }
+}
+
+/// What it is told to attempt over its worker socket, one word a line, so that one bundle makes every attempt.
+fn orders() -> Vec<String> {
+    // SAFETY: the launcher leaves the listener at descriptor 3, where it stays: it is not closed here.
+    let listener = unsafe { UnixListener::from_raw_fd(3) };
+    let mut text = String::new();
+    listener.accept().and_then(|(mut told, _)| told.read_to_string(&mut text)).expect("orders");
+    std::mem::forget(listener);
+    text.lines().map(str::to_owned).collect()
 }
 
 fn number(text: &str) -> i64 {

@@ -1,0 +1,308 @@
+//! What the attempts are made against, and how one is made: a launcher, and victims that the suite started itself.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    net::{TcpListener, UdpSocket},
+    os::{
+        fd::{AsFd, AsRawFd},
+        linux::net::SocketAddrExt,
+        unix::{
+            fs::{PermissionsExt, chown},
+            net::{SocketAddr, UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use plugvisor_sandbox::protocol::{Control, Exit, Level};
+
+use super::{
+    harness::{As, Harness, ORDINARY, Plugin, is_root, read_all},
+    table::{Outside, Row},
+};
+
+/// Everything around the attempts of one lane.
+pub(crate) struct World {
+    pub(crate) harness: Harness,
+    pub(crate) lane: As,
+    without: Vec<Control>,
+    victim: Victim,
+    sibling: Plugin,
+    /// Of the plugin that attempts.
+    generation: Plugin,
+    tcp: TcpListener,
+    udp: UdpSocket,
+    _socket: UnixListener,
+    abstract_name: String,
+    _abstract: UnixListener,
+    group: Option<PathBuf>,
+    /// The bundle that was swapped last.
+    pub(crate) swapped: PathBuf,
+    /// Inherited by whatever is started here: what a careless parent leaves open.
+    _leak: File,
+}
+
+/// A process of the supervisor's user.
+struct Victim {
+    process: Child,
+    address: String,
+    key: i64,
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        // Its input ends with this, and it removes what it made.
+        drop(self.process.stdin.take());
+        drop(self.process.wait());
+    }
+}
+
+impl World {
+    pub(crate) fn start(lane: As, without: &[Control], number: i64) -> Self {
+        let leak = File::open("/").expect("a directory");
+        rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).expect("to be inherited");
+        let mut harness = Harness::start_trusting_without(lane, without);
+        let owner = (lane == As::Ordinary && is_root()).then_some(ORDINARY);
+        let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+        let key = harness.path("key");
+        fs::write(&key, "of the supervisor").expect("a key");
+        mode(&key, 0o600);
+        chown(&key, owner, owner).expect("chown");
+        let scratch = harness.path("scratch");
+        fs::create_dir(&scratch).expect("a directory");
+        mode(&scratch, 0o1777);
+        let program = harness.path("bundles/walled/bin/walled");
+        let set_uid = harness.path("set-uid");
+        fs::copy(&program, &set_uid).expect("a copy");
+        mode(&set_uid, 0o4755);
+
+        let socket = harness.path("service.sock");
+        let listener = UnixListener::bind(&socket).expect("a service");
+        mode(&socket, 0o666);
+        let abstract_name = format!("plugvisor-escape-{}-{number}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&abstract_name).expect("a name");
+        let group = is_root().then(|| own_group(number)).flatten();
+        let victim = Victim::start(&program, owner, number);
+        let mut bystander = |plugin: &str| {
+            let mut request = harness.request_at(Level::Process, &["pause"]);
+            request.plugin = plugin.to_owned();
+            harness.launch(request)
+        };
+        let (sibling, generation) = (bystander("walled-sibling"), bystander("walled"));
+        Self {
+            lane,
+            without: without.to_vec(),
+            victim,
+            sibling,
+            generation,
+            tcp: TcpListener::bind("127.0.0.1:0").expect("a listener"),
+            udp: UdpSocket::bind("127.0.0.1:0").expect("a socket"),
+            _socket: listener,
+            _abstract: UnixListener::bind_addr(&address).expect("an abstract socket"),
+            abstract_name,
+            group,
+            swapped: PathBuf::new(),
+            harness,
+            _leak: leak,
+        }
+    }
+
+    /// How an attempt from inside ends.
+    pub(crate) fn attempt(&mut self, row: &Row, level: Level) -> String {
+        let words = [row.before.as_slice(), &row.probe].concat();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut plugin = match self.launch(row, level, &words) {
+            Ok(plugin) => plugin,
+            Err(refused) => return refused,
+        };
+        let text = read_all(&mut plugin.stdout);
+        let errors = read_all(&mut plugin.stderr);
+        match self.harness.exit_of(plugin.launched.launch) {
+            (Exit::Code(0), _) => last_told(&text),
+            (Exit::Code(code), _) => format!("it ended with {code}: {errors}"),
+            (Exit::Signal(number), false) => signal(number),
+            (Exit::Signal(number), true) => format!("{} for memory", signal(number)),
+        }
+    }
+
+    /// A launch for this row at this level, which is told to do this; else the refusal. A limit that the host lacks is not
+    /// allowed to be missing.
+    pub(crate) fn launch(&mut self, row: &Row, level: Level, words: &[&str]) -> Result<Plugin, String> {
+        let mut request = self.harness.request_at(level, &["obey"]);
+        request.grants = row.grants(level);
+        request.limits = row.limits(level, &self.without);
+        request.allow_degraded.retain(|control| !matches!(control, Control::MemoryLimit | Control::CpuLimit));
+        let plugin = self.harness.try_launch(request).map_err(|refusal| format!("{:?}", refusal.code))?;
+        let words: Vec<String> = words.iter().map(|word| self.fill_one(word, level)).collect();
+        let path = format!("/proc/self/fd/{}", plugin.worker.as_raw_fd());
+        // The end of the connection is the end of what it is told.
+        let told = UnixStream::connect(path).and_then(|mut worker| worker.write_all(words.join("\n").as_bytes()));
+        told.expect("it is told");
+        Ok(plugin)
+    }
+
+    /// How it ends without any wall, as the user who runs the suite.
+    pub(crate) fn outside(&self, row: &Row, outside: &Outside) -> String {
+        let probe = outside.probe.as_ref().unwrap_or(&row.probe);
+        let words = self.fill(&[outside.before.as_slice(), probe].concat(), Level::None);
+        let program = self.harness.path("bundles/walled/bin/walled");
+        let output = Command::new(program).args(&words).stdin(Stdio::null()).output().expect("it starts");
+        let text = String::from_utf8_lossy(&output.stdout);
+        if output.status.success() { last_told(&text) } else { format!("{}: {text}", output.status) }
+    }
+
+    /// Puts what the words name in its place.
+    fn fill(&self, words: &[String], level: Level) -> Vec<String> {
+        words.iter().map(|word| self.fill_one(word, level)).collect()
+    }
+
+    fn fill_one(&self, word: &str, level: Level) -> String {
+        let mut filled = word.to_owned();
+        while let Some((before, rest)) = filled.split_once('{') {
+            let (name, after) = rest.split_once('}').unwrap_or_else(|| panic!("{word:?} is not closed"));
+            filled = format!("{before}{}{after}", self.named(name, level));
+        }
+        filled
+    }
+
+    fn named(&self, name: &str, level: Level) -> String {
+        let path = |inside: &str| self.harness.path(inside).display().to_string();
+        let own_tree = level != Level::None;
+        match name {
+            "secret" => path("key"),
+            "temp" | "memory-files" if own_tree => "/tmp".to_owned(),
+            "scratch" | "temp" => path("scratch"),
+            "memory-files" => "/dev/shm".to_owned(),
+            "set-uid" => path("set-uid"),
+            "socket" => path("service.sock"),
+            "run" => path("run"),
+            "victim" => self.victim.process.id().to_string(),
+            "address" => self.victim.address.clone(),
+            "shm" => self.victim.key.to_string(),
+            "launcher" => self.harness.process.id().to_string(),
+            "sibling" => self.sibling.launched.pid.to_string(),
+            "sibling-launch" => self.sibling.launched.launch.0.to_string(),
+            "generation" => self.generation.launched.pid.to_string(),
+            "abstract" => self.abstract_name.clone(),
+            "tcp" => self.tcp.local_addr().expect("its address").port().to_string(),
+            "udp" => self.udp.local_addr().expect("its address").port().to_string(),
+            "group" => self.group.clone().unwrap_or_else(foreign_group).join("cgroup.procs").display().to_string(),
+            "release-agent" => release_agent(),
+            "cgroup-root" => self.harness.cgroup.clone(),
+            "host-name" => fs::read_to_string("/proc/sys/kernel/hostname").expect("a name").trim().to_owned(),
+            "nr:ptrace" => libc::SYS_ptrace.to_string(),
+            "nr:socket" => libc::SYS_socket.to_string(),
+            "nr:unshare" => libc::SYS_unshare.to_string(),
+            "nr:userfaultfd" => libc::SYS_userfaultfd.to_string(),
+            "nr:mmap" => libc::SYS_mmap.to_string(),
+            other => panic!("{{{other}}} is not known"),
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some(group) = &self.group {
+            drop(fs::remove_dir(group));
+        }
+    }
+}
+
+impl Victim {
+    fn start(program: &Path, owner: Option<u32>, number: i64) -> Self {
+        // A key that nobody else has, for as long as this process lives.
+        let key = 0x5056_0000_0000_i64.wrapping_add(i64::from(std::process::id()) * 64 + number) & 0x7fff_ffff;
+        let mut command = Command::new(program);
+        command.args(["victim", &key.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if let Some(owner) = owner {
+            command.uid(owner).gid(owner);
+        }
+        let mut process = command.spawn().expect("the victim starts");
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().expect("its output")).read_line(&mut line).expect("a line");
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert!(matches!(*words, ["victim", _, "true"]), "{line}");
+        Self { process, address: words[1].to_owned(), key }
+    }
+}
+
+const HIERARCHIES: [&str; 3] = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
+
+/// The host's, which no ordinary user may write to.
+fn foreign_group() -> PathBuf {
+    let found = HIERARCHIES.into_iter().map(PathBuf::from).find(|group| group.join("cgroup.procs").exists());
+    found.unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup"))
+}
+
+/// A group of the suite's own, for a process that breaks out of the plugin's.
+fn own_group(number: i64) -> Option<PathBuf> {
+    let name = format!("plugvisor-escape-{}-{number}", std::process::id());
+    let made = HIERARCHIES.map(|hierarchy| Path::new(hierarchy).join(&name));
+    made.into_iter().find(|group| fs::create_dir(group).is_ok() && group.join("cgroup.procs").exists())
+}
+
+/// One of the host's, where there is one: cgroup v1 has it.
+fn release_agent() -> String {
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    let found = hierarchies.map(|entry| entry.path().join("release_agent")).find(|path| path.exists());
+    found.unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup/release_agent")).display().to_string()
+}
+
+/// The last result, with errors by their names.
+fn last_told(text: &str) -> String {
+    let told = text.lines().last().and_then(|line| line.split_once(' ')).map_or("nothing", |(_, result)| result);
+    told.parse().map_or_else(|_| told.to_owned(), |number: i32| errno(number))
+}
+
+fn errno(number: i32) -> String {
+    let names = [
+        (libc::EPERM, "EPERM"),
+        (libc::ENOENT, "ENOENT"),
+        (libc::ESRCH, "ESRCH"),
+        (libc::EIO, "EIO"),
+        (libc::EBADF, "EBADF"),
+        (libc::ENOMEM, "ENOMEM"),
+        (libc::EACCES, "EACCES"),
+        (libc::EFAULT, "EFAULT"),
+        (libc::ENOTDIR, "ENOTDIR"),
+        (libc::EINVAL, "EINVAL"),
+        (libc::EMFILE, "EMFILE"),
+        (libc::ENOTTY, "ENOTTY"),
+        (libc::EFBIG, "EFBIG"),
+        (libc::ENOSPC, "ENOSPC"),
+        (libc::EROFS, "EROFS"),
+        (libc::ENOSYS, "ENOSYS"),
+        (libc::EPROTONOSUPPORT, "EPROTONOSUPPORT"),
+        (libc::EAFNOSUPPORT, "EAFNOSUPPORT"),
+        (libc::EADDRNOTAVAIL, "EADDRNOTAVAIL"),
+        (libc::ENETUNREACH, "ENETUNREACH"),
+        (libc::ETOOMANYREFS, "ETOOMANYREFS"),
+        (libc::ECONNREFUSED, "ECONNREFUSED"),
+    ];
+    names.iter().find(|(known, _)| *known == number).map_or_else(|| number.to_string(), |(_, name)| (*name).to_owned())
+}
+
+pub(crate) fn signal(number: i32) -> String {
+    let names =
+        [(libc::SIGKILL, "SIGKILL"), (libc::SIGSYS, "SIGSYS"), (libc::SIGSEGV, "SIGSEGV"), (libc::SIGTERM, "SIGTERM")];
+    let known = names.iter().find(|(known, _)| *known == number);
+    known.map_or_else(|| format!("signal {number}"), |(_, name)| (*name).to_owned())
+}
+
+/// Reads what a plugin prints until a line begins with this.
+pub(crate) fn read_until(plugin: &mut Plugin, beginning: &str) -> String {
+    use std::io::Read;
+    let deadline = std::time::Instant::now() + super::harness::patience();
+    let mut text = String::new();
+    while !text.lines().any(|line| line.starts_with(beginning)) || !text.ends_with('\n') {
+        assert!(super::harness::wait_readable(plugin.stdout.as_fd(), deadline), "no {beginning:?} in {text:?}");
+        let mut bytes = [0; 256];
+        let read = plugin.stdout.read(&mut bytes).expect("reads");
+        assert!(read > 0, "it ended: {text:?}");
+        text.push_str(&String::from_utf8_lossy(&bytes[..read]));
+    }
+    text
+}
