@@ -85,6 +85,9 @@ enum Lane {
         #[arg(long)]
         quick: bool,
     },
+    /// What a hostile plugin attempts, at every level: expected and seen. The last line of the table is one JSON object. It
+    /// is among the tests too.
+    Escape,
 }
 
 fn main() -> ExitCode {
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         Command::Test { full, only, lane: None } => test::run_checks(full, &only),
         Command::Test { lane: Some(Lane::Vm { part, quick }), .. } => vm::run(!quick, &part),
         Command::VmGuest { plan } => vm::run_guest(&plan),
+        Command::Test { lane: Some(Lane::Escape), .. } => test::escape(),
         Command::Bench { what } => {
             // A peer that is missing is named in the result; our own figures need none.
             if matches!(what, bench::Bench::Broker(_) | bench::Bench::Spawn(_))

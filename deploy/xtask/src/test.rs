@@ -42,6 +42,22 @@ pub(crate) enum Check {
     Documentation,
 }
 
+/// The escape suite alone, with its table.
+///
+/// # Errors
+/// When a cell of the table is not as expected.
+pub(crate) fn escape() -> anyhow::Result<()> {
+    step("tools", "run the command it names, then try again", setup::for_build)?;
+    step("escape", "see the lines that begin with WRONG; docs/escape.md says how to read the table", || {
+        run(cargo().args(["test", "--locked", "--workspace", "--all-features", "--test", "escape"]).args([
+            "--",
+            "--nocapture",
+            "--test-threads",
+            "1",
+        ]))
+    })
+}
+
 /// Runs the checks, all of them when `only` is empty, and stops at the first that fails.
 ///
 /// # Errors
