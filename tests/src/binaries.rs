@@ -46,6 +46,9 @@ impl Binaries {
 }
 
 /// Puts the file at `from` under the name `to` as well, or copies it when they are on different file systems.
+///
+/// The copy is made by a process of its own. A descriptor that is open for writing here would be inherited by whatever
+/// another test forks at that moment, and executing the copy would be ETXTBSY until that child has executed itself.
 pub(crate) fn place(from: &Path, to: &Path) -> anyhow::Result<()> {
     // A link has the owner and the mode of what was built, and to root's launcher a bundle is root's alone.
     let built = std::fs::metadata(from).with_context(|| format!("cannot look at {}", from.display()))?;
@@ -53,7 +56,8 @@ pub(crate) fn place(from: &Path, to: &Path) -> anyhow::Result<()> {
     if ours && std::fs::hard_link(from, to).is_ok() {
         return Ok(());
     }
-    std::fs::copy(from, to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    let copied = std::process::Command::new("cp").arg("--").args([from, to]).status().context("cannot run cp")?;
+    anyhow::ensure!(copied.success(), "cannot copy {} to {}: cp ended with {copied}", from.display(), to.display());
     std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o755))?;
     Ok(())
 }

@@ -32,9 +32,9 @@ use crate::{
 };
 
 /// How long a start may take.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(90);
 /// How long a stop may take: a drain, a plugin that ignores SIGTERM, and the slowness of the machine.
-const STOP: Duration = Duration::from_secs(40);
+const STOP: Duration = Duration::from_secs(90);
 /// How many lines of the daemon's output are kept for messages.
 const LINES: usize = 400;
 
@@ -129,10 +129,65 @@ impl Daemon {
         &self.metrics
     }
 
-    /// What plugvisord printed on standard error, the last lines.
+    /// What plugvisord printed on standard error, the last lines; for messages. What was printed comes through a pipe:
+    /// that it printed something is awaited by [`Self::prints`].
     #[must_use]
     pub fn printed(&self) -> String {
         self.printed.text()
+    }
+
+    /// Waits until plugvisord has printed a line with all of these words, and returns it; events are among the lines.
+    ///
+    /// # Errors
+    /// When none came in [`events::patience()`].
+    pub async fn prints(&self, words: &[&str]) -> anyhow::Result<String> {
+        let found = tokio::time::timeout(events::patience(), self.printed.line(words)).await.ok().flatten();
+        found.with_context(|| format!("plugvisord did not print {words:?}\n{}", self.account()))
+    }
+
+    /// A place in the log of events after everything that the daemon has said by now: what comes after it is new.
+    ///
+    /// # Errors
+    /// When the daemon does not tell its last event, or that event does not come.
+    pub async fn now(&self) -> anyhow::Result<usize> {
+        let mut last = self.events.all().last().map_or(0, |event| event.sequence);
+        let request = WatchEventsRequest { after_sequence: Some(last), ..WatchEventsRequest::default() };
+        let mut said = self.admin().watch_events(request).await.context("WatchEvents")?.into_inner();
+        while let Some(answer) = said.message().await.context("WatchEvents")? {
+            last = answer.event.map_or(last, |event| event.sequence);
+        }
+        if last > 0 {
+            self.events.wait("the last event so far", |event| event.sequence >= last).await?;
+        }
+        Ok(self.events.mark())
+    }
+
+    /// Waits until what a plugin printed has come through its pipe, and returns all lines with these words. `what` are
+    /// further arguments of `plugvisor logs`.
+    ///
+    /// # Errors
+    /// When there are fewer than `at_least` after [`events::patience()`].
+    pub async fn logged(
+        &self,
+        plugin: &str,
+        what: &[&str],
+        words: &str,
+        at_least: usize,
+    ) -> anyhow::Result<Vec<String>> {
+        let deadline = tokio::time::Instant::now() + events::patience();
+        let arguments = [&["logs", plugin], what].concat();
+        loop {
+            let logs = self.cli(&arguments).await?;
+            ensure!(logs.code == Some(0), "{logs:?}");
+            let found: Vec<String> =
+                logs.stdout.lines().filter(|line| line.contains(words)).map(str::to_owned).collect();
+            if found.len() >= at_least {
+                return Ok(found);
+            }
+            ensure!(tokio::time::Instant::now() < deadline, "{plugin} did not print {words:?}: {logs:?}");
+            // Nothing tells a stranger that a line was taken out of a pipe.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// A client of the admin socket.
@@ -141,10 +196,11 @@ impl Daemon {
         AdminClient::new(Client::lazy(self.world.runtime().join("admin.sock")))
     }
 
-    /// A connection to `calls.sock`, for any generated client.
+    /// A connection to `calls.sock`, for any generated client. Its calls have more time than the broker's default gives:
+    /// a machine that stands still for some seconds is no failure of the daemon's.
     #[must_use]
     pub fn calls(&self) -> Client {
-        Client::lazy(self.calls_socket())
+        Client::lazy(self.calls_socket()).with_timeout(events::patience())
     }
 
     /// A client of the good citizen.
@@ -272,6 +328,23 @@ impl Daemon {
         Scrape::parse(&body)
     }
 
+    /// Scrapes until the page is as wanted: what is counted may come to the page a moment after it has happened.
+    ///
+    /// # Errors
+    /// When it is not in [`events::patience()`].
+    pub async fn scraped(&self, what: &str, wanted: impl Fn(&Scrape) -> bool) -> anyhow::Result<Scrape> {
+        let deadline = tokio::time::Instant::now() + events::patience();
+        loop {
+            let scrape = self.scrape().await?;
+            if wanted(&scrape) {
+                return Ok(scrape);
+            }
+            ensure!(tokio::time::Instant::now() < deadline, "not in the metrics: {what}\n{}", self.account());
+            // A page does not tell that it has changed.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// GETs a path at the metrics address: the status and the body.
     ///
     /// # Errors
@@ -392,7 +465,7 @@ impl Remains {
     /// Names those that are left.
     pub async fn gone(&self) -> anyhow::Result<()> {
         for process in &self.processes {
-            process.wait(Duration::from_secs(5)).await.context("a process is left")?;
+            process.wait(events::patience()).await.context("a process is left")?;
         }
         let left: Vec<&PathBuf> = self.cgroups.iter().filter(|path| path.exists()).collect();
         ensure!(left.is_empty(), "cgroups are left: {left:?}");
@@ -416,7 +489,7 @@ impl Remains {
 
 /// Waits until somebody answers on the socket: tried again whenever the daemon printed something.
 async fn answers(socket: &Path, child: &mut Child, printed: &Printed) -> anyhow::Result<()> {
-    let mut lines = printed.count.subscribe();
+    let mut lines = printed.all.subscribe();
     loop {
         if UnixStream::connect(socket).await.is_ok() {
             return Ok(());
@@ -437,18 +510,19 @@ async fn answers(socket: &Path, child: &mut Child, printed: &Printed) -> anyhow:
 #[derive(Clone, Debug)]
 struct Printed {
     lines: Arc<Mutex<VecDeque<String>>>,
-    count: watch::Sender<u64>,
+    /// Every line from the start on, events too.
+    all: watch::Sender<Vec<String>>,
 }
 
 impl Printed {
     fn read(stderr: ChildStderr) -> Self {
         let lines = Arc::new(Mutex::new(VecDeque::new()));
-        let count = watch::Sender::new(0);
-        let (kept, counted) = (Arc::clone(&lines), count.clone());
+        let all = watch::Sender::new(Vec::new());
+        let (kept, every) = (Arc::clone(&lines), all.clone());
         tokio::spawn(async move {
             let mut reader = BufReader::new(stderr).lines();
             while let Ok(Some(line)) = reader.next_line().await {
-                counted.send_modify(|count| *count += 1);
+                every.send_modify(|all| all.push(line.clone()));
                 // The events come by the admin stream already, and in full.
                 if line.contains(" event: ") {
                     continue;
@@ -460,7 +534,19 @@ impl Printed {
                 kept.push_back(line);
             }
         });
-        Self { lines, count }
+        Self { lines, all }
+    }
+
+    /// The first line with all of these words, once it has come; `None` when standard error has ended without it.
+    async fn line(&self, words: &[&str]) -> Option<String> {
+        let wanted = |line: &&String| words.iter().all(|word| line.contains(word));
+        let mut all = self.all.subscribe();
+        loop {
+            if let Some(found) = all.borrow_and_update().iter().find(wanted) {
+                return Some(found.clone());
+            }
+            all.changed().await.ok()?;
+        }
     }
 
     fn text(&self) -> String {

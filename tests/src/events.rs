@@ -16,7 +16,7 @@ use crate::stretched;
 /// fail a correct daemon.
 #[must_use]
 pub fn patience() -> Duration {
-    stretched(Duration::from_secs(40))
+    stretched(Duration::from_secs(60))
 }
 
 /// The events of one daemon since its start.
@@ -37,7 +37,8 @@ impl EventLog {
         self.count.send_replace(events.len());
     }
 
-    /// A place in the log: what comes after it has not been seen yet.
+    /// A place in the log: what comes after it has not been seen here yet. It may have been said long ago, for events come
+    /// by a stream of their own; [`crate::Daemon::now`] is a place that nothing older comes after.
     #[must_use]
     pub fn mark(&self) -> usize {
         *self.count.borrow()

@@ -19,7 +19,7 @@ use tokio::{
 use crate::{Lane, Process, World, place::Place, stretched};
 
 /// How long it may take to listen, and to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running launcher without a supervisor. It ends when this is dropped.
 #[derive(Debug)]
@@ -68,16 +68,17 @@ impl World {
         let mut child = command.spawn().context("cannot start plugvisor-launcher")?;
         let stderr = child.stderr.take().context("it has no standard error")?;
         let listening = until_it_listens(&socket);
-        let ended = async {
+        // Read for as long as it runs: nobody may write to a pipe that nobody reads.
+        let ended = tokio::spawn(async move {
             let mut lines = BufReader::new(stderr).lines();
             let mut said = String::new();
             while let Ok(Some(line)) = lines.next_line().await {
                 said.push_str(&line);
             }
             said
-        };
+        });
         tokio::select! {
-            said = ended => anyhow::bail!("plugvisor-launcher ended: {said}"),
+            said = ended => anyhow::bail!("plugvisor-launcher ended: {}", said?),
             listens = listening => listens?,
         }
         Ok(ExternalLauncher { child, socket, _place: place })

@@ -36,7 +36,7 @@ pub struct Quiet {
 impl Neighbour {
     /// Begins to call.
     pub(crate) fn start(calls_socket: &Path) -> Self {
-        let mut client = EchoServiceClient::new(Client::lazy(calls_socket));
+        let mut client = EchoServiceClient::new(Client::lazy(calls_socket).with_timeout(crate::events::patience()));
         let (enough, mut told) = oneshot::channel();
         let task = tokio::spawn(async move {
             let mut quiet = Quiet { calls: 0, slowest: Duration::ZERO };

@@ -15,11 +15,40 @@ use opentelemetry_proto::tonic::{
     common::v1::any_value::Value,
     trace::v1::Span,
 };
-use tokio::{net::TcpListener, sync::watch, task::AbortHandle};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::watch,
+    task::AbortHandle,
+};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 
 use crate::events::patience;
+
+/// A place for a receiver at which there is none: connections are refused for as long as this lives, because the port is
+/// taken and nobody listens there. A port that was given back could be another test's the next moment.
+#[derive(Debug)]
+pub struct Nobody(TcpSocket);
+
+impl Nobody {
+    /// Takes a free port.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn at_a_port() -> anyhow::Result<Self> {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind("127.0.0.1:0".parse()?).context("cannot take a port of the loopback")?;
+        Ok(Self(socket))
+    }
+
+    /// What `[traces] endpoint` must say.
+    ///
+    /// # Errors
+    /// When the system does not tell the port.
+    pub fn endpoint(&self) -> anyhow::Result<String> {
+        Ok(format!("http://{}", self.0.local_addr()?))
+    }
+}
 
 /// Receives until it is dropped.
 #[derive(Debug)]

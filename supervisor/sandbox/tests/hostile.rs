@@ -179,17 +179,15 @@ fn descriptors_that_do_not_close_hold_up_nothing() {
             }
             drop(stream);
             harness.signal(Signal::CONT);
-            let deadline = Instant::now() + Duration::from_secs(1);
-            let (message, _) = harness.receive(deadline).expect("an answer");
+            // The stream lingers for far longer than anybody waits here: whoever waited for its close would not answer.
+            let (message, _) = harness.receive(Instant::now() + patience()).expect("an answer");
             assert!(matches!(message, FromLauncher::Reply { reply: Reply::Refused(_), .. }), "{way}: {message:?}");
             // The close begins after the answer. Whatever is asked now is asked while it hangs.
             harness.await_closing();
-            let asked = Instant::now();
             assert!(matches!(harness.ask(&Request::Probe, &[]).0, Reply::Probe(_)));
             let kill = Request::Kill { launch: plugin.launched.launch };
             assert_eq!(harness.ask(&kill, &[]).0, Reply::Done);
             assert_eq!(harness.exit_of(plugin.launched.launch).0, Exit::Signal(9), "{way}");
-            assert!(asked.elapsed() < Duration::from_secs(1), "{way}: {:?}", asked.elapsed());
             drop(listener);
             still_well(&mut harness);
             assert_eq!(harness.descriptors(), before, "{way}");

@@ -11,7 +11,7 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::net::{UnixListener, UnixStream},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use harness::{As, Harness, Manner, is_root, patience, read_all, wait_readable};
@@ -301,7 +301,12 @@ fn nothing_is_left_when_the_supervisor_goes() {
 fn a_hundred_launches_leave_nothing() {
     for as_ in As::possible() {
         let mut harness = Harness::start(as_);
-        let mounts = || fs::read_to_string("/proc/self/mountinfo").expect("mountinfo").lines().count();
+        // Those of this test: the host may mount what it wants meanwhile.
+        let place = harness.directory.path().display().to_string();
+        let mounts = || {
+            let all = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+            all.lines().filter(|line| line.contains("plugvisor") || line.contains(&place)).count()
+        };
         let before = mounts();
         let mut baseline = None;
         let mut times = Vec::new();
@@ -363,6 +368,7 @@ fn launches_overlap() {
         let again = harness.launch(request);
         assert_eq!(again.launched.uid, plugins[3].launched.uid, "and keeps it");
     }
-    let deadline = Instant::now() + Duration::from_secs(1);
-    assert!(!wait_readable(plugins[0].pidfd.as_fd(), Instant::now()) && Instant::now() < deadline);
+    for plugin in &plugins {
+        assert!(!wait_readable(plugin.pidfd.as_fd(), Instant::now()), "each runs beside the others");
+    }
 }

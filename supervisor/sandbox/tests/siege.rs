@@ -13,7 +13,6 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::{UnixDatagram, UnixListener, UnixStream},
     },
-    path::Path,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -429,28 +428,60 @@ fn who_is_turned_away_leaves_nothing_that_is_closed_in_the_loop() {
 
 // Floods.
 
-/// How long it takes from the kill of a plugin until the launcher has reaped all of it, without the time for which the
-/// launcher was ready to run and this machine did not let it: that is about the machine, and tests share theirs. The
+/// How long the launcher takes to reap the whole of a plugin once the kernel has told it that it is over: from the moment
+/// at which the plugin's init was seen to be dead for the first time, or rather from the look before it, until it is gone.
+///
+/// What a process needs to die is not the launcher's, and so does not count. Nor does the time for which the launcher, or
+/// the thread that looks, was ready to run and this machine did not let it: that is about the machine, and tests share
+/// theirs. What a launcher takes that serves an attack first is its own time on the processor, which counts in full. The
 /// connection is not used, so that it may be under attack meanwhile.
 fn noticing(launcher: u32, plugin: &Plugin) -> Duration {
     let pid = plugin.launched.pid;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
     let init = status.lines().find_map(|line| line.strip_prefix("PPid:")).expect("its parent").trim().to_owned();
-    let init = Path::new("/proc").join(init);
-    assert!(init.exists());
-    let (waited, killed) = (held_up(launcher), Instant::now());
+    let held_up = || held_up(&launcher.to_string()) + held_up("thread-self");
+    assert_eq!(life(&init), Life::Alive);
     rustix::process::pidfd_send_signal(&plugin.pidfd, Signal::KILL).expect("it lives");
-    while init.exists() {
-        assert!(killed.elapsed() < patience(), "nobody notices that {} is over", init.display());
+    let killed = Instant::now();
+    let mut before = (killed, held_up());
+    let mut dead = None;
+    loop {
+        let now = (Instant::now(), held_up());
+        match life(&init) {
+            Life::Alive => before = now,
+            Life::Dead => _ = dead.get_or_insert(before),
+            Life::Gone => {
+                let (since, waited) = dead.unwrap_or(before);
+                // Looked at after the last look: what was waited for since belongs to the same time.
+                return since.elapsed().saturating_sub(held_up().saturating_sub(waited));
+            }
+        }
+        assert!(killed.elapsed() < patience(), "nobody notices that {init} is over");
         std::thread::sleep(Duration::from_micros(200));
     }
-    killed.elapsed().saturating_sub(held_up(launcher).saturating_sub(waited))
 }
 
-/// For how long a process with one thread has been ready to run and was not running (`Documentation/scheduler/
-/// sched-stats.rst`).
-fn held_up(pid: u32) -> Duration {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap_or_default();
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Alive,
+    /// It has ended, and its parent has not asked how.
+    Dead,
+    Gone,
+}
+
+fn life(pid: &str) -> Life {
+    // The name in parentheses may hold anything, so the fields begin after the last one (proc_pid_stat(5)).
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Err(_) => Life::Gone,
+        Ok(stat) if stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with(['Z', 'X'])) => Life::Dead,
+        Ok(_) => Life::Alive,
+    }
+}
+
+/// For how long a process with one thread, or a thread, has been ready to run and was not running
+/// (`Documentation/scheduler/sched-stats.rst`).
+fn held_up(of: &str) -> Duration {
+    let text = std::fs::read_to_string(format!("/proc/{of}/schedstat")).unwrap_or_default();
     Duration::from_nanos(text.split_whitespace().nth(1).and_then(|field| field.parse().ok()).unwrap_or(0))
 }
 
@@ -462,9 +493,8 @@ fn median(harness: &Harness, plugins: &[Plugin]) -> Duration {
 }
 
 const DEATHS: usize = 7;
-/// The attack ends only after the deaths were noticed, so a launcher that serves it first would take until `patience`;
-/// below this is only what a busy machine takes from all.
-const IN_TIME: Duration = Duration::from_secs(1);
+/// The attack ends only after the deaths were noticed, so a launcher that serves it first would take until `patience()`.
+const IN_TIME: Duration = Duration::from_millis(100);
 
 fn victims(harness: &mut Harness) -> Vec<Plugin> {
     let launch = |_| {
@@ -475,8 +505,8 @@ fn victims(harness: &mut Harness) -> Vec<Plugin> {
 }
 
 fn judge(what: &str, war: Duration, peace: Duration) {
-    println!("{what}: reaped {war:?} after the kill, in peace {peace:?}");
-    assert!(war <= IN_TIME || war <= peace * 4, "{what}: {war:?}, in peace {peace:?}");
+    println!("{what}: reaped {war:?} after the end, in peace {peace:?}");
+    assert!(war <= IN_TIME, "{what}: {war:?}, in peace {peace:?}");
 }
 
 /// Runs an attack over and over in a thread while plugins die. The control is the same launcher in peace.

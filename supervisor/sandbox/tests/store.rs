@@ -245,10 +245,9 @@ fn only_regular_files_are_read() {
             for name in ["bin/a", "plugin.json"] {
                 let file = ImportFile { path: name.into(), executable: true, size: 5, sha256: [0; 32] };
                 harness.step(Import::Begin(ImportBegin { bundle: [2; 32], files: 1, bytes: 5 }), &[]).expect("begun");
-                let began = Instant::now();
+                // Whoever waited for a FIFO would not answer at all.
                 let refusal = harness.step(Import::Files(vec![file]), &[descriptor.as_fd()]).expect_err(what);
                 assert_eq!(refusal.code, RefusalCode::File, "{what}: {}", refusal.message);
-                assert!(began.elapsed() < patience() / 2, "{what} held it up");
             }
         }
         assert_eq!(harness.attempt(|_| (), &["thread"])[0].1, "ok");
@@ -398,7 +397,12 @@ fn what_changes_outside_does_not_change_inside() {
                     }
                 });
                 let _stopping = Stopping(&stop);
-                for _ in 0..20 {
+                let deadline = Instant::now() + patience();
+                // The other thread may not run for a while on a busy machine, so it goes on until a change was met.
+                for round in 0.. {
+                    if round >= 20 && (refused > 0 || Instant::now() > deadline) {
+                        break;
+                    }
                     match harness.import_listed(begin, &files, &bundle) {
                         Ok(_) => {
                             assert_eq!(output(&mut harness, good), "good code\ngood text\n", "{as_:?}: {name}");
@@ -545,6 +549,7 @@ fn an_import_that_takes_too_long_ends() {
     for as_ in As::possible() {
         let mut harness = Harness::start_with_store(as_, |options| options.import_time = Duration::from_secs(1));
         let (begin, _) = listed(&harness.path("bundles/walled"));
+        let begun = Instant::now();
         harness.step(Import::Begin(begin), &[]).expect("begun");
         // Refused until the first one's time is over; every answer is an event of the launcher's loop.
         let deadline = Instant::now() + patience();
@@ -555,7 +560,8 @@ fn an_import_that_takes_too_long_ends() {
             refused += 1;
             std::thread::sleep(Duration::from_millis(20));
         }
-        assert!(refused > 0);
+        // Unless the machine stood still for as long.
+        assert!(refused > 0 || begun.elapsed() >= Duration::from_secs(1));
         harness.step(Import::Abort, &[]).expect("aborted");
     }
 }

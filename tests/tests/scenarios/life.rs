@@ -47,8 +47,8 @@ async fn a_second_signal_means_now(lane: Lane) -> anyhow::Result<()> {
     daemon.events().wait("the stop", |event| events::is(event, "plugin.stopping", "deaf")).await?;
     daemon.process().signal(Signal::TERM)?;
     daemon.ended().await?;
-    let unloaded = |event: &_| events::is(event, "plugin.unloaded", "deaf");
-    daemon.events().wait("the end of the stop", unloaded).await?;
+    // By its own log: the stream of events has a bounded time at the end, and a busy machine may need more.
+    daemon.prints(&["plugin.unloaded", "deaf"]).await?;
     remains.gone().await?;
     remains.no_files()
 }
@@ -62,14 +62,13 @@ async fn plugins_die_with_their_launcher(lane: Lane) -> anyhow::Result<()> {
     let remains = daemon.remains();
     daemon.launcher().signal(Signal::KILL)?;
     for process in remains.processes() {
-        process.wait(std::time::Duration::from_secs(5)).await.context("after the launcher was killed")?;
+        process.wait(events::patience()).await.context("after the launcher was killed")?;
     }
     let code = daemon.ended().await?;
     ensure!(code.is_some_and(|code| code != 0), "the daemon ended with {code:?}");
-    let lost =
-        daemon.events().wait("the loss", |event| events::short_type(event) == "supervisor.launcher_lost").await?;
-    ensure!(!lost.hint.is_empty(), "{lost:?}");
-    ensure!(daemon.printed().contains("launcher"), "it does not say why it ended\n{}", daemon.printed());
+    // By its own log: the stream of events has a bounded time at the end, and a busy machine may need more.
+    daemon.prints(&["supervisor.launcher_lost", "start plugvisord again"]).await?;
+    daemon.prints(&["the launcher ended", "every plugin has ended with it"]).await?;
     // Killed, the launcher could not remove its own directory and its groups; the next one does.
     let again = three(lane)?.runtime_directory(&daemon.world().runtime()).start().await?;
     again.loaded("echo").await?;
@@ -103,7 +102,7 @@ async fn nothing_leaks(lane: Lane) -> anyhow::Result<()> {
     let mut baseline = None;
     for round in 0..4 {
         let before = daemon.loaded("second").await?;
-        let mark = daemon.events().mark();
+        let mark = daemon.now().await?;
         plugvisor_tests::Process::open(before.pid).context("second does not run")?.signal(Signal::KILL)?;
         daemon.events().wait_after(mark, "ready again", |event| events::is(event, "plugin.ready", "second")).await?;
         for command in ["unload", "load"] {
@@ -111,15 +110,21 @@ async fn nothing_leaks(lane: Lane) -> anyhow::Result<()> {
             ensure!(done.code == Some(0), "{done:?}\n{}", daemon.account());
         }
         daemon.loaded("second").await?;
-        let now = counts()?;
-        // The first round opens what stays open: connections, buffers, the admin client's own.
-        let (supervisor, launcher) = *baseline.get_or_insert(now);
-        ensure!(
-            now.0 <= supervisor + 1 && now.1 <= launcher,
-            "descriptors grow: {:?} after round {round}, {:?} after the first",
-            now,
-            (supervisor, launcher)
-        );
+        // The first round opens what stays open: connections, buffers, the admin client's own. What is closed after an
+        // answer is closed a moment later, by the launcher in a child of its own; nothing tells when.
+        let deadline = tokio::time::Instant::now() + events::patience();
+        let now = loop {
+            let now = still(&counts).await?;
+            match baseline {
+                Some((supervisor, launcher)) if now.0 > supervisor + 1 || now.1 > launcher => ensure!(
+                    tokio::time::Instant::now() < deadline,
+                    "descriptors grow: {now:?} after round {round}, {:?} after the first",
+                    (supervisor, launcher)
+                ),
+                _ => break now,
+            }
+        };
+        baseline.get_or_insert(now);
     }
     let supervisor = daemon.process().resident_bytes().context("no RSS")?;
     ensure!(supervisor <= SUPERVISOR_BYTES, "the supervisor has {supervisor} bytes resident");
@@ -128,6 +133,19 @@ async fn nothing_leaks(lane: Lane) -> anyhow::Result<()> {
     let shown = daemon.status().await?.supervisor.context("no supervisor in the status")?;
     ensure!(shown.resident_bytes.abs_diff(supervisor) < 16 << 20, "the status shows {shown:?}, /proc {supervisor}");
     daemon.stop().await
+}
+
+/// A count that has not changed for a while: what is still being opened or closed has been.
+async fn still<T: PartialEq>(count: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    const STILL: usize = 5;
+    let (mut last, mut same) = (count()?, 0);
+    while same < STILL {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        let now = count()?;
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    Ok(last)
 }
 
 /// Started by root, only the launcher stays root; each plugin has a user of its own.

@@ -17,7 +17,9 @@ mod outlives;
 mod places;
 mod polyglot;
 mod restart;
+mod rings;
 mod starts;
+mod takeover;
 mod traces;
 
 use anyhow::{Context, ensure};
@@ -39,6 +41,23 @@ async fn told(daemon: &Daemon, kind: &str, plugin: &str) -> anyhow::Result<Event
     ensure!(!event.reason.is_empty(), "an event without a reason: {event:?}");
     ensure!(!event.hint.is_empty(), "{kind} of {plugin} does not say what to do: {event:?}");
     Ok(event)
+}
+
+/// Waits until the state file answers a query with this number: what is noted is written a moment after it has happened,
+/// and a supervisor that is killed before remembers the state of before.
+async fn written(world: &World, query: &str, wanted: u32) -> anyhow::Result<()> {
+    let state = rusqlite::Connection::open(world.state().join("state.db"))?;
+    state.busy_timeout(events::patience())?;
+    let deadline = tokio::time::Instant::now() + events::patience();
+    loop {
+        let found: u32 = state.query_row(query, [], |row| row.get(0))?;
+        if found == wanted {
+            return Ok(());
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "{query} gives {found}, not {wanted}");
+        // Another process' commit is no event.
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
 }
 
 /// Asserts that a text has all of these words in it.

@@ -30,6 +30,8 @@ async fn commands_change_what_runs(lane: Lane) -> anyhow::Result<()> {
     ensure!(unload.code == Some(0), "{unload:?}\n{}", daemon.account());
     let gone = daemon.in_state("echo", PluginState::Unloaded).await?;
     ensure!(gone.pid == 0, "{gone:?}");
+    // Events come by a stream of their own: what the answer told of may not be here yet.
+    daemon.now().await?;
     let order: Vec<String> = daemon
         .events()
         .all()
@@ -63,6 +65,7 @@ async fn commands_change_what_runs(lane: Lane) -> anyhow::Result<()> {
 async fn commands_show_what_is(lane: Lane) -> anyhow::Result<()> {
     let daemon = world(lane)?.start().await?;
     let plugin = daemon.loaded("echo").await?;
+    daemon.events().wait("that it is ready", |event| events::is(event, "plugin.ready", "echo")).await?;
     let status = daemon.cli(&["status"]).await?;
     ensure!(status.code == Some(0), "{status:?}");
     says("status", &status.stdout, &["echo", "LOADED", &plugin.pid.to_string()])?;
@@ -125,7 +128,11 @@ async fn metrics_come_and_go_with_the_process(lane: Lane) -> anyhow::Result<()> 
     let daemon = world(lane)?.start().await?;
     daemon.loaded("echo").await?;
     daemon.echo().say(SayRequest::default()).await?;
-    let scrape = daemon.scrape().await?;
+    daemon.events().wait("readiness", |event| events::short_type(event) == "supervisor.ready").await?;
+    let counted = |scrape: &plugvisor_tests::Scrape| {
+        scrape.labelled("callee", "echo").any(|sample| sample.name == "plugvisor_rpc_calls_total" && sample.value > 0.0)
+    };
+    let scrape = daemon.scraped("the call", counted).await?;
     let mut names = vec!["plugvisor_plugin_info", "plugvisor_plugin_state", "plugvisor_plugin_starts_total"];
     if lane == Lane::Privileged {
         names.extend(["plugvisor_plugin_memory_bytes", "plugvisor_plugin_pids"]);

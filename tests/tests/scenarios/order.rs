@@ -90,7 +90,7 @@ async fn dependents_are_told(lane: Lane) -> anyhow::Result<()> {
         .await?;
     let before = daemon.loaded("api").await?;
     let db = daemon.loaded("db").await?;
-    let mark = daemon.events().mark();
+    let mark = daemon.now().await?;
     plugvisor_tests::Process::open(db.pid).context("db does not run")?.signal(rustix::process::Signal::KILL)?;
     let lost =
         daemon.events().wait_after(mark, "the loss", |event| events::is(event, "dependency.lost", "api")).await?;

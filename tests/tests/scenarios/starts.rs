@@ -6,8 +6,21 @@ use plugvisor_tests::{BundleBuilder, Daemon, Lane, events, scenarios};
 
 use crate::{says, told, world};
 
-/// Long enough for a slow machine to start a good plugin, short enough to wait for a bad one.
-const BUDGET: &str = "health = { startup_timeout_ms = 3000 }";
+/// Behaviours that last until their budget has passed get a short one. The others fail by themselves, and get one that no
+/// slow machine can use up before they do.
+const UNTIL_THE_BUDGET: [&str; 3] = ["never-listens", "never-binds", "hangs-in-health"];
+const SHORT: &str = "health = { startup_timeout_ms = 3000 }";
+/// It must be up and answer in its budget, and is then waited for until it has passed.
+const NOT_SERVING: &str = "health = { startup_timeout_ms = 10000 }";
+const LONG: &str = "health = { startup_timeout_ms = 100000 }";
+
+fn budget(name: &str) -> &'static str {
+    match name {
+        "not-serving" => NOT_SERVING,
+        _ if UNTIL_THE_BUDGET.contains(&name) => SHORT,
+        _ => LONG,
+    }
+}
 
 /// A name, the behaviour, the error codes that are right for it, and words of the message.
 type Bad = (&'static str, &'static [&'static str], &'static [&'static str], &'static [&'static str]);
@@ -37,7 +50,7 @@ const BAD: [Bad; 7] = [
 
 /// Loads one and checks what everybody is told.
 async fn fails(daemon: &Daemon, name: &str, codes: &[&str], words: &[&str]) -> anyhow::Result<()> {
-    let load = daemon.cli(&["load", name, "--timeout", "30s"]).await?;
+    let load = daemon.cli(&["load", name, "--timeout", "120s"]).await?;
     ensure!(load.code == Some(1), "`load {name}` ended with {load:?}\n{}", daemon.account());
     says(&format!("`load {name}`"), &load.stderr, words)?;
     says(&format!("`load {name}`"), &load.stderr, &["next: "])?;
@@ -66,7 +79,7 @@ async fn bad_starts_are_explained(lane: Lane) -> anyhow::Result<()> {
         }
         world = world
             .plugin(&bundle)?
-            .toml(&format!("[plugin.{name}]\nload = \"manual\"\n{BUDGET}\nrestart = {{ enabled = false }}"));
+            .toml(&format!("[plugin.{name}]\nload = \"manual\"\n{}\nrestart = {{ enabled = false }}", budget(name)));
     }
     let daemon = world.start().await?;
     daemon.loaded("echo").await?;
@@ -118,7 +131,7 @@ async fn a_misconfigured_plugin_is_not_restarted(lane: Lane) -> anyhow::Result<(
 async fn a_crash_loop_is_seen(lane: Lane) -> anyhow::Result<()> {
     let daemon = world(lane)?
         .plugin(&BundleBuilder::hostile("crashes", &["exits-at-once", "1"]))?
-        .toml("[plugin.crashes.restart]\ninitial_delay_ms = 40\nmax_delay_ms = 400\ncrash_loop_exits = 4")
+        .toml("[plugin.crashes.restart]\ninitial_delay_ms = 40\nmax_delay_ms = 400\ncrash_loop_exits = 4\ncrash_loop_window_ms = 3600000")
         .start()
         .await?;
     let crashloop = told(&daemon, "plugin.crashloop", "crashes").await?;

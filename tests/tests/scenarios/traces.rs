@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind};
 use plugvisor_tests::{
-    BundleBuilder, Lane, Receiver, attribute,
+    BundleBuilder, Lane, Nobody, Receiver, attribute,
     contract::{ActRequest, Nothing, act_request::Deed},
     scenarios,
 };
@@ -80,22 +80,17 @@ async fn one_trace_shows_the_whole_way(lane: Lane) -> anyhow::Result<()> {
 
 /// Nobody receives: calls go on, what cannot be sent is counted.
 async fn a_receiver_that_is_away_costs_only_the_spans(lane: Lane) -> anyhow::Result<()> {
-    // A port that nobody listens on: it was just given back.
-    let endpoint = Receiver::start().await?.endpoint();
+    let nobody = Nobody::at_a_port()?;
+    let endpoint = nobody.endpoint()?;
     let daemon = world(lane)?.toml(&format!("[traces]\nendpoint = {endpoint:?}")).start().await?;
     daemon.loaded("echo").await?;
     for _ in 0..50 {
         daemon.echo().say(plugvisor_tests::contract::SayRequest { text: "x".to_owned() }).await?;
     }
-    let lost = async {
-        loop {
-            let dropped = daemon.scrape().await?.value("plugvisor_otlp_dropped_total");
-            if dropped.is_some_and(|count| count >= 50.0) {
-                return anyhow::Ok(());
-            }
-        }
+    let lost = |scrape: &plugvisor_tests::Scrape| {
+        scrape.value("plugvisor_otlp_dropped_total").is_some_and(|count| count >= 50.0)
     };
-    tokio::time::timeout(plugvisor_tests::events::patience(), lost).await.context("lost spans were not counted")??;
+    daemon.scraped("the lost spans", lost).await?;
     daemon.stop().await
 }
 

@@ -31,7 +31,7 @@ use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 /// Far longer than anything here takes, so that a hang is a failure with a name.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
 const THUMBNAILER: &str = env!("CARGO_BIN_EXE_thumbnailer");
 const MARKDOWN: &str = env!("CARGO_BIN_EXE_markdown");
 const GALLERY: &str = env!("CARGO_BIN_EXE_gallery");
@@ -123,24 +123,34 @@ async fn listening(path: &Path) -> Client {
     loop {
         match Client::connect(path).await {
             Ok(client) => return client,
-            Err(_) => tokio::task::yield_now().await,
+            // There is no event for a path that comes to be listened at.
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
         }
     }
 }
 
 #[tokio::test]
 async fn an_inherited_socket_is_served_and_sigterm_ends_with_0() {
-    let process = Process::initialised(MARKDOWN).await;
-    assert_eq!(render(&process.client, "*hi*").await, "<p><em>hi</em></p>\n");
-    // An open health watch, as a supervisor has, must not hold up the end.
-    let mut watch = HealthClient::new(process.client.clone());
-    let mut watch = watch.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
-    watch.message().await.unwrap().unwrap();
-    let begun = std::time::Instant::now();
-    process.terminate();
-    let (status, log) = process.ended().await;
-    assert_eq!(status.code(), Some(0), "{log}");
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    /// Far below the time for which calls in flight are waited for, which is what a watch that counted would take.
+    const AT_ONCE: Duration = Duration::from_secs(2);
+    // A watch that holds up the end does so each time; a machine that stands still does not.
+    for attempt in 1.. {
+        let process = Process::initialised(MARKDOWN).await;
+        assert_eq!(render(&process.client, "*hi*").await, "<p><em>hi</em></p>\n");
+        // An open health watch, as a supervisor has, must not hold up the end.
+        let mut watch = HealthClient::new(process.client.clone());
+        let mut watch = watch.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+        watch.message().await.unwrap().unwrap();
+        let begun = std::time::Instant::now();
+        process.terminate();
+        let (status, log) = process.ended().await;
+        assert_eq!(status.code(), Some(0), "{log}");
+        let took = begun.elapsed();
+        if took < AT_ONCE {
+            return;
+        }
+        assert!(attempt < 5, "{took:?}");
+    }
 }
 
 #[tokio::test]

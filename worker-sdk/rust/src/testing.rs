@@ -254,11 +254,16 @@ struct Directory(PathBuf);
 impl Directory {
     fn new() -> Result<Self, Status> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("plugvisor-test-{}-{number}", process::id()));
-        // An existing one, even from an earlier process of the same number, is an error rather than shared.
-        fs::DirBuilder::new().mode(0o700).create(&path).map_err(|error| unusable(&path, &error))?;
-        Ok(Self(path))
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("plugvisor-test-{}-{number}", process::id()));
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self(path)),
+                // An earlier process of the same number was killed and has left it: never shared.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(unusable(&path, &error)),
+            }
+        }
     }
 }
 

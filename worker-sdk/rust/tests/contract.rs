@@ -36,7 +36,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 
 const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 /// Far longer than anything here takes, so that a hang is a failure with a name.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -263,7 +263,7 @@ async fn deadline_trace_and_path_travel_on() {
     for event_type in ["relay", "relay-spawned"] {
         let (plugin, mut seen, _ended) = relay_to(false).await;
         let mut request = Request::new(of_type(event_type));
-        request.set_timeout(Duration::from_secs(9));
+        request.set_timeout(LONG);
         request.metadata_mut().insert("traceparent", TRACEPARENT.parse().unwrap());
         request.metadata_mut().insert("tracestate", "acme=1".parse().unwrap());
         request.metadata_mut().insert("plugvisor-hops", "gallery".parse().unwrap());
@@ -276,7 +276,7 @@ async fn deadline_trace_and_path_travel_on() {
         assert!(!seen.contains_key("plugvisor-token"), "a token selects one provider, not the next");
         let context = CallContext::from_headers(&seen);
         let left = context.remaining().unwrap();
-        assert!(left <= Duration::from_secs(9) && left > Duration::from_secs(1), "{left:?}");
+        assert!(left <= LONG && left > Duration::from_secs(1), "{left:?}");
     }
 }
 
@@ -292,10 +292,11 @@ async fn a_call_without_deadline_adds_none() {
 async fn a_passed_deadline_ends_the_call_below() {
     let (plugin, mut seen, mut ended) = relay_to(true).await;
     let mut request = Request::new(of_type("relay"));
-    request.set_timeout(Duration::from_millis(200));
+    // The call below has begun long before.
+    request.set_timeout(Duration::from_secs(2));
     let late = timeout(LONG, calls(&plugin).publish(request)).await.unwrap().unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
-    seen.recv().await.unwrap();
+    timeout(LONG, seen.recv()).await.unwrap().unwrap();
     timeout(LONG, ended.recv()).await.unwrap().unwrap();
 }
 
@@ -345,8 +346,9 @@ async fn garbage_on_the_socket_ends_its_own_connection_only() {
         [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff"]
     {
         let mut stream = UnixStream::connect(plugin.socket()).await.unwrap();
-        stream.write_all(garbage).await.unwrap();
-        stream.shutdown().await.unwrap();
+        // The server may have closed before all of it is written.
+        let _ = stream.write_all(garbage).await;
+        let _ = stream.shutdown().await;
         let mut answer = Vec::new();
         // The server closes; a reset counts as closed.
         let _ = timeout(LONG, stream.read_to_end(&mut answer)).await.expect("the server closes the connection");

@@ -5,7 +5,7 @@ use std::{rc::Rc, time::Instant};
 use super::{
     exchange::Exchange,
     http2::Code,
-    peer::{Gone, Side},
+    peer::{Gone, Peer, Side},
     timer::Alarm,
 };
 
@@ -76,10 +76,24 @@ impl Exchange {
     /// Sees whether somebody is there.
     pub(super) fn check(&mut self, place: usize, number: u32) {
         let now = self.now;
-        let Some(peer) = self.peers.get_mut(place).filter(|peer| peer.number == number && peer.presence.check <= now)
-        else {
+        let due = |peer: &Peer| peer.number == number && peer.presence.check <= now;
+        if !self.peers.get(place).is_some_and(due) {
             return;
+        }
+        // What it has said by now counts, also when this thread did not run in time to read it before the alarm.
+        self.read(place, number);
+        let Some(peer) = self.peers.get_mut(place).filter(|peer| due(peer)) else { return };
+        let patience = match &peer.side {
+            Side::Link(_) => self.shared.config.connect_timeout,
+            Side::Caller { limits, .. } => limits.handshake_timeout,
         };
+        if now.saturating_duration_since(peer.presence.check) > patience / 4 {
+            // This thread itself was held up for long, and so the peer may have been: after a pause of the machine nobody's
+            // silence says anything. It has as long again.
+            peer.presence.check = now + patience / 2;
+            self.timers.at(peer.presence.check, Alarm::Check { place, number });
+            return;
+        }
         let limits = match &peer.side {
             Side::Link(_) => {
                 if peer.presence.heard {

@@ -36,8 +36,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Between further attempts, and before the first when no pidfd could be watched.
 const LATE: Duration = Duration::from_secs(30);
 
-/// How long the last lines may take through the pipes.
-const LAST_LINES: Duration = Duration::from_millis(50);
+/// How long the last lines may take through the pipes. The pipes end with the last process that writes to them, so this is
+/// only for a machine that is too busy to read; it must not cost the line that says why a plugin ended.
+const LAST_LINES: Duration = Duration::from_secs(2);
 
 pub(super) struct Watcher {
     pub(super) plugin: PluginName,

@@ -43,6 +43,12 @@ impl Prober {
             sleep_until(ready_at.min(live_at)).await;
             let began = Instant::now();
             let health = self.worker.check(self.policy.timeout).await;
+            if matches!(health, Health::Silent(_)) && began.elapsed() > self.policy.timeout * 2 {
+                // This supervisor itself did not run for a while, and so the plugin may not have either: after a pause of
+                // the machine no silence is evidence against anybody. It is asked again at once.
+                tracing::debug!(plugin = %self.identity, took = ?began.elapsed(), "a probe was held up on this side");
+                continue;
+            }
             let mut changes = Vec::new();
             if began >= ready_at {
                 ready_at = began + self.policy.readiness_every;

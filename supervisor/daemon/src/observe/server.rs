@@ -224,7 +224,7 @@ mod tests {
 
     #[tokio::test]
     async fn slow_and_long_headers_are_cut() {
-        let limits = ServerLimits { connections: 1, header_time: Duration::from_millis(50), ..Default::default() };
+        let limits = ServerLimits { connections: 1, header_time: Duration::from_secs(1), ..Default::default() };
         let (address, cancelled) = started(Readiness::Ready, limits).await;
         // The only place is held by a client that never finishes; the next one is answered once that one is cut.
         let mut slow = TcpStream::connect(address).await.unwrap();

@@ -199,7 +199,7 @@ async fn metadata_and_trailers_pass_and_identity_is_overwritten() {
         .header("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
         .header("plugvisor-caller", "somebody-else")
         .header("plugvisor-new", "1")
-        .header("grpc-timeout", "3S");
+        .header("grpc-timeout", "60S");
     let answer = call(&sender, asked.body(()).unwrap(), message(b"ping")).await;
 
     let head = within(heads.recv()).await.unwrap();
@@ -213,7 +213,7 @@ async fn metadata_and_trailers_pass_and_identity_is_overwritten() {
     assert_eq!(all("plugvisor-hops"), ["asker"]);
     assert!(all("plugvisor-new").is_empty());
     let left: u32 = all("grpc-timeout")[0].strip_suffix('u').expect("microseconds").parse().unwrap();
-    assert!((1_000_000..3_000_000).contains(&left), "{left} µs left of 3 s");
+    assert!((1_000_000..60_000_000).contains(&left), "{left} µs left of 60 s");
 
     assert_eq!(answer.body, message(b"pong"));
     assert_eq!(answer.headers["x-head"], "1");
@@ -294,12 +294,19 @@ async fn a_cancelled_call_is_cancelled_at_the_provider() {
 async fn the_deadline_ends_a_call_at_both_ends() {
     let mut world = World::new();
     let (seen, mut resets) = mpsc::channel(1);
-    serve(world.provider("p", "t.S").await, move |_asked, mut respond| {
+    serve(world.provider("p", "t.S").await, move |asked, mut respond| {
         let seen = seen.clone();
-        async move { seen.send(std::future::poll_fn(|cx| respond.poll_reset(cx)).await.unwrap()).await.unwrap() }
+        async move {
+            if asked.uri().path() == "/t.S/Connect" {
+                return answer_ok(respond, b"");
+            }
+            seen.send(std::future::poll_fn(|cx| respond.poll_reset(cx)).await.unwrap()).await.unwrap();
+        }
     });
     let sender = client(&world.caller("asker").await).await;
-    let asked = request("/t.S/M").header("grpc-timeout", "150m").body(()).unwrap();
+    // So that the call that is looked at need not wait for a connection, and arrives long before its time is over.
+    assert_eq!(call(&sender, request("/t.S/Connect").body(()).unwrap(), message(b"")).await.status(), 0);
+    let asked = request("/t.S/M").header("grpc-timeout", "1500m").body(()).unwrap();
     let answer = call(&sender, asked, message(b"")).await;
     assert_eq!((answer.status(), answer.reason()), (4, Some("deadline")));
     assert!(answer.end("grpc-message").unwrap().contains("plugin p"));
@@ -313,8 +320,8 @@ async fn a_provider_that_keeps_the_deadline_itself_is_told_as_the_deadline() {
     let mut world = World::new();
     serve(world.provider("p", "t.S").await, |asked, respond| async move {
         let left = asked.headers()["grpc-timeout"].to_str().unwrap().strip_suffix('u').unwrap().parse().unwrap();
-        // As early as a timer's coarseness can make it.
-        tokio::time::sleep(Duration::from_micros(left) - Duration::from_millis(3)).await;
+        // As early as a timer's coarseness can make it. On a machine that stood still the time may be over already.
+        tokio::time::sleep(Duration::from_micros(left).saturating_sub(Duration::from_millis(3))).await;
         answer_status(respond, 1);
     });
     let sender = client(&world.caller("asker").await).await;
@@ -333,7 +340,8 @@ async fn a_deadline_in_the_middle_of_a_response_comes_as_trailers() {
         drop(std::future::poll_fn(|cx| to.poll_reset(cx)).await);
     });
     let sender = client(&world.caller("asker").await).await;
-    let asked = request("/t.S/M").header("grpc-timeout", "150m").body(()).unwrap();
+    // The response begins long before its time is over.
+    let asked = request("/t.S/M").header("grpc-timeout", "2500m").body(()).unwrap();
     let answer = call(&sender, asked, message(b"")).await;
     assert_eq!(answer.body, message(b"first"));
     assert_eq!(answer.trailers["grpc-status"], "4");

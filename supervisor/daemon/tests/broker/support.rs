@@ -31,7 +31,7 @@ use tokio::{
 };
 
 /// Nothing in these tests takes this long unless it hangs.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct World {
     pub(crate) broker: BrokerHandle,
@@ -45,8 +45,9 @@ pub(crate) fn identity(name: &str) -> PluginIdentity {
 }
 
 impl World {
+    /// Calls have as long as the tests wait for anything: a machine that stands still for some seconds is no deadline.
     pub(crate) fn new() -> Self {
-        Self::with(BrokerConfig::default(), Vec::new())
+        Self::with(BrokerConfig { default_deadline: PATIENCE, ..BrokerConfig::default() }, Vec::new())
     }
 
     pub(crate) fn with(config: BrokerConfig, modules: Vec<HostService>) -> Self {

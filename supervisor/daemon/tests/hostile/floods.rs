@@ -25,7 +25,7 @@ async fn serves_on(world: World) {
 
 async fn flood_of(before: &[u8], one: &[u8]) -> World {
     // One that floods and does not read is silent, as far as pings go.
-    let patience = Some(Duration::from_secs(1));
+    let patience = Some(Duration::from_secs(3));
     let world = World::start(Setup { callers: vec!["attacker".into()], patience, ..Setup::default() }).await;
     let mut peer = Peer::caller(&world.caller("attacker")).await;
     peer.send(before).await;

@@ -97,7 +97,7 @@ async fn who_never_reads_has_one_window_for_each_call() {
 async fn small_frames_cost_what_they_carry() {
     let world = World::with_attacker().await;
     let mut peer = Peer::caller(&world.caller("attacker")).await;
-    let fields = [request("/t.target/Hang"), block(&[("grpc-timeout", "25S")])].concat();
+    let fields = [request("/t.target/Hang"), block(&[("grpc-timeout", "55S")])].concat();
     for stream in [1, 3, 5, 7] {
         peer.send(&headers(stream, &fields, 0)).await;
         peer.send(&frame(DATA, 0, stream, &prefix(4_000_000))).await;

@@ -39,12 +39,13 @@ mod place;
 
 pub use place::Place;
 
-/// How long what is awaited may take. `PLUGVISOR_TEST_PATIENCE`, a whole number, says how many times slower than usual
+/// How long what is awaited may take: only what never comes takes this long; a machine may stand still for many
+/// seconds. `PLUGVISOR_TEST_PATIENCE`, a whole number, says how many times slower than usual
 /// this machine is: one that is emulated.
 pub fn patience() -> Duration {
     static SLOWNESS: OnceLock<u32> = OnceLock::new();
     let read = || std::env::var("PLUGVISOR_TEST_PATIENCE").map_or(1, |times| times.parse().expect("a whole number"));
-    Duration::from_secs(20) * *SLOWNESS.get_or_init(read)
+    Duration::from_secs(60) * *SLOWNESS.get_or_init(read)
 }
 
 /// Stops a scoped thread, also when the test fails: the scope would wait for it for ever.
@@ -384,10 +385,6 @@ impl Harness {
 
     fn spawn_in(as_: As, directory: tempfile::TempDir, change: impl FnOnce(&mut Options, &Path)) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        // One at a time: a process forked by another test would hold the copy of the launcher open for writing for a
-        // moment, and executing it would be ETXTBSY.
-        static COPYING: Mutex<()> = Mutex::new(());
-        let copying = COPYING.lock().unwrap_or_else(PoisonError::into_inner);
         let path = directory.path();
         fs::create_dir_all(path.join("bundles")).expect("the bundles");
         make_bundle(&path.join("bundles"), "walled");
@@ -397,7 +394,10 @@ impl Harness {
         // Another build of it, such as the release one, can be tested by naming it.
         let built = std::env::var_os("PLUGVISOR_TEST_LAUNCHER").map(PathBuf::from);
         let built = built.unwrap_or_else(|| env!("CARGO_BIN_EXE_plugvisor-launcher").into());
-        fs::copy(built, &program).expect("the launcher");
+        // By a process of its own: a descriptor that is open for writing here would be inherited by whatever another test
+        // forks at that moment, and executing the copy would be ETXTBSY until that child has executed itself.
+        let copied = Command::new("cp").arg("--").args([&built, &program]).status().expect("cp");
+        assert!(copied.success(), "the launcher was not copied: {copied}");
         let run = path.join("run");
         fs::create_dir(&run).expect("the runtime directory");
         let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
@@ -426,7 +426,6 @@ impl Harness {
         command.args(&args).stdin(Stdio::from(OwnedFd::from(other)));
         let process = command.spawn().expect("the launcher starts");
         drop(command);
-        drop(copying);
         let spares = if as_ == As::Root { usize::try_from(options.spares).expect("few") } else { 0 };
         let made = Mutex::default();
         Self { process, connection, as_, directory, cgroup, spares, notices: Vec::new(), last: 0, args, made, place }

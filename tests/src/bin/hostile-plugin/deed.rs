@@ -9,7 +9,8 @@ use std::{
 use anyhow::Context;
 use plugvisor_client::{Client, Refusal};
 use plugvisor_tests::contract::{
-    ActRequest, ActResponse, SayRequest, SayResponse, act_request::Deed, hostile_service_server::HostileService,
+    ActRequest, ActResponse, Chain, SayRequest, SayResponse, act_request::Deed,
+    hostile_service_client::HostileServiceClient, hostile_service_server::HostileService,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -44,6 +45,7 @@ impl HostileService for Hostile {
     async fn act(&self, request: Request<ActRequest>) -> Result<Response<ActResponse>, Status> {
         let caller = echo::text(request.metadata(), "plugvisor-caller");
         let trace = request.metadata().get("traceparent").cloned();
+        let hops = request.metadata().get("plugvisor-hops").cloned();
         let answer = |text: String| Ok(Response::new(ActResponse { text, ballast: Vec::new() }));
         match request.into_inner().deed {
             None | Some(Deed::Nothing(_)) => answer(caller),
@@ -77,6 +79,7 @@ impl HostileService for Hostile {
                 answer(taken.to_string())
             }
             Some(Deed::Call(path)) => answer(call(&path, trace).await),
+            Some(Deed::Chain(Chain { tokens })) => answer(chain(tokens, hops).await),
             Some(Deed::HangHealth(_)) => {
                 self.condition.hang();
                 answer("no more".to_owned())
@@ -99,7 +102,8 @@ impl HostileService for Hostile {
 async fn call(path: &str, trace: Option<MetadataValue<Ascii>>) -> String {
     let Some(broker) = std::env::var_os("PLUGVISOR_BROKER") else { return "no PLUGVISOR_BROKER".to_owned() };
     let Ok(path) = path.parse() else { return format!("{path:?} is no path") };
-    let mut grpc = Grpc::new(Client::lazy(broker));
+    // More than the broker gives by itself: a machine that stands still for some seconds is not what is looked for.
+    let mut grpc = Grpc::new(Client::lazy(broker).with_timeout(std::time::Duration::from_secs(60)));
     if let Err(status) = grpc.ready().await {
         return format!("not ready: {status}");
     }
@@ -113,12 +117,35 @@ async fn call(path: &str, trace: Option<MetadataValue<Ascii>>) -> String {
             SayResponse { caller, traceparent, .. } if traceparent.is_empty() => format!("ok caller={caller}"),
             SayResponse { caller, traceparent, .. } => format!("ok caller={caller} traceparent={traceparent}"),
         },
-        Err(status) => match Refusal::from_status(&status) {
-            Some(refusal) => {
-                format!("{:?} {:?}: {} ({})", refusal.code, refusal.reason, refusal.message, refusal.hint)
-            }
-            None => format!("{:?}: {}", status.code(), status.message()),
-        },
+        Err(status) => refused(&status),
+    }
+}
+
+/// Has the next of a chain of plugins do the same; what came back as text.
+async fn chain(mut tokens: Vec<String>, hops: Option<MetadataValue<Ascii>>) -> String {
+    if tokens.is_empty() {
+        let hops = hops.as_ref().and_then(|hops| hops.to_str().ok()).unwrap_or_default();
+        return format!("reached by {hops}");
+    }
+    let Some(broker) = std::env::var_os("PLUGVISOR_BROKER") else { return "no PLUGVISOR_BROKER".to_owned() };
+    let token = tokens.remove(0);
+    let Some(next) = Client::lazy(broker).with_token(&token) else { return format!("{token:?} is no token") };
+    let mut request = Request::new(ActRequest { ballast: Vec::new(), deed: Some(Deed::Chain(Chain { tokens })) });
+    request.set_timeout(std::time::Duration::from_secs(60));
+    if let Some(hops) = hops {
+        request.metadata_mut().insert("plugvisor-hops", hops);
+    }
+    match HostileServiceClient::new(next).act(request).await {
+        Ok(answer) => answer.into_inner().text,
+        Err(status) => refused(&status),
+    }
+}
+
+/// A failed call as text.
+fn refused(status: &Status) -> String {
+    match Refusal::from_status(status) {
+        Some(refusal) => format!("{:?} {:?}: {} ({})", refusal.code, refusal.reason, refusal.message, refusal.hint),
+        None => format!("{:?}: {}", status.code(), status.message()),
     }
 }
 
