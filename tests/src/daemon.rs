@@ -70,6 +70,8 @@ impl Daemon {
             .await
             .unwrap_or_else(|_| Err(anyhow::anyhow!("no answer on {} in {START:?}", admin.display())))
         {
+            // What it said last is what explains it, and comes through a pipe.
+            let _ = tokio::time::timeout(Duration::from_secs(5), printed.end()).await;
             bail!("plugvisord ({}) did not start: {error:#}\n{}", world.lane(), printed.text());
         }
         let mut client = AdminClient::new(Client::lazy(&admin));
@@ -512,6 +514,8 @@ struct Printed {
     lines: Arc<Mutex<VecDeque<String>>>,
     /// Every line from the start on, events too.
     all: watch::Sender<Vec<String>>,
+    /// Whether standard error has ended.
+    over: watch::Receiver<bool>,
 }
 
 impl Printed {
@@ -519,6 +523,7 @@ impl Printed {
         let lines = Arc::new(Mutex::new(VecDeque::new()));
         let all = watch::Sender::new(Vec::new());
         let (kept, every) = (Arc::clone(&lines), all.clone());
+        let (ends, over) = watch::channel(false);
         tokio::spawn(async move {
             let mut reader = BufReader::new(stderr).lines();
             while let Ok(Some(line)) = reader.next_line().await {
@@ -533,8 +538,14 @@ impl Printed {
                 }
                 kept.push_back(line);
             }
+            ends.send_replace(true);
         });
-        Self { lines, all }
+        Self { lines, all, over }
+    }
+
+    /// Waits until standard error has ended, which somebody who inherited it may hold up.
+    async fn end(&self) {
+        let _ = self.over.clone().wait_for(|over| *over).await;
     }
 
     /// The first line with all of these words, once it has come; `None` when standard error has ended without it.
@@ -542,10 +553,17 @@ impl Printed {
         let wanted = |line: &&String| words.iter().all(|word| line.contains(word));
         let mut all = self.all.subscribe();
         loop {
+            let over = *self.over.borrow();
             if let Some(found) = all.borrow_and_update().iter().find(wanted) {
                 return Some(found.clone());
             }
-            all.changed().await.ok()?;
+            if over {
+                return None;
+            }
+            tokio::select! {
+                changed = all.changed() => changed.ok()?,
+                () = self.end() => {}
+            }
         }
     }
 

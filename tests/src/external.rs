@@ -13,6 +13,7 @@ use anyhow::{Context, ensure};
 use rustix::process::Signal;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
+    net::UnixDatagram,
     process::{Child, Command},
 };
 
@@ -49,6 +50,9 @@ impl World {
         let group = format!("plugvisor-external-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let other_user = (crate::lane::is_root() && lane == Lane::Rootless).then(|| lane.uid());
         let place = Place::new(other_user);
+        let notify = self.path().join(format!("{group}.notify"));
+        let told = UnixDatagram::bind(&notify)?;
+        fs::set_permissions(&notify, fs::Permissions::from_mode(0o666))?;
         let mut command = Command::from(place.command(&program));
         command
             .arg("--listen")
@@ -60,6 +64,7 @@ impl World {
             .arg("--bundle-root")
             .arg(format!("verified={}", self.plugins().display()))
             .env_clear()
+            .env("NOTIFY_SOCKET", &notify)
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -67,7 +72,6 @@ impl World {
             .kill_on_drop(true);
         let mut child = command.spawn().context("cannot start plugvisor-launcher")?;
         let stderr = child.stderr.take().context("it has no standard error")?;
-        let listening = until_it_listens(&socket);
         // Read for as long as it runs: nobody may write to a pipe that nobody reads.
         let ended = tokio::spawn(async move {
             let mut lines = BufReader::new(stderr).lines();
@@ -79,7 +83,7 @@ impl World {
         });
         tokio::select! {
             said = ended => anyhow::bail!("plugvisor-launcher ended: {}", said?),
-            listens = listening => listens?,
+            ready = until_ready(&told) => ready?,
         }
         Ok(ExternalLauncher { child, socket, _place: place })
     }
@@ -118,12 +122,17 @@ fn supervisor_uid(lane: Lane) -> anyhow::Result<u32> {
     }
 }
 
-/// The socket appears when it is bound and can be connected to right after; there is no event for it.
-async fn until_it_listens(socket: &Path) -> anyhow::Result<()> {
-    let appears = async {
-        while !socket.exists() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+/// Waits until the launcher tells its service manager, which is this test, that it is ready (`sd_notify(3)`): its socket
+/// listens then, which its path alone does not say.
+async fn until_ready(told: &UnixDatagram) -> anyhow::Result<()> {
+    let ready = async {
+        let mut state = [0; 256];
+        loop {
+            let read = told.recv(&mut state).await?;
+            if state[..read].split(|byte| *byte == b'\n').any(|line| line == b"READY=1") {
+                return anyhow::Ok(());
+            }
         }
     };
-    tokio::time::timeout(stretched(PATIENCE), appears).await.context("the launcher does not listen")
+    tokio::time::timeout(stretched(PATIENCE), ready).await.context("the launcher does not get ready")?
 }

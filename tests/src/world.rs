@@ -238,7 +238,7 @@ impl World {
     ///
     /// # Errors
     /// When it goes on running.
-    pub async fn start_refused(self) -> anyhow::Result<NotStarted> {
+    pub async fn start_refused(&self) -> anyhow::Result<NotStarted> {
         let running = self.command()?.output();
         let output = tokio::time::timeout(stretched(Duration::from_secs(90)), running)
             .await

@@ -2,6 +2,7 @@
 
 mod bundle;
 mod configuration;
+mod http2;
 mod launcher;
 mod manifest;
 mod request;
@@ -26,6 +27,8 @@ pub enum Target {
     Bundle,
     /// The head of a request to the egress proxy.
     Request,
+    /// What a peer of the broker writes, as a caller or as a provider.
+    Http2,
 }
 
 /// What an input led to, without its particulars: two inputs with the same shape went the same way.
@@ -53,7 +56,8 @@ const TIME: Duration = Duration::from_secs(4);
 
 impl Target {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Launcher, Self::Manifest, Self::Configuration, Self::Bundle, Self::Request];
+    pub const ALL: [Self; 6] =
+        [Self::Launcher, Self::Manifest, Self::Configuration, Self::Bundle, Self::Request, Self::Http2];
 
     /// Its name on the command line and its corpus' directory.
     #[must_use]
@@ -64,6 +68,7 @@ impl Target {
             Self::Configuration => "configuration",
             Self::Bundle => "bundle",
             Self::Request => "request",
+            Self::Http2 => "http2",
         }
     }
 
@@ -73,7 +78,8 @@ impl Target {
         match self {
             // A little more than a packet may be.
             Self::Launcher => plugvisor_sandbox::protocol::MAX_PACKET + 16,
-            Self::Manifest | Self::Configuration => 48 * 1024,
+            // With some frames of the largest size among them.
+            Self::Manifest | Self::Configuration | Self::Http2 => 48 * 1024,
             Self::Bundle => 8 * 1024,
             // A little more than a head may have.
             Self::Request => 20 * 1024,
@@ -92,6 +98,8 @@ impl Target {
             Self::Manifest | Self::Configuration => (4 << 20) + 512 * length,
             // The buffers of the walk, and the manifest and descriptors as their limits allow.
             Self::Bundle => 16 << 20,
+            // Windows, tables and what waits to be written are bounded whatever comes in.
+            Self::Http2 => 1 << 20,
         }
     }
 
@@ -99,7 +107,7 @@ impl Target {
     pub(crate) fn seeds(self) -> Vec<Vec<u8>> {
         match self {
             Self::Launcher => launcher::seeds(),
-            Self::Manifest | Self::Configuration | Self::Bundle | Self::Request => Vec::new(),
+            Self::Manifest | Self::Configuration | Self::Bundle | Self::Request | Self::Http2 => Vec::new(),
         }
     }
 
@@ -116,6 +124,7 @@ impl Target {
             Self::Configuration => configuration::check,
             Self::Bundle => bundle::check,
             Self::Request => request::check,
+            Self::Http2 => http2::check,
         };
         let began = processor_time();
         let mut outcome = String::new();

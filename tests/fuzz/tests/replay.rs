@@ -10,6 +10,7 @@ fn runs(target: Target) -> u64 {
         Target::Launcher => (20_000, 2_000_000),
         Target::Manifest | Target::Configuration => (8000, 100_000),
         Target::Request => (20_000, 1_000_000),
+        Target::Http2 => (8000, 1_000_000),
         // Each makes and removes a directory.
         Target::Bundle => (600, 20_000),
     };
@@ -51,6 +52,11 @@ fn request() {
 #[test]
 fn bundle() {
     try_out(Target::Bundle);
+}
+
+#[test]
+fn http2() {
+    try_out(Target::Http2);
 }
 
 /// The same seed tries the same inputs: a finding can be found again.

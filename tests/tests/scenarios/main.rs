@@ -11,6 +11,7 @@ mod faults;
 mod floods;
 mod levels;
 mod life;
+mod looks;
 mod operator;
 mod order;
 mod outlives;

@@ -30,20 +30,20 @@ async fn calls_in_a_circle_end(lane: Lane) -> anyhow::Result<()> {
         daemon.loaded(name).await?;
     }
     let neighbour = daemon.neighbour();
-    for (path, shown) in [
-        (&["a", "b", "a"][..], "a -> b -> a"),
-        (&["a", "b", "c", "a"], "a -> b -> c -> a"),
-        (&["a", "b", "c", "b"], "b -> c -> b"),
-        (&["c", "c"], "c -> c"),
+    // Whether it is told: of one caller's refusals there is an event a second, so that nobody floods their readers.
+    for (path, shown, is_told) in [
+        (&["a", "b", "a"][..], "a -> b -> a", true),
+        (&["a", "b", "c", "a"], "a -> b -> c -> a", true),
+        (&["a", "b", "c", "b"], "b -> c -> b", false),
+        (&["c", "c"], "c -> c", false),
     ] {
         let answer = along(&daemon, path).await?;
         says(&format!("{path:?}"), &answer, &["FailedPrecondition Loop", shown])?;
-        daemon
-            .events()
-            .wait(&format!("the loop {shown}"), |event| {
-                events::short_type(event) == "broker.loop_rejected" && events::data_text(event).contains(shown)
-            })
-            .await?;
+        let rejected =
+            |event: &_| events::short_type(event) == "broker.loop_rejected" && events::data_text(event).contains(shown);
+        if is_told {
+            daemon.events().wait(&format!("the loop {shown}"), rejected).await?;
+        }
     }
     let answer = along(&daemon, &["a", "b", "c"]).await?;
     ensure!(answer == "reached by a,b", "{answer}");
