@@ -11,9 +11,6 @@ use crate::{says, told, world};
 /// Long enough for the slowest machine to start another supervisor; nobody waits for it to pass.
 const LINGER: &str = "[launcher]\nlinger = \"100s\"";
 
-/// How long 50 plugins, or a few on a slow machine, may take to be found again; the bench holds the real bound.
-const FOUND: Duration = events::patience();
-
 /// Three that serve, one of which calls another without pause.
 fn three(lane: Lane) -> anyhow::Result<World> {
     let caller = BundleBuilder::hostile("caller", &["keeps-calling"]).capabilities(&["api:internal-calls"]);
@@ -103,7 +100,8 @@ async fn a_killed_supervisor_comes_back_to_living_plugins(lane: Lane) -> anyhow:
     let status = daemon.status().await?.supervisor.context("no supervisor")?;
     ensure!(status.reattached_plugins == 2, "{status:?}");
     let took = Duration::try_from(status.reattached_in.context("no time")?)?;
-    ensure!(took < FOUND, "found again in {took:?}");
+    // Only what never comes takes this long; the bench holds the real bound.
+    ensure!(took < events::patience(), "found again in {took:?}");
     let remains = daemon.remains();
     daemon.stop().await?;
     remains.gone().await
