@@ -396,7 +396,7 @@ impl Harness {
         let built = built.unwrap_or_else(|| env!("CARGO_BIN_EXE_plugvisor-launcher").into());
         // By a process of its own: a descriptor that is open for writing here would be inherited by whatever another test
         // forks at that moment, and executing the copy would be ETXTBSY until that child has executed itself.
-        let copied = Command::new("cp").arg("--").args([&built, &program]).status().expect("cp");
+        let copied = std::process::Command::new("cp").arg("--").args([&built, &program]).status().expect("cp");
         assert!(copied.success(), "the launcher was not copied: {copied}");
         let run = path.join("run");
         fs::create_dir(&run).expect("the runtime directory");
