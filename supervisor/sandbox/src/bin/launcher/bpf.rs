@@ -3,7 +3,8 @@
 //! Why not `seccompiler`'s own compiler, which the tests hold this one against: it compares number after number and needs
 //! a program for each action, and what the kernel does when a program is installed (check it, translate it, run it for
 //! every number to find those that are always allowed) grows with its length. For PROCESS that is 197 instructions in one
-//! program against 534 in three, and about 0.1 ms of every launch against 0.4. It knows no policy and no plugin.
+//! program against some 530 in three; the part of a launch that installs it and executes fell from 579 to 382 µs when the two
+//! took turns. It knows no policy and no plugin.
 
 use seccompiler::{BpfProgram, sock_filter};
 
