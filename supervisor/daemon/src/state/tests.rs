@@ -265,12 +265,12 @@ async fn a_held_file_is_waited_for_and_then_refused() {
     note_everything(&store);
 
     // And one that waits while the file is given back is carried out.
-    let waiting = tokio::spawn({
-        let store = store.clone();
-        async move { store.desire(name("other"), Desired::Unloaded).await }
-    });
+    let mut waiting = std::pin::pin!(store.desire(name("other"), Desired::Unloaded));
+    // Polled once, it is asked for.
+    let asked = std::future::poll_fn(|context| std::task::Poll::Ready(waiting.as_mut().poll(context).is_pending()));
+    assert!(asked.await, "it was answered while the file is held");
     holder.execute_batch("COMMIT").unwrap();
-    waiting.await.unwrap().unwrap();
+    waiting.await.unwrap();
     store.check_writable().unwrap();
     closing.close();
     let plugins = open(directory.path(), BOOT).unwrap().snapshot.plugins;

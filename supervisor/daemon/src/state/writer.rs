@@ -206,16 +206,17 @@ impl Writer {
     fn written(&mut self) {
         self.held_since = None;
         self.changed.clear();
-        for Wish { plugin, desired, asked: _, reply } in std::mem::take(&mut self.wishes) {
-            self.records.entry(plugin).or_default().desired = Some(desired);
-            let _ = reply.send(Ok(()));
-        }
-        self.waiting.clear();
+        // Before anybody is answered: who asks next must not be refused for what is over.
         self.health.send_if_modified(|health| {
             let failed = health.writing != Writing::Works;
             health.writing = Writing::Works;
             failed
         });
+        for Wish { plugin, desired, asked: _, reply } in std::mem::take(&mut self.wishes) {
+            self.records.entry(plugin).or_default().desired = Some(desired);
+            let _ = reply.send(Ok(()));
+        }
+        self.waiting.clear();
     }
 
     /// The file was damaged under our hands. Everything that it held is in memory.
