@@ -34,6 +34,33 @@ fn full_limits() -> Limits {
 }
 
 #[test]
+fn a_control_that_cannot_be_read_back_ends_the_launch() {
+    if !is_root() {
+        println!("SKIP privileged-lane: only root's launcher can lack a capability");
+        return;
+    }
+    // What a child may ever have is a matter of the thread that starts it.
+    let launcher_without_ptrace = std::thread::spawn(|| {
+        rustix::thread::remove_capability_from_bounding_set(rustix::thread::CapabilitySet::SYS_PTRACE)
+            .expect("the capability is given up");
+        let mut harness = Harness::start(As::Root);
+        let mut request = harness.request(&["pause"]);
+        for allowed in [Vec::new(), Control::ALL.to_vec()] {
+            request.allow_degraded = allowed;
+            let refusal =
+                harness.try_launch(request.clone()).map(|plugin| plugin.launched).expect_err("it runs unseen");
+            assert_eq!(refusal.code, RefusalCode::ControlUnavailable, "{refusal:?}");
+            for word in ["walled", "process", "pid-namespace", "/ns/net", "Permission denied", "CAP_SYS_PTRACE"] {
+                assert!(refusal.message.contains(word), "{word} is not in {}", refusal.message);
+            }
+            let left = |group: &std::path::PathBuf| group.to_string_lossy().contains("/walled-");
+            assert!(!harness.cgroups().iter().any(left), "{:?}", harness.cgroups());
+        }
+    });
+    launcher_without_ptrace.join().expect("the launcher refuses");
+}
+
+#[test]
 fn every_control_is_read_back_from_the_kernel() {
     for as_ in As::possible() {
         let mut harness = Harness::start(as_);

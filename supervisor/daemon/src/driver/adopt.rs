@@ -60,7 +60,7 @@ impl Living {
     }
 }
 
-async fn end(launcher: &Launcher, process: Process) {
+pub(super) async fn end(launcher: &Launcher, process: Process) {
     let Process { launched, mut notices, .. } = process;
     match launcher.kill(launched.launch).await {
         Ok(()) => {}
@@ -74,7 +74,7 @@ async fn end(launcher: &Launcher, process: Process) {
     }
 }
 
-async fn acknowledge(launcher: &Launcher, launch: protocol::LaunchId) {
+pub(super) async fn acknowledge(launcher: &Launcher, launch: protocol::LaunchId) {
     if let Err(error) = launcher.acknowledge(launch).await {
         tracing::debug!(launch = launch.0, %error, "what was kept of a launch was not acknowledged");
     }
@@ -100,6 +100,14 @@ impl Driver {
         if generation < self.life.generation() || generation == Generation::NONE {
             let why = format!("it is of generation {generation}, and {} has begun since", self.life.generation());
             return self.reap_and_load(living, why).await;
+        }
+        if let Found::Up(process) = &living.reattachment.state {
+            let unallowed = process.unallowed(&self.shared.allow_degraded);
+            if !unallowed.is_empty() {
+                let names: Vec<&str> = unallowed.iter().map(|state| state.control.as_str()).collect();
+                let why = format!("it is without {}, which allow_degraded does not name", names.join(", "));
+                return self.reap_and_load(living, why).await;
+            }
         }
         let Living { known, reattachment: Reattachment { state, stdout, stderr }, gap } = living;
         for (stream, output) in [(LogStream::Stdout, stdout), (LogStream::Stderr, stderr)] {

@@ -8,13 +8,14 @@ use plugvisor_core::{
     lifecycle::{Failure, Permanence, Phase},
 };
 use plugvisor_package::PluginName;
-use plugvisor_sandbox::protocol::{self, Launch, RefusalCode};
+use plugvisor_sandbox::protocol::{self, ControlState, Launch, RefusalCode};
 use tokio::time::Instant;
 
 use super::{
     Driver, Inward, PluginView, ProcessView, Running,
+    adopt::{acknowledge, end},
     exit::Watcher,
-    load::{failed, transient},
+    load::{failed, permanent, transient},
     settings,
     verify::Verified,
 };
@@ -24,6 +25,10 @@ use crate::{
     launcher::{LauncherError, Process},
     logs::LogStream,
 };
+
+/// What an operator can do where a control is missing.
+const UNCONTROLLED: &str =
+    "`plugvisor doctor` says the fix, and has the allow_degraded line to run without it; then restart plugvisord";
 
 impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {
@@ -62,11 +67,15 @@ impl Driver {
         let reason = self.start_reason;
         let now = Instant::now();
         let health = self.config.health.clone();
+        let unallowed = process.unallowed(&self.shared.allow_degraded);
         let Some(run) = self.of(generation) else {
             // Cannot be: a generation with a launch under way is not forgotten. Nothing may run unowned all the same.
             let _ = self.shared.launcher.kill(process.launched.launch).await;
             return;
         };
+        if !unallowed.is_empty() {
+            return self.refuse_launched(generation, process, &unallowed);
+        }
         let Some(verified) = &run.verified else { return };
         let level = verified.verdict.level.as_str();
         let holding = Holding {
@@ -90,6 +99,24 @@ impl Driver {
         self.done(generation, Phase::Launch).await;
     }
 
+    /// Ends a process that lacks what nobody allowed it to lack. The launcher refuses such a launch by itself; what it is
+    /// trusted for is looked at once more here.
+    fn refuse_launched(&mut self, generation: Generation, process: Process, unallowed: &[ControlState]) {
+        let told = |state: &ControlState| {
+            format!("{} is not confirmed by {}: {}", state.control, state.read_from, state.unavailable)
+        };
+        let told: Vec<String> = unallowed.iter().map(told).collect();
+        let message = format!("plugin {} was launched and is ended again: {}", self.name, told.join("; and "));
+        let failure = permanent(Error::new(Code::ControlUnavailable, message, UNCONTROLLED));
+        let launcher = self.shared.launcher.clone();
+        self.spawn(generation, async move {
+            let launch = process.launched.launch;
+            end(&launcher, process).await;
+            acknowledge(&launcher, launch).await;
+            Some(failed(generation, Phase::Launch, failure))
+        });
+    }
+
     /// Serves its egress proxy, when it was granted one, from when what it may reach is known.
     pub(super) fn open_egress(&mut self, generation: Generation) {
         let network = self.config.network.clone();
@@ -109,7 +136,8 @@ impl Driver {
         });
     }
 
-    /// A process runs: show it, read its pipes, wait for its end. Returns the controls that are missing.
+    /// A process runs: show it, read its pipes, wait for its end. Returns the controls that are missing, as the
+    /// operator allows.
     pub(super) fn hold(&mut self, generation: Generation, process: Process, holding: Holding) -> Vec<String> {
         let Process { launched, pidfd, broker_listener, worker, stdout, stderr, egress, notices } = process;
         let Holding { launched_at, deadline, memory_limit } = holding;
@@ -117,7 +145,7 @@ impl Driver {
         let missing: Vec<String> = launched
             .controls
             .iter()
-            .filter(|control| control.enforced.is_none())
+            .filter(|state| state.enforced.is_none() && self.shared.allow_degraded.contains(&state.control))
             .map(|control| control.control.to_string())
             .collect();
         let (pid, launch) = (launched.pid, launched.launch);
@@ -206,11 +234,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
             Permanence::Permanent,
             "set security.sandbox.isolationLevel in its plugin.json to \"sandbox\", the strongest level of this version",
         ),
-        RefusalCode::ControlUnavailable => (
-            Code::ControlUnavailable,
-            Permanence::Permanent,
-            "`plugvisor doctor` says the fix, and has the allow_degraded line to run without it; then restart plugvisord",
-        ),
+        RefusalCode::ControlUnavailable => (Code::ControlUnavailable, Permanence::Permanent, UNCONTROLLED),
         RefusalCode::Entry => (Code::EntryWrongFormat, Permanence::Permanent, "build the program for this host"),
         RefusalCode::DigestMismatch => (
             Code::DigestMismatch,

@@ -13,9 +13,12 @@ use std::{
 
 use plugvisor_sandbox::{
     codec::{FromLauncher, decode_from_launcher, encode_request},
-    protocol::{ControlState, Exit, Hello, Host, Launch, LaunchId, Launched, Notice, Refusal, Reply, Request, VERSION},
+    protocol::{
+        Control, ControlState, Exit, Hello, Host, Launch, LaunchId, Launched, Notice, Refusal, Reply, Request, VERSION,
+    },
     seqpacket::{Packet, Received, Seqpacket},
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     io::unix::AsyncFd,
     sync::{Mutex, mpsc, oneshot, watch},
@@ -65,6 +68,19 @@ pub struct Process {
     pub egress: Option<OwnedFd>,
     /// What the launcher tells about this launch; ends with the launcher.
     pub notices: mpsc::Receiver<Notice>,
+}
+
+impl Process {
+    /// The controls that it runs without and that are not among those that may be missing. Of a process that has ended
+    /// nothing can be read, and nothing runs.
+    #[must_use]
+    pub fn unallowed(&self, allowed: &[Control]) -> Vec<ControlState> {
+        let lacks = |state: &&ControlState| state.enforced.is_none() && !allowed.contains(&state.control);
+        let lacking: Vec<ControlState> = self.launched.controls.iter().filter(lacks).cloned().collect();
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let mut over = || poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0);
+        if lacking.is_empty() || over() { Vec::new() } else { lacking }
+    }
 }
 
 /// Why a request failed.

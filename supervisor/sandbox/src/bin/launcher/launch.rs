@@ -672,6 +672,11 @@ impl Running {
         }
     }
 
+    /// Whether the operator allowed this launch to be without a control that its level may be without.
+    pub(crate) fn may_lack(&self, control: Control) -> bool {
+        may_be_allowed(self.level, control) && self.allow_degraded.contains(&control)
+    }
+
     /// The program's number in the launcher's PID namespace.
     pub(crate) fn program_pid(&self) -> Option<i32> {
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.program.as_ref()?.as_raw_fd())).ok()?;

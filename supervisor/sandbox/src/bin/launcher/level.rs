@@ -81,6 +81,11 @@ impl Without {
         1 << control as u32
     }
 
+    /// Whether one is left out; never in a release build.
+    pub(crate) const fn anything(self) -> bool {
+        cfg!(debug_assertions) && self.0 != 0
+    }
+
     /// Whether this one is left out; never in a release build.
     pub(crate) const fn has(self, control: Control) -> bool {
         cfg!(debug_assertions) && self.0 & Self::bit(control) != 0

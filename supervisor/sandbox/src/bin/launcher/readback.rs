@@ -3,10 +3,13 @@
 //! Two things the kernel shows nobody from outside: Landlock rules and the parent-death signal. The child reads those
 //! back itself before it executes the plugin (opening `/` must be denied; `PR_GET_PDEATHSIG` must answer SIGKILL), and
 //! a launch whose child could not confirm them is refused.
+//!
+//! A control that was set and is not confirmed here is not known to hold: [`judge`] refuses the launch for it.
 
-use std::fs;
+use std::{fs, io};
 
-use plugvisor_sandbox::protocol::{Control, ControlState};
+use plugvisor_sandbox::protocol::{Control, ControlState, Refusal, RefusalCode};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     creds::Identity,
@@ -15,6 +18,84 @@ use crate::{
     level::{Calls, Keeper},
     step,
 };
+
+/// What becomes of a launch whose program is executed.
+pub(crate) enum Judgement {
+    /// It may run, or has ended already; its controls as they were read.
+    Comes(Vec<ControlState>),
+    /// It is ending by itself, and what could not be read is gone with it: to be judged again when it has ended.
+    Ending,
+    /// It may not run.
+    Refused(Refusal),
+}
+
+/// Reads every control of a launch that was executed, and refuses it for one that is not confirmed, unless the operator
+/// allowed that one to be missing.
+pub(crate) fn judge(launcher: &Launcher, running: &Running) -> Judgement {
+    let states = read(launcher, running);
+    let unconfirmed: Vec<String> = states
+        .iter()
+        .filter(|state| state.enforced.is_none() && !running.may_lack(state.control))
+        .map(|state| format!("{} is not confirmed by {}: {}", state.control, state.read_from, state.unavailable))
+        .collect();
+    // Where the escape suite leaves a wall out, so does what rests on it; never in a release build.
+    if unconfirmed.is_empty() || running.walls.without.anything() {
+        return Judgement::Comes(states);
+    }
+    // In this order: who was reaped before it was looked at has ended, and whoever is ending is marked so before anything
+    // of it is gone.
+    let ending = running.program_pid().is_some_and(is_ending);
+    if has_ended(running) {
+        return Judgement::Comes(states);
+    }
+    if ending {
+        return Judgement::Ending;
+    }
+    let message = format!(
+        "{} was not started at the level {}: {}",
+        running.plugin,
+        running.level.as_str(),
+        unconfirmed.join("; and ")
+    );
+    Judgement::Refused(Refusal { code: RefusalCode::ControlUnavailable, message })
+}
+
+/// Whether all threads of the program have ended.
+fn has_ended(running: &Running) -> bool {
+    let Some(program) = &running.program else { return running.ended.is_some() };
+    let mut fds = [PollFd::new(program, PollFlags::IN)];
+    let polled = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    running.ended.is_some() || polled.is_ok_and(|ready| ready > 0)
+}
+
+/// Whether the kernel has begun to take a process down (`PF_EXITING`), after which its namespaces cannot be read.
+fn is_ending(pid: i32) -> bool {
+    const PF_EXITING: u64 = 0x4;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may hold anything: the state, five numbers, the flags.
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
+}
+
+/// Why what was read does not confirm a control, and the fix.
+fn unconfirmed(running: &Running, control: Control, read_from: &str) -> String {
+    let read = match read_from.strip_prefix("/proc/").and_then(|rest| rest.split_once("/ns/")) {
+        Some(_) => fs::read_link(read_from).map(drop),
+        None if read_from.starts_with('/') => fs::read(read_from).map(drop),
+        None => Ok(()),
+    };
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => format!(
+            "the launcher may not read it ({error}), so that nobody knows whether it holds; let plugvisord have \
+             CAP_SYS_PTRACE (CapabilityBoundingSet= of its unit, or --cap-add SYS_PTRACE of its container)"
+        ),
+        Err(error) => format!("it could not be read ({error}); the process may have ended meanwhile"),
+        Ok(()) => format!(
+            "what the kernel says there is something else, or the process ended meanwhile; {}",
+            step::fix_at(running.level, control)
+        ),
+    }
+}
 
 /// Every control of this launch, read now.
 pub(crate) fn read(launcher: &Launcher, running: &Running) -> Vec<ControlState> {
@@ -102,11 +183,10 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Some(_) => String::new(),
         None => {
             let why = launcher.lacking(running.level, control).map_or_else(
-                || "the kernel did not confirm it; the process may have ended meanwhile".to_owned(),
+                || unconfirmed(running, control, &read_from),
                 |why| format!("{why}; {}", step::fix_at(running.level, control)),
             );
-            let allowed = running.allow_degraded.contains(&control);
-            if allowed { format!("{why} (allowed by allow_degraded)") } else { why }
+            if running.may_lack(control) { format!("{why} (allowed by allow_degraded)") } else { why }
         }
     };
     ControlState { control, requested, enforced, read_from, unavailable }
@@ -205,7 +285,12 @@ impl Process {
 
     fn seccomp(&self) -> (Option<String>, String) {
         let filters = self.field("Seccomp_filters").unwrap_or("?");
-        let held = (self.field("Seccomp") == Some("2")).then(|| format!("filter mode, {filters} filters"));
+        let held = match self.field("Seccomp") {
+            Some("2") => Some(format!("filter mode, {filters} filters")),
+            // For the moment between a call that is answered with death, and death.
+            Some("3") => Some(format!("filter mode, {filters} filters, which have killed it")),
+            _ => None,
+        };
         (held, self.status_path())
     }
 
@@ -223,7 +308,10 @@ impl Process {
             let line = text.lines().find_map(|line| line.strip_prefix(name))?;
             line.split_whitespace().nth(1).map(str::to_owned)
         };
-        let held = wanted.iter().all(|(name, value)| hard(name) == Some(value.to_string()));
+        // A program may lower its own as soon as it runs.
+        let within =
+            |name, most: u64| hard(name).and_then(|hard| hard.parse().ok()).is_some_and(|hard: u64| hard <= most);
+        let held = wanted.iter().all(|(name, most)| within(name, *most));
         let names: Vec<String> =
             wanted.iter().map(|(name, _)| format!("{name} {}", hard(name).unwrap_or_default())).collect();
         (held.then(|| names.join(", ")), path)

@@ -18,8 +18,8 @@ use std::{
 };
 
 use plugvisor_sandbox::protocol::{
-    Condition, Control, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed, Over,
-    ReattachState, Reattached, Refusal, RefusalCode, Reply,
+    Condition, Control, ControlState, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed,
+    Over, ReattachState, Reattached, Refusal, RefusalCode, Reply,
 };
 use rustix::event::epoll;
 
@@ -143,7 +143,11 @@ impl Slot {
 
 impl Server {
     /// What a launch that is now up gives to its supervisor; the launcher keeps what the next one will need.
-    pub(super) fn come_up(&mut self, id: u64) -> Result<(Launched, Vec<OwnedFd>), Refusal> {
+    pub(super) fn come_up(
+        &mut self,
+        id: u64,
+        controls: Vec<ControlState>,
+    ) -> Result<(Launched, Vec<OwnedFd>), Refusal> {
         let gone = |message: &str| Refusal { code: RefusalCode::Exhausted, message: message.to_owned() };
         let Some(slot) = self.slots.get_mut(&id) else { return Err(gone("the launch is gone")) };
         let running = &mut slot.running;
@@ -178,18 +182,18 @@ impl Server {
         descriptors.extend(egress);
         slot.ends = Some(Ends { broker, worker, egress: running.egress.take(), streams });
         slot.phase = Phase::Up;
-        let launched = self.launched(id).ok_or_else(|| gone("the launch is gone"))?;
+        let launched = self.launched(id, controls).ok_or_else(|| gone("the launch is gone"))?;
         Ok((launched, descriptors))
     }
 
-    /// A launch that is up, with its controls as they are now.
-    fn launched(&self, id: u64) -> Option<Launched> {
+    /// A launch that is up, with its controls as they were read.
+    fn launched(&self, id: u64, controls: Vec<ControlState>) -> Option<Launched> {
         let Slot { running, origin, .. } = self.slots.get(&id)?;
         Some(Launched {
             launch: running.id,
             pid: pid(running),
             uid: running.identity.uid(),
-            controls: readback::read(&self.launcher, running),
+            controls,
             cgroups: running.groups.directories(),
             launch_exec_nanos: nanos(origin.launch_exec),
             parts: running.marks.since(running.began),
@@ -331,7 +335,10 @@ impl Server {
                 ReattachState::Over(over)
             }
             None if up => {
-                let launched = self.launched(id).ok_or_else(|| no_launch(launch))?;
+                let slot = self.slots.get(&id).ok_or_else(|| no_launch(launch))?;
+                // Whether it may be kept is for the supervisor, which knows what the operator allows now.
+                let controls = readback::read(&self.launcher, &slot.running);
+                let launched = self.launched(id, controls).ok_or_else(|| no_launch(launch))?;
                 let Some(Slot { running: Running { program: Some(pidfd), .. }, ends: Some(held), .. }) =
                     self.slots.get(&id)
                 else {

@@ -14,7 +14,10 @@ use rustix::{
 };
 
 use super::{Phase, Server, Source};
-use crate::launch::{Running, SETUP_TIME, remove_sockets};
+use crate::{
+    launch::{Running, SETUP_TIME, remove_sockets},
+    readback::{self, Judgement},
+};
 
 impl Server {
     pub(super) fn watch(&self, id: u64, running: &Running) -> io::Result<()> {
@@ -57,7 +60,13 @@ impl Server {
             let refusal = failure.step.refusal(&running.plugin, failure.errno);
             self.give_up(id, refusal);
         } else if running.exec.is_none() && running.executing && running.program.is_some() {
-            match self.come_up(id) {
+            let come_up = match readback::judge(&self.launcher, running) {
+                Judgement::Comes(controls) => self.come_up(id, controls),
+                Judgement::Refused(refusal) => Err(refusal),
+                // Its init tells when it has ended; that takes no longer than the setting up may.
+                Judgement::Ending => return,
+            };
+            match come_up {
                 Ok((launched, descriptors)) => self.reply(request, &Reply::Launched(launched), descriptors),
                 Err(refusal) => self.give_up(id, refusal),
             }
