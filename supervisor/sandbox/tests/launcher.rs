@@ -61,6 +61,32 @@ fn a_control_that_cannot_be_read_back_ends_the_launch() {
 }
 
 #[test]
+fn groups_that_a_killed_launcher_left_are_in_nobodys_way() {
+    if !is_root() {
+        println!("SKIP privileged-lane: an ordinary user may make no cgroup on some hosts");
+        return;
+    }
+    let mut harness = Harness::start(As::Root);
+    let request = harness.request(&["pause"]);
+    let left = harness.launch(request.clone());
+    // On cgroup v1 what is frozen does not die of its launcher's death; elsewhere it may take as long as it likes.
+    assert_eq!(harness.ask(&Request::Freeze { launch: left.launched.launch }, &[]).0, Reply::Done);
+    harness.process.kill().expect("SIGKILL");
+    harness.process.wait().expect("its end");
+    harness.restart();
+    // The same name, the same generation, and again the first launch.
+    let next = harness.launch(request);
+    for group in &next.launched.cgroups {
+        assert!(!left.launched.cgroups.contains(group) || group.contains("/spare-"), "{group} is the left one's");
+    }
+    for group in left.launched.cgroups.iter().map(std::path::Path::new) {
+        // Only v1's freezer has it.
+        drop(fs::write(group.join("freezer.state"), "THAWED"));
+    }
+    assert!(wait_readable(left.pidfd.as_fd(), Instant::now() + patience()), "what was left dies");
+}
+
+#[test]
 fn every_control_is_read_back_from_the_kernel() {
     for as_ in As::possible() {
         let mut harness = Harness::start(as_);

@@ -133,8 +133,10 @@ impl Launcher {
     pub(crate) fn new(options: Options, filters: Filters, parts: Parts) -> io::Result<Self> {
         let privileged = rustix::process::geteuid().is_root();
         let Parts { store, policy, uids } = parts;
+        let cgroups = Cgroups::set_up(&options.cgroup_root);
+        let last = cgroups.highest_left();
         Ok(Self {
-            cgroups: Cgroups::set_up(&options.cgroup_root),
+            cgroups,
             filters,
             landlock: landlock::version(),
             store,
@@ -148,7 +150,7 @@ impl Launcher {
             trial: Trial::default(),
             privileged,
             pidfd: pidfd_open(getpid(), PidfdFlags::empty())?,
-            last: 0,
+            last,
             options,
         })
     }

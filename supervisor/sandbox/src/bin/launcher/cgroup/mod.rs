@@ -43,6 +43,8 @@ pub(crate) struct Cgroups {
     lacking: Vec<(Control, String)>,
     /// The v2 group that the launcher left for a leaf of its own, and the leaf.
     moved: Option<(PathBuf, PathBuf)>,
+    /// The highest number that ends the name of a group which a killed launcher left and which cannot be removed yet.
+    highest_left: u64,
 }
 
 /// How the default policy names a launcher's groups, see `plugvisor_sandbox::options`.
@@ -87,7 +89,7 @@ impl Cgroups {
     pub(crate) fn set_up(name: &str) -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let own = locate::own_groups(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup"));
-        let mut cgroups = Self { parents: Vec::new(), lacking: Vec::new(), moved: None };
+        let mut cgroups = Self { parents: Vec::new(), lacking: Vec::new(), moved: None, highest_left: 0 };
         for group in own.iter().filter(|group| group.version == Version::V1) {
             let has = |name: &str| group.controllers.iter().any(|other| other == name);
             let controls: Vec<Control> =
@@ -110,6 +112,11 @@ impl Cgroups {
         cgroups
     }
 
+    /// Launches are to be numbered above this, so that no group of a new one has the name of one that was left.
+    pub(crate) const fn highest_left(&self) -> u64 {
+        self.highest_left
+    }
+
     fn adopt(
         &mut self,
         version: Version,
@@ -121,7 +128,7 @@ impl Cgroups {
         remove_leftovers(&directory);
         let made = match make_readable(&directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                remove_empty_children(&directory);
+                self.highest_left = self.highest_left.max(remove_empty_children(&directory));
                 prepare(&directory)
             }
             made => made.and_then(|()| prepare(&directory)),
@@ -480,13 +487,20 @@ fn lock(directory: &Path) -> io::Result<OwnedFd> {
     Ok(descriptor)
 }
 
-/// What a launcher of the same name left when it was killed; groups with processes cannot be removed and stay.
-fn remove_empty_children(directory: &Path) {
+/// Removes what a launcher of the same name left when it was killed. Groups with processes, which may take a while to die,
+/// cannot be removed and stay: tells the highest number that the name of one ends with.
+fn remove_empty_children(directory: &Path) -> u64 {
+    let mut highest = 0;
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            drop(fs::remove_dir(entry.path()));
+            let name = entry.file_name();
+            let number = || name.to_str()?.rsplit_once('-')?.1.parse().ok();
+            if fs::remove_dir(entry.path()).is_err() {
+                highest = highest.max(number().unwrap_or(0));
+            }
         }
     }
+    highest
 }
 
 fn read(path: &Path) -> io::Result<String> {
