@@ -16,7 +16,7 @@ use std::{
 
 use plugvisor_package::PluginName;
 use plugvisor_sandbox::protocol::{Refusal, RefusalCode};
-use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_parent_process_death_signal, waitid};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, pidfd_send_signal, waitid};
 
 use crate::{
     check::refuse,
@@ -134,12 +134,13 @@ impl Uids {
         unsaved.0 <= self.durable
     }
 
-    /// Starts the saver when somebody waits for it; the pidfd to watch. One that could not be started is tried again when
-    /// something else happens; who waits for it has a deadline.
-    pub(crate) fn start_saver(&mut self) -> Option<BorrowedFd<'_>> {
+    /// Starts the saver when somebody waits for it, which keeps the store's lock until it has ended; the pidfd to watch.
+    /// One that could not be started is tried again when something else happens; who waits for it has a deadline.
+    pub(crate) fn start_saver(&mut self, lock: Option<BorrowedFd<'_>>) -> Option<BorrowedFd<'_>> {
         let path = self.file.as_ref().filter(|_| self.saver.is_none() && self.asked > self.durable)?;
+        let launcher = getpid();
         match kernel::clone3(0, None) {
-            Ok(Cloned::Child) => save(path, &self.taken),
+            Ok(Cloned::Child) => save(path, &self.taken, launcher, lock),
             Ok(Cloned::Parent { pidfd, pid }) => {
                 Some(self.saver.insert(Saver { pidfd, pid, changes: self.changes }).pidfd.as_fd())
             }
@@ -179,11 +180,10 @@ impl Uids {
 }
 
 /// The saver. Its status is 0 or the error's number.
-fn save(path: &Path, taken: &BTreeMap<String, u32>) -> ! {
+fn save(path: &Path, taken: &BTreeMap<String, u32>, launcher: Pid, lock: Option<BorrowedFd<'_>>) -> ! {
     kernel::set_name(c"plugvisor-uids");
-    // What the launcher has open is none of its business, above all pipes whose end somebody waits for.
-    let alone = kernel::close_from(3).and_then(|()| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
-    let saved = alone.and_then(|()| store::write_durable(path, &write(taken)));
+    let ready = store::become_writer(launcher, lock);
+    let saved = ready.and_then(|()| store::write_durable(path, &write(taken)));
     kernel::exit_now(saved.map_or_else(|error| error.raw_os_error().unwrap_or(libc::EIO), |()| 0))
 }
 
@@ -240,7 +240,7 @@ mod tests {
 
     /// Runs the saver to its end.
     fn save_now(uids: &mut Uids) -> Result<(), i32> {
-        let pidfd = uids.start_saver().expect("there is something to save");
+        let pidfd = uids.start_saver(None).expect("there is something to save");
         let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
         poll(&mut ended, None).expect("poll");
         uids.saver_ended().expect("it has ended").1
@@ -274,7 +274,7 @@ mod tests {
         assert!(!uids.is_saved(unsaved));
         save_now(&mut uids).expect("saved");
         assert!(uids.is_saved(unsaved));
-        assert!(uids.start_saver().is_none(), "there is nothing to save");
+        assert!(uids.start_saver(None).is_none(), "there is nothing to save");
         assert_eq!(uids.of(&name("a")).expect("a uid").1, None);
         let (_, other) = uids.of(&name("b")).expect("a uid");
         assert!(!uids.is_saved(other.expect("not saved yet")));
@@ -291,7 +291,7 @@ mod tests {
         fs::remove_dir(&directory).expect("it is empty");
         assert_eq!(save_now(&mut uids), Err(libc::ENOENT));
         assert!(!uids.is_saved(unsaved));
-        assert!(uids.start_saver().is_none(), "nobody asks");
+        assert!(uids.start_saver(None).is_none(), "nobody asks");
         fs::create_dir(&directory).expect("a directory");
         assert_eq!(uids.of(&name("a")).expect("a uid").1, Some(unsaved));
         save_now(&mut uids).expect("saved");

@@ -76,7 +76,7 @@ impl Server {
     /// Starts writing the uids when a launch waits for that.
     pub(super) fn start_saver(&mut self) -> io::Result<()> {
         if self.ending.is_none()
-            && let Some(child) = self.launcher.uids.start_saver()
+            && let Some(child) = self.launcher.uids.start_saver(self.launcher.store.lock())
         {
             let data = epoll::EventData::new_u64(Source::Saver.token());
             epoll::add(&self.epoll, child, data, epoll::EventFlags::IN)?;

@@ -11,9 +11,9 @@ use std::{
     path::PathBuf,
 };
 
-use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_parent_process_death_signal, waitid};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, pidfd_send_signal, waitid};
 
-use super::place::make_durable;
+use super::{place::make_durable, writer::become_writer};
 use crate::kernel::{self, Cloned};
 
 /// One thing to do.
@@ -42,13 +42,15 @@ impl Chores {
         self.waiting.len()
     }
 
-    pub(super) fn start(&mut self) -> Option<BorrowedFd<'_>> {
+    /// Starts the next one, which keeps the store's lock until it has ended.
+    pub(super) fn start(&mut self, lock: Option<BorrowedFd<'_>>) -> Option<BorrowedFd<'_>> {
         if self.child.is_some() {
             return None;
         }
         let chore = self.waiting.pop_front()?;
+        let launcher = getpid();
         match kernel::clone3(0, None) {
-            Ok(Cloned::Child) => run(&chore),
+            Ok(Cloned::Child) => run(&chore, launcher, lock),
             Ok(Cloned::Parent { pidfd, pid }) => Some(self.child.insert((pidfd, pid)).0.as_fd()),
             Err(_) => {
                 // Tried again when something else happens; nothing depends on it.
@@ -77,11 +79,9 @@ impl Chores {
     }
 }
 
-fn run(chore: &Chore) -> ! {
+fn run(chore: &Chore, launcher: Pid, lock: Option<BorrowedFd<'_>>) -> ! {
     kernel::set_name(c"plugvisor-store");
-    // What the launcher has open is none of its business, above all pipes whose end somebody waits for.
-    let alone = kernel::close_from(3).and_then(|()| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
-    let done = alone.and_then(|()| match chore {
+    let done = become_writer(launcher, lock).and_then(|()| match chore {
         Chore::MakeDurable { files, list, about } => make_durable(files, list, about),
         Chore::Remove(path) => fs::remove_dir_all(path),
     });

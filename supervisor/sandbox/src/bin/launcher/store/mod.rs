@@ -12,6 +12,7 @@ mod import;
 mod origin;
 mod place;
 mod stated;
+mod writer;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,6 +41,7 @@ pub(crate) use self::{
     origin::{Doubt, Owners, check_root},
     place::{only_ours, write_durable},
     stated::Stated,
+    writer::become_writer,
 };
 use crate::{
     check::refuse,
@@ -202,6 +204,11 @@ impl Store {
         self.place.directory()
     }
 
+    /// The lock of a store that outlives the launcher: kept open by every child that writes in it.
+    pub(crate) fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.place.lock()
+    }
+
     /// Removes a bundle.
     pub(crate) fn forget(&mut self, digest: &[u8; 32], in_use: &BTreeSet<[u8; 32]>) -> Result<(), Refusal> {
         let named = Digest::from_bytes(*digest);
@@ -254,7 +261,7 @@ impl Store {
 
     /// Starts the next chore if one waits; the pidfd to watch.
     pub(crate) fn start_chore(&mut self) -> Option<BorrowedFd<'_>> {
-        self.chores.start()
+        self.chores.start(self.place.lock())
     }
 
     /// The chore's child has ended.

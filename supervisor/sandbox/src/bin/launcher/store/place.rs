@@ -20,7 +20,7 @@ use std::{
     collections::BTreeSet,
     fs, io,
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
@@ -56,8 +56,8 @@ pub(crate) enum Place {
 /// A directory that only the launcher's user can write.
 pub(crate) struct Disk {
     directory: PathBuf,
-    /// Locked for as long as it is open.
-    _lock: OwnedFd,
+    /// Locked for as long as it is open, by the launcher or by a child that writes.
+    lock: OwnedFd,
     last: u64,
 }
 
@@ -191,6 +191,14 @@ impl Place {
         }
     }
 
+    /// What whoever writes in it keeps open until its end.
+    pub(super) fn lock(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Disk(disk) => Some(disk.lock.as_fd()),
+            Self::Memory(_) | Self::Nowhere(_) => None,
+        }
+    }
+
     /// Whether a bundle is to be made durable.
     pub(super) const fn lasts(&self) -> bool {
         matches!(self, Self::Disk(_))
@@ -254,7 +262,8 @@ impl Disk {
             ));
         }
         // The second is inherited. A launcher that was killed may have left a child that is not dead yet, and that could
-        // still write here; it dies with its launcher, so this is a short wait and no other launcher's life.
+        // still write here: it keeps this lock (`writer`), and dies with its launcher, so this is a short wait and no
+        // other launcher's life.
         retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
             .map_err(|error| wrong("waiting for the last launcher's children", &error.into()))?;
         let layout = directory.join("layout");
@@ -272,7 +281,7 @@ impl Disk {
             }
             Err(error) => return Err(wrong("reading its layout", &error)),
         }
-        let mut this = Self { directory, _lock: lock, last: 0 };
+        let mut this = Self { directory, lock, last: 0 };
         let left = this.clean().map_err(|error| wrong("cleaning it", &error))?;
         Ok((this, left))
     }
