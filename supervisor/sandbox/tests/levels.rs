@@ -4,10 +4,12 @@
 
 mod harness;
 
-use std::{fs, os::fd::AsFd, time::Instant};
+use std::{fs, os::fd::AsFd, path::Path, time::Instant};
 
-use harness::{As, Harness, Manner, is_root, patience, read_all, wait_readable};
-use plugvisor_sandbox::protocol::{Control, Exit, Grant, Level, Limits, RefusalCode, Reply, Request, SocketMode};
+use harness::{As, Harness, Manner, digest, is_root, make_bundle, patience, read_all, wait_readable};
+use plugvisor_sandbox::protocol::{
+    Control, Exit, Grant, Launch, Level, Limits, RefusalCode, Reply, Request, SocketMode,
+};
 
 const EPERM: &str = "1";
 const EFAULT: &str = "14";
@@ -20,7 +22,7 @@ const LEVELS: [Level; 4] = [Level::None, Level::Process, Level::Container, Level
 
 fn attempt(harness: &mut Harness, level: Level, grants: &[Grant], args: &[&str]) -> Vec<String> {
     let allowed = harness.request_at(level, &[]).allow_degraded;
-    let change = |launch: &mut plugvisor_sandbox::protocol::Launch| {
+    let change = |launch: &mut Launch| {
         launch.level = level;
         launch.grants = grants.to_vec();
         launch.allow_degraded = allowed;
@@ -283,6 +285,58 @@ fn sandbox_executes_nothing_that_it_wrote() {
         let held = attempt(&mut harness, Level::Sandbox, &[], &asked);
         assert!(held == ["1"] || held == [EINVAL], "{as_:?}: {held:?}");
         assert_eq!(attempt(&mut harness, Level::Container, &[], &asked)[0], if held == ["1"] { "0" } else { EINVAL });
+    }
+}
+
+/// Lets the program at this path ask for an executable stack, as `-z execstack` does.
+fn ask_for_executable_stack(path: &Path) {
+    const PT_GNU_STACK: u32 = 0x6474_e551;
+    let mut file = fs::read(path).expect("the program");
+    let short = |file: &[u8], at: usize| u16::from_ne_bytes([file[at], file[at + 1]]);
+    let table = usize::try_from(u64::from_ne_bytes(file[32..40].try_into().expect("eight bytes"))).expect("in it");
+    let (size, count) = (usize::from(short(&file, 54)), usize::from(short(&file, 56)));
+    let stack = (0..count).map(|index| table + index * size).find(|at| file[*at..at + 4] == PT_GNU_STACK.to_ne_bytes());
+    // Read, write, execute.
+    file[stack.expect("it says what its stack is") + 4] = 7;
+    fs::write(path, file).expect("the program");
+}
+
+#[test]
+fn sandbox_has_no_executable_stack() {
+    let of_stack = |maps: &str| {
+        let line = maps.split('|').find(|line| line.ends_with("[stack]")).expect("a stack");
+        line.split(' ').nth(1).expect("its rights").to_owned()
+    };
+    for as_ in As::possible() {
+        let mut harness = Harness::start_trusting(as_);
+        // As the program itself, and as a file beside it, which may be the interpreter of a script.
+        for asks in ["bin/walled", "bin/other"] {
+            let args = ["cat", "/proc/self/maps"];
+            let name = asks.replace('/', "-");
+            make_bundle(&harness.path("bundles"), &name);
+            let bundle = harness.path("bundles").join(name);
+            fs::write(bundle.join("plugin.json"), Manner::of(&args).manifest("walled", "bin/walled")).expect("it");
+            fs::copy(bundle.join("bin/walled"), bundle.join("bin/other")).expect("a second program");
+            ask_for_executable_stack(&bundle.join(asks));
+            harness.import(&bundle).expect("imported");
+            for level in [Level::Process, Level::Container] {
+                let request = Launch { bundle: digest(&bundle), ..harness.request_at(level, &args) };
+                let mut plugin = harness.launch_stored(request).expect("launched");
+                let maps = read_all(&mut plugin.stdout);
+                assert_eq!(harness.exit_of(plugin.launched.launch), (Exit::Code(0), false));
+                let rights = if asks == "bin/walled" { "rwxp" } else { "rw-p" };
+                assert_eq!(of_stack(maps.trim_end()), rights, "{as_:?} {level:?} {asks}");
+            }
+            let request = Launch { bundle: digest(&bundle), ..harness.request_at(Level::Sandbox, &args) };
+            let refusal = harness.launch_stored(request).map(drop).expect_err("its stack would be executable");
+            assert_eq!(refusal.code, RefusalCode::Policy, "{}", refusal.message);
+            for word in [asks, "-z noexecstack", "Sandbox"] {
+                assert!(refusal.message.contains(word), "{word} in {}", refusal.message);
+            }
+        }
+        // The control: without that it runs there.
+        let maps = attempt(&mut harness, Level::Sandbox, &[], &["cat", "/proc/self/maps"]);
+        assert_eq!(of_stack(&maps[0]), "rw-p", "{as_:?}");
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
     check::{self, Checked, refuse},
     launch::Launcher,
     level::Walls,
-    store::Bundle,
+    store::{Bundle, Stacks},
 };
 
 /// A bundle that may be launched.
@@ -35,6 +35,7 @@ impl Launcher {
             );
         }
         within(request, plugin, bundle)?;
+        stacks(request, plugin, bundle, walls)?;
         let now = SystemTime::now();
         let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref(), now)?;
         let tier = claimed(tier, bundle);
@@ -75,5 +76,22 @@ fn within(request: &Launch, plugin: &PluginName, bundle: &Bundle) -> Result<(), 
             ),
         ),
         None => Ok(()),
+    }
+}
+
+/// Whether its files ask for nothing that the level denies and that nothing could deny once they are executed.
+fn stacks(request: &Launch, plugin: &PluginName, bundle: &Bundle, walls: Walls) -> Result<(), Refusal> {
+    match &bundle.stacks {
+        // The kernel makes the stack before the program runs: no rule on memory sees that.
+        Stacks::Executable(file) if walls.no_write_exec => refuse(
+            RefusalCode::Policy,
+            format!(
+                "{plugin} was not started: its file {file:?} asks for a stack that can be executed, or does not say that \
+                 it needs none (PT_GNU_STACK), and {:?} allows no memory that is written and executed; link it with \
+                 -z noexecstack",
+                request.level
+            ),
+        ),
+        Stacks::Executable(_) | Stacks::Data => Ok(()),
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Everything that could wait or lie is met here and not in the launcher: a FIFO, a device, a file that grows, a server
 //! behind a mount. It is also the one place where a manifest is parsed: its canonical form, which the content digest
-//! covers, is what is stored. What it says of a launch goes to the launcher in one bounded message.
+//! covers, is what is stored. And it looks at what each file asks of its stack. What it finds for a launch goes to the launcher in one bounded message.
 
 use std::{
     io,
@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     origin::{self, Doubt, Owners},
+    stack,
     stated::{self, Stated},
 };
 use crate::{
@@ -74,6 +75,8 @@ pub(super) enum Outcome {
         in_place: bool,
         /// What the directory that may vouch for them has, when it was to be looked at.
         listing: Option<Result<[u8; 32], Doubt>>,
+        /// The number of the first that would get an executable stack.
+        executable_stack: Option<usize>,
     },
     /// One is not.
     Wrong {
@@ -132,7 +135,7 @@ pub(super) fn run(jobs: &[Job<'_>], report: BorrowedFd<'_>, terms: &Terms<'_>) -
     let (outcome, report) = match confine(jobs, report, terms) {
         Ok(Confined { pairs, report, in_place, listing }) => {
             let outcome = match copy_all(jobs, &pairs, &terms.limits.manifest) {
-                Ok(told) => Outcome::Copied { told, in_place, listing },
+                Ok((told, executable_stack)) => Outcome::Copied { told, in_place, listing, executable_stack },
                 Err((index, why)) => Outcome::Wrong { index, why },
             };
             (outcome, report)
@@ -212,17 +215,23 @@ fn is_at(source: BorrowedFd<'_>, path: &Path) -> bool {
     }
 }
 
-fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits) -> Result<Option<Told>, (usize, Wrong)> {
-    let mut told = None;
+/// What a packet told: of its manifest, and the number of the first file that would get an executable stack.
+type Read = (Option<Told>, Option<usize>);
+
+fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits) -> Result<Read, (usize, Wrong)> {
+    let (mut told, mut executable_stack) = (None, None);
     for (index, (job, (source, target))) in jobs.iter().zip(pairs).enumerate() {
         let copied = if job.file.path == Manifest::FILE_NAME {
             copy_manifest(*source, *target, job.file, limits).map(|found| told = Some(found))
         } else {
-            copy(*source, *target, job.file)
+            // The copy, which nobody else can change, and of which it is known that it is what was said.
+            let stack = copy(*source, *target, job.file)
+                .and_then(|()| stack::is_executable(|buffer, offset| fill(*target, buffer, offset)));
+            stack.map(|executable| executable_stack = executable_stack.or(executable.then_some(index)))
         };
         copied.map_err(|why| (index, why))?;
     }
-    Ok(told)
+    Ok((told, executable_stack))
 }
 
 /// The size of a file that may be read.
@@ -272,13 +281,7 @@ fn copy_manifest(
 ) -> Result<Told, Wrong> {
     size_of(source)?;
     let mut bytes = vec![0; limits.bytes + 1];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match read_at(source, &mut bytes[filled..], filled as u64)? {
-            0 => break,
-            read => filled += read,
-        }
-    }
+    let filled = fill(source, &mut bytes, 0)?;
     bytes.truncate(filled);
     let manifest = Manifest::parse(&bytes, limits).map_err(|problems| Wrong::Manifest(problems.to_string()))?;
     let canonical = manifest.canonical();
@@ -294,6 +297,18 @@ fn copy_manifest(
     }
     write_all(target, &canonical, 0)?;
     Ok(Told { name: manifest.name.to_string(), stated })
+}
+
+/// Reads until the buffer is full or the file ends, and tells how much that was.
+fn fill(source: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Wrong> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match read_at(source, &mut buffer[filled..], offset + filled as u64)? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    Ok(filled)
 }
 
 /// Positioned: the offset of the description is shared with the supervisor, which could move it.
@@ -335,9 +350,9 @@ mod tests {
 
     #[test]
     fn what_the_child_says_is_read_back() {
-        let copied = |told, listing| Outcome::Copied { told, in_place: true, listing };
+        let copied = |told, listing| Outcome::Copied { told, in_place: true, listing, executable_stack: Some(3) };
         for outcome in [
-            || Outcome::Copied { told: None, in_place: false, listing: None },
+            || Outcome::Copied { told: None, in_place: false, listing: None, executable_stack: None },
             || Outcome::Wrong { index: 0, why: Wrong::Kind },
             || Outcome::Wrong { index: 7, why: Wrong::Read(5) },
             || Outcome::Wrong { index: 3, why: Wrong::Manifest("name: missing".into()) },
@@ -359,7 +374,8 @@ mod tests {
         let path = std::path::PathBuf::from("/".repeat(7000));
         let told = told(&vec![format!("\"{long}\""); stated::MOST / 4100].join(","));
         let listing = Some(Err(Doubt::Unfit { path, why: "has a name that is not UTF-8".into() }));
-        let most = Outcome::Copied { told: Some(told), in_place: true, listing }.encode().len();
+        let most = Outcome::Copied { told: Some(told), in_place: true, listing, executable_stack: Some(usize::MAX) };
+        let most = most.encode().len();
         assert!((stated::MOST..=MESSAGE).contains(&most), "{most}");
         let wrong = Outcome::Wrong { index: 1, why: Wrong::Manifest("…".repeat(5000)) };
         assert!(wrong.encode().len() < MESSAGE);

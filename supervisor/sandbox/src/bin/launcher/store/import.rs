@@ -29,6 +29,7 @@ use super::{
     copy::{self, Job, Outcome, Terms, Told, Wrong},
     origin::{Doubt, Listing, Owners},
     place::{About, Staged},
+    stack::Stacks,
     stated::{self, Stated},
 };
 use crate::{
@@ -52,6 +53,7 @@ pub(super) struct Transaction {
     /// Every directory so far.
     directories: BTreeSet<String>,
     manifest: Option<(PluginName, Stated)>,
+    stacks: Stacks,
     origin: Origin,
     copying: Option<Copying>,
 }
@@ -149,6 +151,7 @@ impl Store {
                     bytes: 0,
                     directories: BTreeSet::new(),
                     manifest: None,
+                    stacks: Stacks::Data,
                     origin: Origin::Unknown,
                     copying: None,
                 });
@@ -200,8 +203,12 @@ impl Store {
         let read = rustix::io::read(&report, &mut message).unwrap_or(0);
         let result = match (refusal, Outcome::decode(&message[..read])) {
             (Some(refusal), _) => Err(refusal),
-            (None, Some(Outcome::Copied { told, in_place, listing })) => {
+            (None, Some(Outcome::Copied { told, in_place, listing, executable_stack })) => {
                 transaction.seen(in_place, listing);
+                if let (Some(index), Stacks::Data) = (executable_stack, &transaction.stacks) {
+                    let file = files.get(index).map(|file| file.path.clone()).unwrap_or_default();
+                    transaction.stacks = Stacks::Executable(file);
+                }
                 transaction.arrived(told)
             }
             (None, Some(Outcome::Wrong { index, why })) => Err(wrong(files.get(index), &why)),
@@ -222,7 +229,7 @@ impl Store {
             return refuse(RefusalCode::InUse, "files of this import are being copied; wait for the answer");
         }
         let Some(transaction) = self.transaction.take() else { return no_import() };
-        let Transaction { begin, staged, files, bytes, manifest, origin, .. } = transaction;
+        let Transaction { begin, staged, files, bytes, manifest, stacks, origin, .. } = transaction;
         let result = complete(&begin, &files, bytes).and_then(|()| {
             let (name, stated) = manifest.ok_or_else(|| Refusal {
                 code: RefusalCode::File,
@@ -254,7 +261,7 @@ impl Store {
                 }
             };
             let origins = BTreeSet::new();
-            let mut bundle = Bundle { path, files, name, stated, bytes, origins, doubt: None, used: uses };
+            let mut bundle = Bundle { path, files, name, stated, stacks, bytes, origins, doubt: None, used: uses };
             bundle.came_from(origin, roots);
             self.bundles.insert(begin.bundle, bundle);
         }
@@ -336,6 +343,7 @@ impl Store {
         let about = About {
             name: bundle.name.to_string(),
             stated: bundle.stated.clone(),
+            stacks: bundle.stacks.clone(),
             // A path that is no text is not written: nobody is approved by it.
             origins: bundle.origins.iter().filter_map(|origin| origin.to_str()).map(str::to_owned).collect(),
         };
@@ -510,7 +518,8 @@ impl Transaction {
                 Err(errno) => return Err(errno),
             }
         }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // For reading too: the child looks at what it wrote.
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = openat2(&self.root, &file.path, flags, Mode::from_raw_mode(0o600), beneath)?;
         fchmod(&made, Mode::from_raw_mode(if file.executable { 0o755 } else { 0o644 }))?;
         Ok(made)

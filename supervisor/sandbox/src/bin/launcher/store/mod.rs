@@ -11,6 +11,7 @@ mod copy;
 mod import;
 mod origin;
 mod place;
+mod stack;
 mod stated;
 mod writer;
 
@@ -40,6 +41,7 @@ use self::{
 pub(crate) use self::{
     origin::{Doubt, Owners, check_root},
     place::{only_ours, write_durable},
+    stack::Stacks,
     stated::Stated,
     writer::become_writer,
 };
@@ -89,6 +91,8 @@ pub(crate) struct Bundle {
     pub(crate) name: PluginName,
     /// What else its manifest fixes.
     pub(crate) stated: Stated,
+    /// What its files ask of their stack.
+    pub(crate) stacks: Stacks,
     pub(crate) bytes: u64,
     /// The directories that it came from, each of which vouched for it.
     pub(crate) origins: BTreeSet<PathBuf>,
@@ -162,6 +166,7 @@ impl Store {
                             files: left.files,
                             name: left.name,
                             stated: left.stated,
+                            stacks: left.stacks,
                             bytes,
                             origins,
                             doubt: None,

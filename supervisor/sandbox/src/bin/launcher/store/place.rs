@@ -8,7 +8,8 @@
 //! uids              who has which uid, see `uids`
 //! bundles/<digest>/files/…   the bundle, as a plugin sees it
 //! bundles/<digest>/list      its content list; written last, when everything else is on the disk
-//! bundles/<digest>/about     what its manifest fixes, and the directories that it came from, as JSON
+//! bundles/<digest>/about     what its manifest fixes, what its files ask of their stack, and the directories that it came
+//!                            from, as JSON
 //! staging/          what is not finished; emptied at the start
 //! ```
 //!
@@ -35,7 +36,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::stated::Stated;
+use super::{stack::Stacks, stated::Stated};
 
 const LAYOUT: &str = "plugvisor store 1\n";
 /// The largest file that is read back.
@@ -81,6 +82,7 @@ pub(super) struct Left {
     pub(super) files: Vec<BundleFile>,
     pub(super) name: PluginName,
     pub(super) stated: Stated,
+    pub(super) stacks: Stacks,
     pub(super) origins: Vec<PathBuf>,
 }
 
@@ -91,6 +93,7 @@ pub(super) struct Left {
 pub(super) struct About {
     pub(super) name: String,
     pub(super) stated: Stated,
+    pub(super) stacks: Stacks,
     pub(super) origins: Vec<String>,
 }
 
@@ -324,9 +327,9 @@ fn read_left(own: &Path) -> Option<Left> {
     }
     let files = read_content_list(&text)?;
     let about = read_text(&own.join("about"))?;
-    let About { name, stated, origins } = About::read(&about)?;
+    let About { name, stated, stacks, origins } = About::read(&about)?;
     let origins = origins.into_iter().map(PathBuf::from).collect();
-    Some(Left { digest: *digest.as_bytes(), files, name: name.parse().ok()?, stated, origins })
+    Some(Left { digest: *digest.as_bytes(), files, name: name.parse().ok()?, stated, stacks, origins })
 }
 
 fn read_text(path: &Path) -> Option<String> {
