@@ -248,6 +248,22 @@ fn a_plugin_may_bind_its_own_socket() {
     }
 }
 
+/// The directory is a small file system of the launch's own, not the host's: a plugin that binds and binds takes no inode
+/// of anybody else's.
+#[test]
+fn a_plugin_that_binds_its_own_socket_makes_few_files() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        let paths: Vec<String> = (0..20).map(|number| format!("/run/plugvisor/worker/{number}.sock")).collect();
+        let binds: Vec<&str> = paths.iter().flat_map(|path| ["bind", path]).collect();
+        let request = harness.request_in(&Manner { socket: SocketMode::Bind, ..Manner::of(&binds) });
+        let mut plugin = harness.launch(request);
+        let said = read_all(&mut plugin.stdout);
+        assert!(said.starts_with("bind ok\n") && said.ends_with("bind ENOSPC\n"), "{as_:?}: {said}");
+        assert_eq!(harness.exit_of(plugin.launched.launch), (Exit::Code(0), false));
+    }
+}
+
 #[test]
 fn output_can_be_reopened_by_path() {
     for as_ in As::possible() {

@@ -98,7 +98,8 @@ const fn v4(address: Ipv4Addr) -> Option<AddressKind> {
         [0, ..] => AddressKind::Unspecified,
         [127, ..] => AddressKind::Loopback,
         [10, ..] | [172, 16..=31, ..] | [192, 168, ..] => AddressKind::Private,
-        [169, 254, ..] => AddressKind::LinkLocal,
+        // The second is what Azure answers every virtual machine at (WireServer), in place of a link-local address.
+        [169, 254, ..] | [168, 63, 129, 16] => AddressKind::LinkLocal,
         [100, 64..=127, ..] => AddressKind::CarrierNat,
         [224..=239, ..] => AddressKind::Multicast,
         [255, 255, 255, 255] => AddressKind::Broadcast,
@@ -151,7 +152,7 @@ mod tests {
             (K::Loopback, &["127.0.0.1", "127.255.0.1", "::1"]),
             (K::Own, &["198.200.1.2", "2a01::5"]),
             (K::Private, &["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "fc00::1", "fdff::1", "fec0::1"]),
-            (K::LinkLocal, &["169.254.169.254", "169.254.0.0", "fe80::1", "febf::1"]),
+            (K::LinkLocal, &["169.254.169.254", "169.254.0.0", "168.63.129.16", "fe80::1", "febf::1"]),
             (K::CarrierNat, &["100.64.0.1", "100.127.255.255"]),
             (K::Multicast, &["224.0.0.1", "239.255.255.255", "ff02::1"]),
             (K::Broadcast, &["255.255.255.255"]),

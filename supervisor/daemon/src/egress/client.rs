@@ -134,7 +134,8 @@ impl Reader {
                 let line = line.strip_suffix(b"\r\n").map(|text| line.slice_ref(text));
                 return Ok(line.filter(|line| line.len() <= most && !line.contains(&b'\r')));
             }
-            if self.ahead.len() > most {
+            // Its CR may be there without its LF.
+            if self.ahead.len() > most.saturating_add(1) {
                 return Ok(None);
             }
             if self.fill().await? == 0 {

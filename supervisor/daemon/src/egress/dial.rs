@@ -13,7 +13,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Proxy, refusal::Refusal};
+use super::{Proxy, own::interfaces, refusal::Refusal};
 
 impl Proxy {
     /// Connects to a destination that is listed.
@@ -27,16 +27,25 @@ impl Proxy {
             Ok(Err(error)) => return Err(Refusal::connect(host, port, &error.to_string())),
             Ok(Ok(stream)) => stream,
         };
-        // Whatever the list of interfaces said a moment ago: only a connection to the host itself has one address at both
-        // ends.
-        if let (Ok(near), Ok(far)) = (stream.local_addr(), stream.peer_addr())
-            && near.ip() == far.ip()
-            && !self.rules.addresses.lists(far.ip())
-        {
-            return Err(Refusal::address(host, far.ip(), AddressKind::Own));
-        }
+        self.not_own(host, &stream)?;
         let _ = stream.set_nodelay(true);
         Ok(stream)
+    }
+
+    /// Refuses a connection to the host itself, whatever the list of its addresses said a moment ago: one to an address
+    /// that is routed to it (`ip route add local`) has one address at both ends, and one to a second address of an interface
+    /// may have the first as its near end.
+    fn not_own(&self, host: &Host, stream: &TcpStream) -> Result<(), Refusal> {
+        let ends = stream.local_addr().and_then(|near| Ok((near.ip(), stream.peer_addr()?.ip())));
+        let (near, far) = ends.map_err(|error| Refusal::lookup(host, &format!("the connection's ends: {error}")))?;
+        if self.rules.addresses.lists(far) {
+            return Ok(());
+        }
+        let own = interfaces().map_err(|error| Refusal::lookup(host, &format!("the host's addresses: {error}")))?;
+        if near == far || own.contains(&far) {
+            return Err(Refusal::address(host, far, AddressKind::Own));
+        }
+        Ok(())
     }
 
     async fn race(&self, addresses: impl Iterator<Item = IpAddr>, port: u16) -> io::Result<TcpStream> {

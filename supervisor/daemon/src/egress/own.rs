@@ -9,8 +9,8 @@ use std::{
 
 use tokio::time::Instant;
 
-/// For how long they are taken to be the same. Whatever changes meanwhile is caught when a connection is made: one to the
-/// host itself has the same address at both ends.
+/// For how long they are taken to be the same. An address that came meanwhile is caught when a connection is made: the
+/// addresses are read once more then, see [`super::Proxy::dial`].
 const FRESH: Duration = Duration::from_secs(5);
 
 /// The addresses, read again from time to time.
@@ -35,7 +35,8 @@ impl OwnAddresses {
     }
 }
 
-fn interfaces() -> io::Result<Vec<IpAddr>> {
+/// What the interfaces have at this moment.
+pub(super) fn interfaces() -> io::Result<Vec<IpAddr>> {
     let all = nix::ifaddrs::getifaddrs()?;
     let address = |storage: nix::sys::socket::SockaddrStorage| {
         let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));

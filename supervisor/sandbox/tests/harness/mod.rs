@@ -764,10 +764,25 @@ impl Drop for Harness {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+        // A launcher without one of its walls, or one that was killed, may have left processes.
         while Instant::now() < deadline && !self.cgroups().is_empty() {
             for directory in self.cgroups().iter().rev() {
+                end_all(directory);
                 drop(fs::remove_dir(directory));
             }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Kills what is in this group, which is the test's own: known by its pidfd, and still there when it was opened.
+fn end_all(group: &Path) {
+    let members = || fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    for member in members().lines() {
+        let Some(pid) = member.parse().ok().and_then(rustix::process::Pid::from_raw) else { continue };
+        let Ok(process) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else { continue };
+        if members().lines().any(|still| still == member) {
+            let _ = rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
         }
     }
 }

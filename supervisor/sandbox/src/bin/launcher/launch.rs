@@ -2,6 +2,7 @@
 //! last of its processes is gone. What a child does is in `child`; the event loop is in `serve`.
 
 use std::{
+    ffi::CStr,
     fs, io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -18,6 +19,7 @@ use plugvisor_sandbox::{
 };
 use rustix::{
     fs::{Gid, Mode, OFlags, Uid},
+    mount::{MountFlags, UnmountFlags, mount, unmount},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, socketpair},
     pipe::{PipeFlags, pipe_with},
     process::{PidfdFlags, Resource, Signal, getgid, getpid, getrlimit, getuid, pidfd_open, pidfd_send_signal},
@@ -51,6 +53,8 @@ const OPEN_FILES: u64 = 1024;
 pub(crate) const CORE_BYTES: u64 = 1;
 /// The size of /tmp when the plugin has one.
 const TEMP_BYTES: u64 = 64 << 20;
+/// The file system of the directory in which a plugin binds its socket: room for the socket and a lock beside it.
+const WORKER_DIRECTORY: &CStr = c"size=64k,nr_inodes=16,mode=0711";
 /// How long a child may take to set itself up: far more than ever needed, unless a filesystem hangs.
 pub(crate) const SETUP_TIME: Duration = Duration::from_secs(10);
 
@@ -69,6 +73,8 @@ pub(crate) struct Launcher {
     privileged: bool,
     pub(crate) uids: Uids,
     pidfd: OwnedFd,
+    /// Whether it may mount what only it and its plugins see.
+    own_mounts: bool,
     last: u64,
 }
 
@@ -77,6 +83,8 @@ pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) policy: Policy,
     pub(crate) uids: Uids,
+    /// Whether the launcher is in a mount namespace of its own.
+    pub(crate) own_mounts: bool,
 }
 
 /// One launch, from the fork until nothing of it is left.
@@ -132,7 +140,7 @@ pub(crate) struct Program<'a> {
 impl Launcher {
     pub(crate) fn new(options: Options, filters: Filters, parts: Parts) -> io::Result<Self> {
         let privileged = rustix::process::geteuid().is_root();
-        let Parts { store, policy, uids } = parts;
+        let Parts { store, policy, uids, own_mounts } = parts;
         let cgroups = Cgroups::set_up(&options.cgroup_root);
         let last = cgroups.highest_left();
         Ok(Self {
@@ -150,6 +158,7 @@ impl Launcher {
             trial: Trial::default(),
             privileged,
             pidfd: pidfd_open(getpid(), PidfdFlags::empty())?,
+            own_mounts,
             last,
             options,
         })
@@ -289,8 +298,8 @@ impl Launcher {
             code: RefusalCode::ControlUnavailable,
             message: format!("{} was not started: {} cannot be enforced: {}", request.plugin, error.control, error.why),
         };
-        let sockets =
-            Sockets::make(id, checked.socket, identity).map_err(|error| failed(("making its sockets", error)))?;
+        let sockets = Sockets::make(id, checked.socket, identity, self.own_mounts)
+            .map_err(|error| failed(("making its sockets", error)))?;
         let pipes = Pipes::make(identity).map_err(|error| failed(("making its pipes", error)))?;
         marks.done(Part::Sockets);
         let name = format!("{}-{}-{}", request.plugin, request.generation, id.0);
@@ -557,7 +566,7 @@ struct Sockets {
 }
 
 impl Sockets {
-    fn make(id: LaunchId, mode: SocketMode, identity: Identity) -> io::Result<Self> {
+    fn make(id: LaunchId, mode: SocketMode, identity: Identity, own_mounts: bool) -> io::Result<Self> {
         let directory = PathBuf::from(id.0.to_string());
         fs::DirBuilder::new().mode(0o700).create(&directory)?;
         let broker = listener(&directory.join("broker.sock"), SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
@@ -571,7 +580,14 @@ impl Sockets {
             SocketMode::Bind => {
                 let path = directory.join("worker");
                 fs::create_dir(&path)?;
-                // The plugin binds in it, the supervisor's user connects through its descriptor.
+                // The plugin binds in it, and may make whatever else: without a file system of its own that would be as
+                // many inodes of the host's as it likes. An ordinary user's launcher with a store on the disk has no mounts
+                // of its own, and its plugins have that user's file system anyway.
+                if own_mounts {
+                    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+                    mount("tmpfs", &path, "tmpfs", flags, WORKER_DIRECTORY)?;
+                }
+                // The supervisor's user connects through its descriptor.
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o711))?;
                 if let Identity::Own { uid } = identity {
                     std::os::unix::fs::chown(&path, Some(uid), Some(uid))?;
@@ -596,7 +612,10 @@ fn listener(path: &Path, flags: SocketFlags) -> io::Result<OwnedFd> {
 
 /// Removes what [`Sockets::make`] made, and what a plugin bound.
 pub(crate) fn remove_sockets(id: LaunchId) {
-    drop(fs::remove_dir_all(id.0.to_string()));
+    let directory = PathBuf::from(id.0.to_string());
+    // Fails when nothing is mounted there. What the plugin made goes with the mount, and need not be walked through.
+    let _ = unmount(directory.join("worker"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+    drop(fs::remove_dir_all(directory));
 }
 
 impl Running {

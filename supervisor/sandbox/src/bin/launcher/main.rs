@@ -119,9 +119,14 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     let connection = first.map(take_over).transpose()?;
     let door_directory = options.door_directory().map(Path::to_owned);
     // Before anything is opened: descriptors of directories stay in the mounts that they were opened in.
-    let mounts = match options.store {
-        Some(_) => Ok(()),
-        None => store::own_mounts(),
+    let (mounts, own_mounts) = match options.store {
+        // Needs none itself, and an ordinary user would have to be in another user namespace for it.
+        Some(_) if !rustix::process::geteuid().is_root() => (Ok(()), false),
+        Some(_) | None => {
+            let mounts = store::own_mounts();
+            let own = mounts.is_ok();
+            (mounts, own)
+        }
     };
     // Nobody of the same uid, such as a plugin of a rootless launcher, may read its memory or its descriptors.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -147,7 +152,7 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     let copier = Identity::copier(&options.uids);
     let store = Store::open(&options, mounts, copier).map_err(Wrong::Policy)?;
     let uids = Uids::open(options.uids.clone(), store.directory()).map_err(Wrong::Policy)?;
-    let parts = Parts { store, policy, uids };
+    let parts = Parts { store, policy, uids, own_mounts };
     let mut launcher = Launcher::new(options, filters, parts).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
     let mut server = Server::new(launcher, connection, door, signals, closer).map_err(system("making an epoll set"))?;

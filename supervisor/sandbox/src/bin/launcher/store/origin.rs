@@ -82,7 +82,9 @@ impl fmt::Display for Shared {
             (true, true) => write!(f, "`chown root \"{path}\" && chmod go-w \"{path}\"`"),
             (true, false) => write!(f, "`chown root \"{path}\"`"),
             (false, _) => write!(f, "`chmod go-w \"{path}\"`"),
-        }
+        }?;
+        // Whoever has a file open for writing already goes on writing after its owner and mode have changed.
+        f.write_str(", and if somebody may have changed it, put a fresh copy there")
     }
 }
 
@@ -263,10 +265,10 @@ mod tests {
         assert_eq!(
             shared(1000, 0o775, false),
             "/opt/p can be changed by others than root (owner uid 1000, mode 0775): `chown root \"/opt/p\" && chmod \
-             go-w \"/opt/p\"`"
+             go-w \"/opt/p\"`, and if somebody may have changed it, put a fresh copy there"
         );
-        assert!(shared(1000, 0o755, false).ends_with(": `chown root \"/opt/p\"`"));
-        assert!(shared(0, 0o757, false).ends_with(": `chmod go-w \"/opt/p\"`"));
+        assert!(shared(1000, 0o755, false).contains(": `chown root \"/opt/p\"`, and"));
+        assert!(shared(0, 0o757, false).contains(": `chmod go-w \"/opt/p\"`, and"));
         assert!(shared(1000, 0o755, true).contains("put the plugin directory where"));
     }
 }
