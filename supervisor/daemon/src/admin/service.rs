@@ -255,6 +255,9 @@ impl Admin for AdminService {
         let ResolveServiceRequest { service, token } = request.into_inner();
         bounded(&service)?;
         bounded(&token)?;
+        // Whoever asks while plugins are being taken over waits as callers do, and finds everybody who was there before.
+        // An error means that the supervisor ends, and the table says so.
+        let _ = self.state.shared.reattached.clone().wait_for(|all| *all).await;
         let table = self.state.shared.calls.table();
         let token = (!token.is_empty()).then_some(token.as_str());
         match route::route(&table, Caller::Local { uid }, &service, token, None) {

@@ -7,7 +7,7 @@ use plugvisor_core::{
     event::{PluginEvent, SecurityEvent},
     lifecycle::{Failure, Permanence, Phase},
 };
-use plugvisor_package::PluginName;
+use plugvisor_package::{PluginName, TrustTier};
 use plugvisor_sandbox::protocol::{self, ControlState, Launch, RefusalCode};
 use tokio::time::Instant;
 
@@ -52,6 +52,11 @@ impl Driver {
         let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
         self.spawn(generation, async move {
             let launched = match launcher.import(files, tier.into()).await {
+                // What it holds was decided by the tier. Walls that would do for less trust are no reason to grant it.
+                Ok(stored) if stored.tier < tier.into() => {
+                    let failure = untrusted(&name, tier, stored.tier.into());
+                    return Some(failed(generation, Phase::Launch, failure));
+                }
                 Ok(_) => launcher.launch(launch).await,
                 Err(error) => Err(error),
             };
@@ -197,6 +202,23 @@ pub(super) struct Holding {
     /// Until when it must be ready.
     pub(super) deadline: Instant,
     pub(super) memory_limit: Option<u64>,
+}
+
+/// The launcher gives the bundle less trust than the operator's configuration.
+fn untrusted(name: &PluginName, tier: TrustTier, stored: TrustTier) -> Failure {
+    let error = Error::new(
+        Code::LaunchRefused,
+        format!(
+            "plugin {name} was not launched: by plugvisor.toml it is of the tier {tier}, and the launcher gives its bundle \
+             {stored}: its directory, one on the way to it or a file in it can be changed by others than root, or the \
+             launcher's own policy does not name the directory"
+        ),
+        format!(
+            "the launcher's output names the directory, its owner and mode, and the fix; or set the tier of the directory in \
+             plugvisor.toml to \"{stored}\""
+        ),
+    );
+    Failure { error, permanence: Permanence::Permanent, stderr_tail: Vec::new() }
 }
 
 fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
