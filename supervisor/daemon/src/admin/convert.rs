@@ -229,8 +229,11 @@ fn proxied(manifest: &Manifest, verdict: &Verdict) -> Vec<Control> {
         unavailable: String::new(),
     };
     let list: Vec<String> = manifest.runtime.egress.iter().map(ToString::to_string).collect();
-    let list = if list.is_empty() { "no destination".to_owned() } else { list.join(", ") };
-    let mut controls = vec![held("egress", list, "public addresses of these, and what plugvisor.toml says of it")];
+    let (list, open) = match list.as_slice() {
+        [] => ("no destination".to_owned(), "nothing is let through"),
+        list => (list.join(", "), "their public addresses, and those that [plugin.NAME.network] addresses lists"),
+    };
+    let mut controls = vec![held("egress", list, open)];
     if let Some(bytes) = verdict.limits.network_bytes {
         controls.push(held("network-bandwidth", format!("{bytes} bytes per second"), "both directions together"));
     }
