@@ -8,7 +8,7 @@ use plugvisor_core::{
     lifecycle::{Failure, Permanence, Phase},
 };
 use plugvisor_package::{PluginName, TrustTier};
-use plugvisor_sandbox::protocol::{self, ControlState, Launch, RefusalCode};
+use plugvisor_sandbox::protocol::{self, ControlState, Launch, Level, RefusalCode};
 use tokio::time::Instant;
 
 use super::{
@@ -51,11 +51,19 @@ impl Driver {
         launch.allow_degraded.clone_from(&self.shared.allow_degraded);
         let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
         self.spawn(generation, async move {
+            // What it holds was decided by the tier. Walls that would do for less trust are no reason to grant it.
             let launched = match launcher.import(files, tier.into()).await {
-                // What it holds was decided by the tier. Walls that would do for less trust are no reason to grant it.
                 Ok(stored) if stored.tier < tier.into() => {
-                    let failure = untrusted(&name, tier, stored.tier.into());
-                    return Some(failed(generation, Phase::Launch, failure));
+                    // Weak walls the launcher refuses itself, and says which path is the reason.
+                    if launch.level < Level::Container {
+                        match launcher.launch(launch).await {
+                            Ok(process) => drop(launcher.kill(process.launched.launch).await),
+                            Err(error) => {
+                                return Some(failed(generation, Phase::Launch, launch_failure(&name, &error)));
+                            }
+                        }
+                    }
+                    return Some(failed(generation, Phase::Launch, untrusted(&name, tier, stored.tier.into())));
                 }
                 Ok(_) => launcher.launch(launch).await,
                 Err(error) => Err(error),
