@@ -108,12 +108,16 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes the level into the bundle's manifest.
+/// Writes the level into the bundle's manifest, and the trust that it needs.
 fn ask_for(level: &str, bundle: &Path) -> anyhow::Result<()> {
     let file = bundle.join("plugin.json");
     let text = fs::read(&file).context("cannot read the plugin's manifest")?;
     let mut manifest: Value = serde_json::from_slice(&text).context("the plugin's manifest is no JSON")?;
     manifest["security"]["sandbox"]["isolationLevel"] = json!(level);
+    if level == "none" {
+        // Only the operator's own plugins go without walls, and the example claims less trust than that.
+        manifest["security"]["trustLevel"] = json!("internal");
+    }
     fs::write(&file, manifest.to_string()).context("cannot write the plugin's manifest")
 }
 
