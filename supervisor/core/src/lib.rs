@@ -20,5 +20,5 @@ mod time;
 
 pub use error::{Category, Code, Error, Fault, Severity};
 pub use generation::Generation;
-pub use policy::CapabilitySet;
+pub use policy::{CapabilitySet, Rights};
 pub use time::{Jitter, Time};

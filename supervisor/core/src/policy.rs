@@ -7,6 +7,7 @@
 mod capabilities;
 mod decide;
 mod limits;
+mod rights;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,7 @@ pub use self::{
     capabilities::CapabilitySet,
     decide::{Asked, CapabilityVerdict, IMPLEMENTED, Operator, STRONGEST, Verdict, WhyNot},
     limits::{LimitNote, Limits},
+    rights::{Lack, Rights},
 };
 
 /// The rules of one tier.

@@ -5,6 +5,7 @@
 
 mod explain;
 mod hops;
+mod module;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -16,9 +17,10 @@ use plugvisor_package::{Capability, PluginName};
 pub use self::{
     explain::{Explanation, Finding, Step, explain},
     hops::{MAX_HOPS, check_hops, extend_hops},
+    module::HostModule,
     table::{Availability, Export, Plugin, Provider, RouteTable, Service},
 };
-use crate::{CapabilitySet, Generation};
+use crate::{Generation, Rights, policy::Lack};
 
 /// A plugin as a caller, known by its connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,8 +29,8 @@ pub struct PluginCaller {
     pub name: PluginName,
     /// The generation whose broker socket the call came in on.
     pub generation: Generation,
-    /// What was granted to it.
-    pub granted: CapabilitySet,
+    /// What it may do, and why not more.
+    pub rights: Rights,
     /// The plugins that its manifest lists in `dependencies`.
     pub dependencies: Vec<PluginName>,
 }
@@ -43,34 +45,6 @@ pub enum Caller<'a> {
         /// The user of the peer's credentials.
         uid: u32,
     },
-}
-
-/// Services that the supervisor itself offers to plugins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum HostModule {
-    /// `plugvisor.host.v1.Events`.
-    Events,
-}
-
-impl HostModule {
-    /// Every module.
-    pub const ALL: [Self; 1] = [Self::Events];
-
-    /// The fully qualified name of its service.
-    #[must_use]
-    pub const fn service(self) -> &'static str {
-        match self {
-            Self::Events => "plugvisor.host.v1.Events",
-        }
-    }
-
-    /// What a plugin must hold to call it.
-    #[must_use]
-    pub const fn capability(self) -> Capability {
-        match self {
-            Self::Events => Capability::PublishEvents,
-        }
-    }
 }
 
 /// Where a call goes.
@@ -138,6 +112,8 @@ reasons! {
     BadRequest = "bad_request", 3;
     /// UNAVAILABLE: the supervisor is stopping.
     Stopping = "stopping", 14;
+    /// UNIMPLEMENTED: the caller may call this service of the host, and this version does not have it.
+    ModuleNotAvailable = "module_not_available", 12;
 }
 
 impl fmt::Display for Reason {
@@ -201,24 +177,37 @@ fn is_reserved(service: &str) -> bool {
     RESERVED.iter().any(|package| service.starts_with(package))
 }
 
-/// The names that the supervisor keeps for itself.
+/// The names that the supervisor keeps for itself. Whether the caller may call is said first: who may not learns nothing of
+/// what there is.
 fn host<'t>(caller: Caller<'_>, service: &str) -> Result<Decision<'t>, Refusal> {
-    let Some(module) = HostModule::ALL.into_iter().find(|module| module.service() == service) else {
+    let Some(module) = HostModule::of(service) else {
         return Err(Refusal::new(
             Reason::UnknownService,
             format!("{} is not a service of this host", shown(service)),
-            "services in this package belong to the supervisor; the host module for plugins is plugvisor.host.v1.Events",
+            "services in this package belong to the supervisor; those for plugins are listed in docs/manifest.md",
         ));
     };
-    match caller {
-        Caller::Plugin(caller) if caller.granted.contains(module.capability()) => Ok(Decision::Host(module)),
-        Caller::Plugin(caller) => Err(lacks(caller, module.capability(), service)),
-        Caller::Local { uid } => Err(Refusal::new(
-            Reason::CallerNotAllowed,
-            format!("user {uid} called {service}, which only plugins may call"),
-            "call it from a plugin",
-        )),
+    let caller = match caller {
+        Caller::Plugin(caller) => caller,
+        Caller::Local { uid } => {
+            return Err(Refusal::new(
+                Reason::CallerNotAllowed,
+                format!("user {uid} called {service}, which only plugins may call"),
+                "call it from a plugin",
+            ));
+        }
+    };
+    if module.held_by(caller.rights).is_none() {
+        return Err(lacks(caller, caller.rights.lack(module.capability()), service));
     }
+    if module.is_served() {
+        return Ok(Decision::Host(module));
+    }
+    Err(Refusal::new(
+        Reason::ModuleNotAvailable,
+        format!("plugin {} may call {service}, which this version of Plugvisor does not serve yet", caller.name),
+        "do without it, or update plugvisord when a version has it",
+    ))
 }
 
 /// One offer against one caller.
@@ -245,9 +234,9 @@ fn choose<'t>(
         ));
     }
     if let Caller::Plugin(caller) = caller
-        && !caller.granted.contains(Capability::InternalCalls)
+        && !caller.rights.hold(Capability::InternalCalls)
     {
-        return Err(lacks(caller, Capability::InternalCalls, service));
+        return Err(lacks(caller, caller.rights.lack(Capability::InternalCalls), service));
     }
     let mut chosen: Option<&'t Provider> = None;
     let mut denied = None;
@@ -295,20 +284,17 @@ fn reach(provider: &Provider, offer: &table::Offer, caller: Caller<'_>) -> Reach
             if !global && !caller.dependencies.contains(provider.name()) {
                 return Reach::NotADependency;
             }
-            capabilities.minus(caller.granted).iter().next().map_or(Reach::Allowed, Reach::Lacks)
+            capabilities.minus(caller.rights.granted()).iter().next().map_or(Reach::Allowed, Reach::Lacks)
         }
     }
 }
 
-fn lacks(caller: &PluginCaller, capability: Capability, service: &str) -> Refusal {
+fn lacks(caller: &PluginCaller, lack: Lack, service: &str) -> Refusal {
+    let (name, capability) = (&caller.name, lack.capability);
     Refusal::new(
         Reason::CallerNotAllowed,
-        format!("plugin {} called {} without the capability {capability}", caller.name, shown(service)),
-        format!(
-            "add {capability} to security.capabilities in its plugin.json, and to the grants of [plugin.{}] or of its \
-             [[directory]] in plugvisor.toml",
-            caller.name
-        ),
+        format!("plugin {name} called {} without the capability {capability}: {}", shown(service), lack.why()),
+        lack.hint(name.as_str()),
     )
 }
 
@@ -319,7 +305,9 @@ fn deny(service: &str, caller: Caller<'_>, provider: &Provider, why: Reach) -> R
     };
     let owner = provider.name();
     let (why, hint) = match (why, caller) {
-        (Reach::Lacks(capability), Caller::Plugin(caller)) => return lacks(caller, capability, service),
+        (Reach::Lacks(capability), Caller::Plugin(caller)) => {
+            return lacks(caller, caller.rights.lack(capability), service);
+        }
         (Reach::NotADependency, _) => (
             format!("{owner} shares it only with plugins that depend on it"),
             format!("list {owner} in dependencies of the caller's plugin.json"),

@@ -4,7 +4,7 @@ use std::{hint::black_box, time::Duration};
 
 use allocation_counter::measure;
 use plugvisor_core::{
-    CapabilitySet, Generation, Time,
+    CapabilitySet, Generation, Rights, Time,
     breaker::{Breaker, Outcome, Settings},
     route::{Availability, Caller, Export, Plugin, PluginCaller, RouteTable, Service, route},
 };
@@ -48,7 +48,7 @@ fn a_call_that_may_pass_is_routed_without_allocating() {
     let caller = PluginCaller {
         name: "gamma".parse().unwrap(),
         generation: Generation(1),
-        granted: CapabilitySet::of(&[Capability::InternalCalls]),
+        rights: Rights::of(CapabilitySet::of(&[Capability::InternalCalls])),
         dependencies: Vec::new(),
     };
     let info = measure(|| {

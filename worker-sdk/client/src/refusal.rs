@@ -40,6 +40,8 @@ pub enum Reason {
     BadRequest,
     /// The supervisor is stopping.
     Stopping,
+    /// The caller may call this service of the host, and this version of the host does not have it.
+    ModuleNotAvailable,
     /// A reason that this version of the crate does not know, as sent.
     Unknown(String),
 }
@@ -66,6 +68,7 @@ impl Reason {
             Some(wire::Reason::ProtocolError) => Self::ProtocolError,
             Some(wire::Reason::BadRequest) => Self::BadRequest,
             Some(wire::Reason::Stopping) => Self::Stopping,
+            Some(wire::Reason::ModuleNotAvailable) => Self::ModuleNotAvailable,
             Some(wire::Reason::Unspecified) | None => Self::Unknown(text.to_owned()),
         }
     }
@@ -90,6 +93,7 @@ impl Reason {
             | Self::MessageTooLarge
             | Self::ProtocolError
             | Self::BadRequest
+            | Self::ModuleNotAvailable
             | Self::Unknown(_) => false,
         }
     }
@@ -148,7 +152,7 @@ mod tests {
             let Ok(reason) = wire::Reason::try_from(number) else { break };
             let text = reason.as_str_name().trim_start_matches("REASON_").to_ascii_lowercase();
             assert!(!matches!(Reason::parse(&text), Reason::Unknown(_)), "{text}");
-            assert!(number <= 14, "a new reason: check is_transient, then raise this number");
+            assert!(number <= 15, "a new reason: check is_transient, then raise this number");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use plugvisor_package::{Capability, IsolationLevel, PluginName, TrustTier};
 
-use super::{CapabilitySet, LimitNote, Limits, Policy};
+use super::{CapabilitySet, LimitNote, Limits, Policy, Rights};
 use crate::{Code, Error};
 
 /// What a manifest asks for.
@@ -36,8 +36,8 @@ pub struct Verdict {
     pub tier: TrustTier,
     /// The walls.
     pub level: IsolationLevel,
-    /// The capabilities granted.
-    pub granted: CapabilitySet,
+    /// What it may do, and why not more.
+    pub rights: Rights,
     /// Every capability asked for or granted by the operator, and what became of it; in the order of
     /// [`Capability::ALL`].
     pub capabilities: Vec<CapabilityVerdict>,
@@ -45,6 +45,14 @@ pub struct Verdict {
     pub limits: Limits,
     /// Where limits differ from what was asked.
     pub limit_notes: Vec<LimitNote>,
+}
+
+impl Verdict {
+    /// The capabilities granted.
+    #[must_use]
+    pub const fn granted(&self) -> CapabilitySet {
+        self.rights.granted()
+    }
 }
 
 /// What became of one capability.
@@ -82,18 +90,24 @@ impl WhyNot {
 /// The strongest level that this version launches; every weaker one too.
 pub const STRONGEST: IsolationLevel = IsolationLevel::Sandbox;
 
-/// The capabilities whose mechanism this version has.
-pub const IMPLEMENTED: CapabilitySet = CapabilitySet::of(&[
-    Capability::HttpClient,
-    Capability::WebSocket,
-    Capability::DnsResolve,
-    Capability::WriteTemp,
-    Capability::SpawnChild,
-    Capability::InternalCalls,
-    Capability::PublishEvents,
-]);
+/// The capabilities whose mechanism this version has: the kernel's part of it, or the decision whether a call to the host
+/// is let through. What is missing refuses the load of whoever would be granted it.
+pub const IMPLEMENTED: CapabilitySet = CapabilitySet::ALL.minus(CapabilitySet::of(&[
+    Capability::TcpServer,
+    Capability::ReadConfig,
+    Capability::ReadData,
+    Capability::WriteData,
+    Capability::SignalHandling,
+]));
 
 impl Policy {
+    /// What a plugin may do, whether it may run at all or not.
+    #[must_use]
+    pub fn rights(&self, asked: &Asked, operator: &Operator) -> Rights {
+        let tier = tier(asked, operator);
+        Rights::new(asked.capabilities, tier, self.rules(tier).capabilities, operator.grants)
+    }
+
     /// What the plugin called `name` gets.
     ///
     /// # Errors
@@ -101,7 +115,7 @@ impl Policy {
     /// Every reason why it may not run at all, so that they can be mended at once: its tier never runs, its walls or a
     /// capability that would be granted have no mechanism in this version.
     pub fn decide(&self, name: &PluginName, asked: &Asked, operator: &Operator) -> Result<Verdict, Vec<Error>> {
-        let tier = asked.tier.map_or(operator.tier, |bound| bound.min(operator.tier));
+        let tier = tier(asked, operator);
         let rules = self.rules(tier);
         let Some(weakest) = rules.weakest else {
             let hint = if operator.tier == tier {
@@ -122,7 +136,7 @@ impl Policy {
             errors.push(level_not_implemented(name, tier, level, asked.level, operator.tier));
         }
 
-        let mut granted = CapabilitySet::EMPTY;
+        let rights = self.rights(asked, operator);
         let mut capabilities = Vec::new();
         for capability in asked.capabilities.or(operator.grants).iter() {
             let why_not = if !asked.capabilities.contains(capability) {
@@ -132,12 +146,11 @@ impl Policy {
             } else if !operator.grants.contains(capability) {
                 Some(WhyNot::NotGranted)
             } else {
-                granted = granted.or(CapabilitySet::of(&[capability]));
                 None
             };
             capabilities.push(CapabilityVerdict { capability, why_not });
         }
-        errors.extend(granted.minus(IMPLEMENTED).iter().map(|capability| {
+        errors.extend(rights.granted().minus(IMPLEMENTED).iter().map(|capability| {
             Error::new(
                 Code::CapabilityNotImplemented,
                 format!("plugin {name} would be granted {capability}, which is not implemented in this version"),
@@ -149,8 +162,13 @@ impl Policy {
         }
         let (limits, limit_notes) =
             Limits::effective(&asked.limits, &operator.limits, &rules.defaults, &rules.ceilings, tier);
-        Ok(Verdict { tier, level, granted, capabilities, limits, limit_notes })
+        Ok(Verdict { tier, level, rights, capabilities, limits, limit_notes })
     }
+}
+
+/// The tier that counts: the manifest's is only a bound.
+fn tier(asked: &Asked, operator: &Operator) -> TrustTier {
+    asked.tier.map_or(operator.tier, |bound| bound.min(operator.tier))
 }
 
 fn level_not_implemented(

@@ -8,7 +8,8 @@ use std::fmt;
 use plugvisor_package::Capability;
 
 use super::{
-    Availability, Caller, Decision, Export, Provider, Reason, Refusal, RouteTable, is_reserved, route, table::Offer,
+    Availability, Caller, Decision, Export, HostModule, Provider, Reason, Refusal, RouteTable, is_reserved, route,
+    table::Offer,
 };
 
 /// One thing that is decided about a call, in the order in which it is.
@@ -100,7 +101,7 @@ fn deciding(caller: Caller<'_>, service: &str, reason: Reason) -> Step {
         Reason::UnknownToken | Reason::AmbiguousService => Step::Token,
         Reason::CallerNotAllowed if is_reserved(service) => Step::Grant,
         Reason::CallerNotAllowed => match caller {
-            Caller::Plugin(caller) if !caller.granted.contains(Capability::InternalCalls) => Step::Grant,
+            Caller::Plugin(caller) if !caller.rights.hold(Capability::InternalCalls) => Step::Grant,
             Caller::Plugin(_) | Caller::Local { uid: _ } => Step::Export,
         },
         Reason::Loop | Reason::BadRequest => Step::Hops,
@@ -112,7 +113,8 @@ fn deciding(caller: Caller<'_>, service: &str, reason: Reason) -> Step {
         | Reason::ProviderLost
         | Reason::MessageTooLarge
         | Reason::ProtocolError
-        | Reason::Stopping => Step::Provider,
+        | Reason::Stopping
+        | Reason::ModuleNotAvailable => Step::Provider,
     }
 }
 
@@ -127,9 +129,12 @@ fn passed(
     if is_reserved(service) {
         return match step {
             Step::Service => Finding::Passed("a service of the supervisor itself".to_owned()),
-            Step::Grant => match verdict {
-                Ok(Decision::Host(module)) => Finding::Passed(format!("the caller holds {}", module.capability())),
-                Ok(Decision::Provider(_)) | Err(_) => Finding::Skipped("it needs no capability".to_owned()),
+            Step::Grant => match (HostModule::of(service), caller) {
+                (Some(module), Caller::Plugin(caller)) => match module.held_by(caller.rights) {
+                    Some(held) => Finding::Passed(format!("{} holds {held}", caller.name)),
+                    None => Finding::Skipped("it holds no capability for it".to_owned()),
+                },
+                (None, _) | (_, Caller::Local { uid: _ }) => Finding::Skipped("it needs no capability".to_owned()),
             },
             Step::Token | Step::Export | Step::Hops | Step::Provider => {
                 Finding::Skipped("no plugin is asked".to_owned())

@@ -1,13 +1,13 @@
 //! Who may call what, case by case, and what no input may bring about.
 
-use plugvisor_package::{Capability, PluginName};
+use plugvisor_package::{Capability, PluginName, TrustTier};
 use proptest::prelude::*;
 
 use super::{
     Availability, Caller, Decision, Explanation, Export, Finding, HostModule, MAX_HOPS, Plugin, PluginCaller, Reason,
     RouteTable, Service, Step, check_hops, explain, extend_hops, route,
 };
-use crate::{CapabilitySet, Generation};
+use crate::{CapabilitySet, Generation, Rights};
 
 fn name(text: &str) -> PluginName {
     text.parse().unwrap()
@@ -27,7 +27,12 @@ fn plugin(text: &str, services: Vec<Service>) -> Plugin {
 
 fn caller(text: &str, granted: &[Capability], dependencies: &[&str]) -> PluginCaller {
     let dependencies = dependencies.iter().map(|text| name(text)).collect();
-    PluginCaller { name: name(text), generation: Generation(1), granted: CapabilitySet::of(granted), dependencies }
+    PluginCaller {
+        name: name(text),
+        generation: Generation(1),
+        rights: Rights::of(CapabilitySet::of(granted)),
+        dependencies,
+    }
 }
 
 fn table() -> RouteTable {
@@ -113,7 +118,7 @@ fn the_supervisors_own_names_never_reach_a_plugin() {
     let events = HostModule::Events.service();
     assert_eq!(outcome(Caller::Plugin(&granted), events, None), Ok(format!("host {events}")));
     assert_eq!(outcome(Caller::Plugin(&plain), events, None), Err(Reason::CallerNotAllowed));
-    for service in ["grpc.health.v1.Health", "plugvisor.worker.v1.Worker", "plugvisor.admin.v1.Admin", "grpc."] {
+    for service in ["grpc.health.v1.Health", "plugvisor.worker.v1.Worker", "plugvisor.admin.v1.Other", "grpc."] {
         assert_eq!(outcome(Caller::Plugin(&plain), service, None), Err(Reason::UnknownService), "{service}");
     }
 }
@@ -133,12 +138,120 @@ fn plugins_may_serve_other_packages_below_plugvisor() {
 fn a_refusal_names_caller_service_and_fix() {
     let usual = caller("gamma", &[], &[]);
     let refusal = route(&table(), Caller::Plugin(&usual), "acme.Open", None, None).unwrap_err();
-    assert_eq!(refusal.to_string(), "plugin gamma called acme.Open without the capability api:internal-calls");
+    assert_eq!(
+        refusal.to_string(),
+        "plugin gamma called acme.Open without the capability api:internal-calls: its manifest does not ask for it, and \
+         the operator did not grant it"
+    );
     assert!(refusal.hint.contains("[plugin.gamma]") && refusal.hint.contains("plugin.json"), "{}", refusal.hint);
 
     let long = format!("acme.{}", "ä".repeat(5000));
     let refusal = route(&table(), Caller::Local { uid: 0 }, &long, None, None).unwrap_err();
     assert!(refusal.message.len() < 200, "a stranger's name fills the message: {} bytes", refusal.message.len());
+}
+
+/// The capabilities of the host's own services, each with its service, what of the weaker ones does not open it and what
+/// opens it, and whether this version serves it.
+const MODULES: [(Capability, &str, &[Capability], bool); 11] = {
+    use Capability as C;
+    [
+        (C::DatabaseReadOnly, "plugvisor.host.v1.DatabaseReader", &[C::DatabaseReadWrite, C::DatabaseAdmin], false),
+        (C::DatabaseReadWrite, "plugvisor.host.v1.DatabaseWriter", &[C::DatabaseAdmin], false),
+        (C::DatabaseAdmin, "plugvisor.host.v1.DatabaseAdmin", &[], false),
+        (C::ExternalApi, "plugvisor.host.v1.ExternalApi", &[], false),
+        (C::SystemAdmin, "plugvisor.admin.v1.Admin", &[], false),
+        (C::PublishEvents, "plugvisor.host.v1.Events", &[], true),
+        (C::SubscribeEvents, "plugvisor.host.v1.Subscriptions", &[], false),
+        (C::CryptoOperations, "plugvisor.host.v1.Crypto", &[], false),
+        (C::UserAuth, "plugvisor.host.v1.Users", &[], false),
+        (C::TokenManagement, "plugvisor.host.v1.Tokens", &[], false),
+        (C::ReadSecrets, "plugvisor.host.v1.Secrets", &[], false),
+    ]
+};
+
+/// Whether anything but the router holds the capability: the kernel, the egress proxy, or the rules on other plugins.
+fn is_held_elsewhere(capability: Capability) -> bool {
+    let name = capability.as_str();
+    ["network:", "filesystem:", "process:"].iter().any(|category| name.starts_with(category))
+        || capability == Capability::InternalCalls
+}
+
+#[test]
+fn every_capability_without_a_kernel_surface_has_its_service() {
+    for capability in Capability::ALL {
+        let listed = MODULES.iter().any(|(of, ..)| of == capability);
+        assert_eq!(listed, !is_held_elsewhere(*capability), "{capability}");
+        assert_eq!(HostModule::for_capability(*capability).is_some(), listed, "{capability}");
+    }
+    assert_eq!(MODULES.len(), HostModule::ALL.len());
+}
+
+#[test]
+fn a_service_of_the_host_takes_its_capability_and_nothing_else() {
+    for (capability, service, more, served) in MODULES {
+        for held in Capability::ALL {
+            let opens = *held == capability || more.contains(held);
+            let expected = match (opens, served) {
+                (true, true) => Ok(format!("host {service}")),
+                (true, false) => Err(Reason::ModuleNotAvailable),
+                (false, _) => Err(Reason::CallerNotAllowed),
+            };
+            let caller = caller("gamma", &[*held], &["alpha"]);
+            assert_eq!(outcome(Caller::Plugin(&caller), service, None), expected, "{service} with {held}");
+        }
+        // Everything but what opens it.
+        let others = CapabilitySet::ALL.minus(CapabilitySet::of(more)).minus(CapabilitySet::of(&[capability]));
+        let everything_else = PluginCaller { rights: Rights::of(others), ..caller("gamma", &[], &[]) };
+        assert_eq!(outcome(Caller::Plugin(&everything_else), service, None), Err(Reason::CallerNotAllowed));
+        let local = outcome(Caller::Local { uid: 1000 }, service, None);
+        assert_eq!(local, Err(Reason::CallerNotAllowed), "{service} is for plugins alone");
+    }
+}
+
+#[test]
+fn a_denied_call_to_the_host_says_which_half_is_missing() {
+    let (none, community) = (CapabilitySet::EMPTY, TrustTier::Community);
+    for (capability, service, _, _) in MODULES {
+        let it = CapabilitySet::of(&[capability]);
+        for (asked, by_tier, by_operator, missing) in [
+            (none, it, it, &["its manifest does not ask for it"][..]),
+            (it, none, it, &["plugins of the tier community may not hold it"]),
+            (it, it, none, &["the operator did not grant it"]),
+            (none, it, none, &["its manifest does not ask for it", "the operator did not grant it"]),
+        ] {
+            let rights = Rights::new(asked, community, by_tier, by_operator);
+            let who = PluginCaller { rights, ..caller("gamma", &[], &[]) };
+            let refusal = route(&table(), Caller::Plugin(&who), service, None, None).unwrap_err();
+            assert_eq!(refusal.reason, Reason::CallerNotAllowed, "{service}");
+            let head = format!("plugin gamma called {service} without the capability {capability}: ");
+            let why = refusal.message.strip_prefix(&head).unwrap_or_else(|| panic!("{}", refusal.message));
+            assert_eq!(why, missing.join(", and "));
+            for (half, fix) in [
+                ("its manifest", "security.capabilities"),
+                ("plugins of the tier", "higher tier"),
+                ("the operator", "grants of [plugin.gamma]"),
+            ] {
+                let named = missing.iter().any(|missing| missing.starts_with(half));
+                assert_eq!(refusal.hint.contains(fix), named, "{service}: {}", refusal.hint);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_allowed_call_to_a_module_that_does_not_exist_yet_says_so() {
+    for (capability, service, _, served) in MODULES {
+        let who = caller("gamma", &[capability], &[]);
+        match route(&table(), Caller::Plugin(&who), service, None, None) {
+            Ok(Decision::Host(module)) => assert!(served && module.service() == service),
+            Ok(Decision::Provider(_)) => panic!("{service} is a plugin's"),
+            Err(refusal) => {
+                assert_eq!((refusal.reason, served), (Reason::ModuleNotAvailable, false), "{refusal:?}");
+                assert!(refusal.message.contains(service) && refusal.message.contains("this version"), "{refusal}");
+                assert!(!refusal.message.contains("without"), "{refusal}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -289,11 +402,14 @@ fn an_explanation_names_the_step_that_decides() {
     let usual = caller("gamma", &[Capability::InternalCalls], &[]);
     let mute = caller("gamma", &[], &["alpha"]);
     let alpha = caller("alpha", &[Capability::InternalCalls], &[]);
+    let reader = caller("gamma", &[Capability::ReadSecrets], &[]);
     let table = [
         (&usual, "acme.Open", None, None),
         (&usual, "acme.Twice", Some("b"), None),
         (&usual, "acme.Nothing", None, Some(Step::Service)),
-        (&usual, "plugvisor.admin.v1.Admin", None, Some(Step::Service)),
+        (&usual, "plugvisor.admin.v1.Other", None, Some(Step::Service)),
+        (&usual, "plugvisor.admin.v1.Admin", None, Some(Step::Grant)),
+        (&reader, "plugvisor.host.v1.Secrets", None, Some(Step::Provider)),
         (&mute, "acme.Open", None, Some(Step::Grant)),
         (&usual, "plugvisor.host.v1.Events", None, Some(Step::Grant)),
         (&usual, "acme.Twice", None, Some(Step::Token)),
@@ -322,12 +438,17 @@ proptest! {
         friend in any::<bool>(),
         service in prop::sample::select(vec![
             "acme.Open", "acme.Private", "acme.Friends", "acme.Guarded", "acme.Twice", "acme.Down", "acme.No",
-            "grpc.health.v1.Health", "plugvisor.host.v1.Events",
+            "grpc.health.v1.Health", "plugvisor.host.v1.Events", "plugvisor.host.v1.Secrets",
         ]),
+        secrets in any::<bool>(),
         token in prop::option::of(prop::sample::select(vec!["a", "b", "z", ""])),
         local in any::<bool>(),
     ) {
-        let held = [(internal, Capability::InternalCalls), (temp, Capability::WriteTemp)];
+        let held = [
+            (internal, Capability::InternalCalls),
+            (temp, Capability::WriteTemp),
+            (secrets, Capability::ReadSecrets),
+        ];
         let granted: Vec<Capability> = held.iter().filter(|(held, _)| *held).map(|(_, c)| *c).collect();
         let plugin = caller(who, &granted, if friend { &["alpha"] } else { &[] });
         let who = if local { Caller::Local { uid: 7 } } else { Caller::Plugin(&plugin) };

@@ -9,9 +9,9 @@ use plugvisor_core::{
     event::ExitKind,
     lifecycle::{Loaded, State},
     policy::Verdict,
-    route::Export,
+    route::{Export, HostModule},
 };
-use plugvisor_package::{Capability, IsolationLevel, Manifest};
+use plugvisor_package::{Capability, IsolationLevel, Manifest, VariableName};
 use plugvisor_proto::{
     admin::v1::{
         BreakerStatus, CapabilityState, Control, DescribePluginResponse, HostFeature, LastExit, LogStream, PluginState,
@@ -26,6 +26,7 @@ use super::wire;
 use crate::{
     broker::{ProviderSnapshot, Snapshot},
     calls,
+    config::PluginConfig,
     driver::{ExitView, PluginView},
     events::Record,
     logs::{self, LogLine},
@@ -165,6 +166,7 @@ fn plugin_state(state: &State) -> PluginState {
 /// Everything about one plugin. `controls` as the kernel shows them now.
 pub(super) fn describe(
     view: &PluginView,
+    config: &PluginConfig,
     calls: &Snapshot,
     controls: &[ControlState],
     stderr_tail: Vec<String>,
@@ -175,6 +177,7 @@ pub(super) fn describe(
     if let Some(verdict) = &view.verdict {
         if let Some(bundle) = bundle.filter(|_| !controls.is_empty()) {
             controls.extend(proxied(&bundle.manifest, verdict));
+            controls.extend(environment(config, verdict));
         }
         note_limits(&mut controls, verdict);
     }
@@ -215,10 +218,23 @@ fn control(state: &ControlState) -> Control {
     }
 }
 
+/// The operator's variables, by their names.
+fn environment(config: &PluginConfig, verdict: &Verdict) -> Option<Control> {
+    let names: Vec<&str> = config.environment.keys().map(VariableName::as_str).collect();
+    let given = verdict.granted().contains(Capability::AccessEnv) && !names.is_empty();
+    given.then(|| Control {
+        name: "environment".to_owned(),
+        requested: names.join(", "),
+        enforced: "given with the launch, beside the manifest's own".to_owned(),
+        read_from: "the launch request, checked by the launcher's policy".to_owned(),
+        unavailable: String::new(),
+    })
+}
+
 /// What the supervisor itself holds a plugin to, in its egress proxy: there is nothing to be read back from the kernel.
 fn proxied(manifest: &Manifest, verdict: &Verdict) -> Vec<Control> {
     let network = [Capability::HttpClient, Capability::WebSocket, Capability::DnsResolve];
-    if !network.iter().any(|capability| verdict.granted.contains(*capability)) {
+    if !network.iter().any(|capability| verdict.granted().contains(*capability)) {
         return Vec::new();
     }
     let held = |name: &str, requested: String, enforced: &str| Control {
@@ -261,7 +277,13 @@ fn capabilities(verdict: &Verdict) -> Vec<CapabilityState> {
     let state = |capability: &plugvisor_core::policy::CapabilityVerdict| CapabilityState {
         name: capability.capability.to_string(),
         granted: capability.why_not.is_none(),
-        reason: capability.why_not.map(plugvisor_core::policy::WhyNot::describe).unwrap_or_default(),
+        reason: match (capability.why_not, HostModule::for_capability(capability.capability)) {
+            (Some(why), _) => why.describe(),
+            (None, Some(module)) if !module.is_served() => {
+                format!("{} is not available in this version", module.service())
+            }
+            (None, _) => String::new(),
+        },
     };
     verdict.capabilities.iter().map(state).collect()
 }

@@ -4,7 +4,7 @@ use std::{pin::Pin, sync::Arc};
 
 use futures_util::Stream;
 use plugvisor_core::{
-    CapabilitySet, Code, Error,
+    Code, Error,
     breaker::Position,
     event::BreakerEvent,
     route::{self, Caller, Decision, PluginCaller},
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     broker::Snapshot,
-    driver::{PluginView, would_be_granted},
+    driver::{PluginView, rights},
     events::{Record, Subject},
     examine,
     fleet::{Cascade, Wish},
@@ -79,9 +79,9 @@ impl AdminService {
         };
         let manifest = &bundle.manifest;
         let config = self.state.config.plugin(&manifest.name);
-        let granted = match &view.verdict {
-            Some(verdict) => Some(verdict.granted),
-            None => would_be_granted(manifest, &handle.source, &config),
+        let rights = match &view.verdict {
+            Some(verdict) => verdict.rights,
+            None => rights(manifest, &handle.source, &config),
         };
         let about = if view.process.is_some() {
             Ok(format!("plugin {name}, generation {}", view.generation))
@@ -91,7 +91,7 @@ impl AdminService {
         let caller = PluginCaller {
             name: manifest.name.clone(),
             generation: view.generation,
-            granted: granted.unwrap_or(CapabilitySet::EMPTY),
+            rights,
             dependencies: manifest.dependencies.iter().map(|dependency| dependency.name.clone()).collect(),
         };
         Ok(From::Plugin { caller, about })
@@ -149,7 +149,8 @@ impl Admin for AdminService {
             Ok(plugin) => self.state.shared.logs.stderr_tail(&plugin, view.generation.0, TAIL),
             Err(_) => Vec::new(),
         };
-        Ok(Response::new(convert::describe(&view, &self.calls().await, &controls, tail)))
+        let config = view.name.parse().map(|plugin| self.state.config.plugin(&plugin)).unwrap_or_default();
+        Ok(Response::new(convert::describe(&view, &config, &self.calls().await, &controls, tail)))
     }
 
     async fn load_plugin(&self, request: Request<LoadPluginRequest>) -> Result<Response<LoadPluginResponse>, Status> {

@@ -10,7 +10,7 @@ use std::{io::Read as _, os::unix::net::UnixListener, path::PathBuf, str::FromSt
 use anyhow::Context as _;
 use clap::Parser;
 use plugvisor_core::{
-    CapabilitySet, Generation, breaker,
+    CapabilitySet, Generation, Rights, breaker,
     route::{Availability, Export, Plugin, PluginCaller, RouteTable, Service},
 };
 use plugvisor_daemon::broker::{
@@ -101,7 +101,7 @@ async fn set_up(broker: &BrokerHandle, arguments: &Arguments) -> anyhow::Result<
         let caller = PluginCaller {
             name: name.parse()?,
             generation: Generation(1),
-            granted: CapabilitySet::of(&[Capability::InternalCalls]),
+            rights: Rights::of(CapabilitySet::of(&[Capability::InternalCalls])),
             dependencies: Vec::new(),
         };
         let uid = Some(rustix::process::geteuid().as_raw());

@@ -8,7 +8,7 @@ use std::{io::BufRead as _, net::TcpListener, sync::Arc};
 
 use clap::Parser;
 use plugvisor_core::{
-    CapabilitySet,
+    CapabilitySet, Rights,
     egress::{AddressRules, AllowList},
 };
 use plugvisor_daemon::{
@@ -32,7 +32,7 @@ fn main() -> anyhow::Result<()> {
     let rules = Rules {
         allow: AllowList::new(destination, None),
         addresses: AddressRules { listed: vec!["127.0.0.0/8".parse()?] },
-        granted: CapabilitySet::of(&[Capability::HttpClient, Capability::WebSocket]),
+        rights: Rights::of(CapabilitySet::of(&[Capability::HttpClient, Capability::WebSocket])),
         bandwidth: bytes_per_second,
     };
     let listener = TcpListener::bind("127.0.0.1:0")?;

@@ -27,7 +27,8 @@ pub(super) fn tell_denied(shared: &Shared, caller: &Caller, path: &[u8], refused
         | Reason::UnknownToken
         | Reason::AmbiguousService
         | Reason::CallerNotAllowed
-        | Reason::Loop => {}
+        | Reason::Loop
+        | Reason::ModuleNotAvailable => {}
         Reason::ProviderNotReady
         | Reason::BreakerOpen
         | Reason::Overloaded
@@ -110,7 +111,7 @@ pub(super) fn admit(
         Decision::Host(module) => {
             if !shared.offers(module) {
                 return Err(Refusal::new(
-                    Reason::UnknownService,
+                    Reason::ModuleNotAvailable,
                     format!("{service} is not offered by this supervisor"),
                     "update plugvisord, or do without the service",
                 ));

@@ -50,7 +50,7 @@ use tracing::Instrument as _;
 use self::adopt::Inherited;
 pub use adopt::Living;
 pub(crate) use dependencies::graph;
-pub(crate) use settings::would_be_granted;
+pub(crate) use settings::rights;
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView};
 
 use self::{shown::describe, verify::Verified, worker::Worker};

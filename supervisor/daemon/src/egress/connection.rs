@@ -181,12 +181,17 @@ pub fn understand(bytes: &[u8]) -> Result<Option<Understood>, String> {
 impl Proxy {
     /// Opens a tunnel's far end.
     async fn open(&self, host: &Host, port: u16) -> Result<TcpStream, Refusal> {
-        let granted = |capability| self.rules.granted.contains(capability);
-        if !granted(Capability::HttpClient) && !granted(Capability::WebSocket) {
-            return Err(Refusal::capability("a tunnel", Capability::HttpClient));
+        let rights = self.rules.rights;
+        if !rights.hold(Capability::HttpClient) && !rights.hold(Capability::WebSocket) {
+            return Err(self.lacks("a tunnel", Capability::HttpClient));
         }
         self.judge(host, port)?;
         self.dial(host, port).await
+    }
+
+    /// The refusal for want of a capability.
+    pub(super) fn lacks(&self, what: &str, needed: Capability) -> Refusal {
+        Refusal::capability(what, self.rules.rights.lack(needed), self.subject.plugin().unwrap_or_default())
     }
 
     /// Whether a destination is listed.

@@ -61,9 +61,9 @@ pub(super) async fn run(
 ) -> Result<After, Refusal> {
     let upgrade = request.has_token("connection", "upgrade") && request.has_token("upgrade", "websocket");
     let needed = if upgrade { Capability::WebSocket } else { Capability::HttpClient };
-    if !proxy.rules.granted.contains(needed) {
+    if !proxy.rules.rights.hold(needed) {
         let what = if upgrade { "a WebSocket" } else { "a plain request" };
-        return Err(Refusal::capability(what, needed));
+        return Err(proxy.lacks(what, needed));
     }
     proxy.judge(&target.host, target.port)?;
     let (mut outward, framing) = outward(request, target, upgrade)?;

@@ -34,7 +34,7 @@ use std::{
 };
 
 use plugvisor_core::{
-    CapabilitySet,
+    Rights,
     egress::{AddressRules, AllowList},
     event::BrokerEvent,
 };
@@ -69,8 +69,8 @@ pub struct Rules {
     pub allow: AllowList,
     /// Which addresses are refused.
     pub addresses: AddressRules,
-    /// What it was granted: plain HTTP, WebSocket, names.
-    pub granted: CapabilitySet,
+    /// What it may do: plain HTTP, WebSocket, names.
+    pub rights: Rights,
     /// Bytes per second, both directions together.
     pub bandwidth: Option<u64>,
 }

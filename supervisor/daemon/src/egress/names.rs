@@ -12,8 +12,8 @@ pub(super) const HOST: &str = "resolver.plugvisor";
 impl Proxy {
     /// The whole answer.
     pub(super) async fn answer_name(&self, request: &Request<'_>, target: &Target) -> Result<Vec<u8>, Refusal> {
-        if !self.rules.granted.contains(Capability::DnsResolve) {
-            return Err(Refusal::capability("resolving a name", Capability::DnsResolve));
+        if !self.rules.rights.hold(Capability::DnsResolve) {
+            return Err(self.lacks("resolving a name", Capability::DnsResolve));
         }
         let name = target.path.strip_prefix("/?name=").filter(|_| target.port == 80);
         let (Some(name), "GET", Framing::None) = (name, request.method, request.framing) else {

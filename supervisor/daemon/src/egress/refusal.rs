@@ -3,8 +3,11 @@
 
 use std::time::Duration;
 
-use plugvisor_core::egress::{AddressKind, FramingError, HeadError, NotListed, TargetError};
-use plugvisor_package::{Capability, DestinationError, Host};
+use plugvisor_core::{
+    egress::{AddressKind, FramingError, HeadError, NotListed, TargetError},
+    policy::Lack,
+};
+use plugvisor_package::{DestinationError, Host};
 
 /// An answer of the proxy's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,13 +58,10 @@ impl Refusal {
         Self::new(403, "address_refused", message, hint)
     }
 
-    pub(super) fn capability(what: &str, needed: Capability) -> Self {
-        Self::new(
-            403,
-            "capability_missing",
-            format!("the plugin may not do this: {what} needs the capability {needed}"),
-            format!("ask for {needed} in its plugin.json, and grant it in plugvisor.toml"),
-        )
+    pub(super) fn capability(what: &str, lack: Lack, plugin: &str) -> Self {
+        let (needed, why) = (lack.capability, lack.why());
+        let message = format!("the plugin may not do this: {what} needs the capability {needed}, and {why}");
+        Self::new(403, "capability_missing", message, lack.hint(plugin))
     }
 
     pub(super) fn head(error: HeadError) -> Self {

@@ -15,7 +15,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use h2::{RecvStream, client::SendRequest, server::SendResponse};
 use http::{HeaderMap, Request};
 use plugvisor_core::{
-    CapabilitySet, Generation, breaker,
+    CapabilitySet, Generation, Rights, breaker,
     route::{Availability, Export, Plugin, PluginCaller, RouteTable, Service},
 };
 use plugvisor_daemon::broker::{
@@ -70,7 +70,7 @@ impl World {
         let caller = PluginCaller {
             name: name.parse().unwrap(),
             generation: Generation(1),
-            granted: granted.iter().copied().collect::<CapabilitySet>(),
+            rights: Rights::of(granted.iter().copied().collect::<CapabilitySet>()),
             dependencies: Vec::new(),
         };
         self.broker.add_caller(CallerSpec { caller, listener: listener.into(), uid }).await.unwrap();

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use plugvisor_core::{
-    CapabilitySet,
+    CapabilitySet, Rights,
     egress::{AddressRules, AllowList},
 };
 use plugvisor_daemon::{
@@ -54,8 +54,12 @@ impl Setting {
         let Self { egress, addresses, granted, bandwidth, limits } = self;
         let egress = egress.iter().map(|text| text.parse().expect("a destination")).collect();
         let listed = addresses.iter().map(|text| text.parse().expect("a network")).collect();
-        let rules =
-            Rules { allow: AllowList::new(egress, None), addresses: AddressRules { listed }, granted, bandwidth };
+        let rules = Rules {
+            allow: AllowList::new(egress, None),
+            addresses: AddressRules { listed },
+            rights: Rights::of(granted),
+            bandwidth,
+        };
         let (figures, events) = (Arc::new(Figures::default()), Arc::new(Events::new()));
         let subject = Subject::Plugin("sample".to_owned());
         let host = Arc::new(EgressHost::new(limits));
