@@ -21,6 +21,7 @@ mod problem;
 #[cfg(feature = "schema")]
 mod schema;
 mod trust;
+mod variable;
 
 #[cfg(feature = "bundle")]
 pub use bundle::{Bundle, BundleError, Entry, EntryKind, Refusal, Services};
@@ -43,3 +44,4 @@ pub use problem::{Problem, Problems};
 #[cfg(feature = "schema")]
 pub use schema::manifest_schema;
 pub use trust::TrustTier;
+pub use variable::{VariableError, VariableName};

@@ -7,10 +7,11 @@ use std::{
 };
 
 use clap::Parser;
-use plugvisor_sandbox::options::BundleRoot;
+use plugvisor_package::{PluginName, VariableName};
+use plugvisor_sandbox::options::{BundleRoot, Variable};
 
 use crate::{
-    config::{Config, ConfigError, LauncherConfig, Surroundings},
+    config::{Config, ConfigError, LauncherConfig, PluginConfig, Surroundings},
     discovery::{DirectoryError, PluginDirectory},
     launcher::{self, Link, LinkError, SpawnError},
     logs::{LogDirectory, LogDirectoryError},
@@ -112,6 +113,15 @@ fn beside(state_directory: &Path) -> PathBuf {
     state_directory.with_file_name(name)
 }
 
+/// The variables that the operator gives to plugins, by their names.
+fn variables(config: &Config) -> Vec<Variable> {
+    let of = |(plugin, settings): (&PluginName, &PluginConfig)| {
+        let names: Vec<VariableName> = settings.environment.keys().chain(&settings.unset).cloned().collect();
+        names.into_iter().map(|name| Variable { plugin: plugin.clone(), name }).collect::<Vec<_>>()
+    };
+    config.plugins.iter().flat_map(of).collect()
+}
+
 /// Prepares everything. Must be called while the process has one thread.
 pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     let Args { config, runtime_directory, state_directory, launcher, launcher_socket, launcher_policy } = args;
@@ -152,6 +162,7 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
             let own = launcher::Own {
                 store: (surroundings.uid == 0).then(|| beside(&config.supervisor.state_directory)),
                 policy: launcher_policy.or_else(|| default_policy(surroundings.uid)),
+                variables: variables(&config),
             };
             Ok(Link::embedded(&program, &path, roots, *linger, own)?)
         }

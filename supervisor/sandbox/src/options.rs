@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use plugvisor_package::TrustTier;
+use plugvisor_package::{PluginName, TrustTier, VariableName};
 
 use crate::protocol::{Control, Tier};
 
@@ -51,6 +51,9 @@ pub struct Options {
     /// `--policy FILE`: what the administrator approved, see `docs/adr/0004`. It must belong to the launcher's user, and
     /// nobody else may write it. Read anew when it changes.
     pub policy: Option<PathBuf>,
+    /// `--env PLUGIN=NAME`, repeatable: a variable of the operator's that this plugin may be given. Its value comes with the
+    /// launch.
+    pub variables: Vec<Variable>,
     /// `--max-plugins N`: how many may run at once.
     pub max_plugins: u32,
     /// `--spares N`: how many children are made ready ahead of launches, so that these are quick; used when the launcher
@@ -72,6 +75,15 @@ pub struct BundleRoot {
     pub tier: Tier,
     /// Absolute.
     pub path: PathBuf,
+}
+
+/// A variable that a plugin may be given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// Which plugin.
+    pub plugin: PluginName,
+    /// The variable's name.
+    pub name: VariableName,
 }
 
 /// How the supervisor comes to the launcher.
@@ -115,7 +127,7 @@ pub enum Linger {
 pub enum OptionsError {
     /// A flag that does not exist.
     #[error(
-        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --max-plugins, --spares and --runtime-directory"
+        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --env, --max-plugins, --spares and --runtime-directory"
     )]
     Unknown(String),
     /// A flag without its value.
@@ -156,6 +168,7 @@ const STORE_BYTES: &str = "--store-bytes";
 const STORE_BUNDLES: &str = "--store-bundles";
 const IMPORT: &str = "--import-seconds";
 const POLICY: &str = "--policy";
+const ENV: &str = "--env";
 const MAX: &str = "--max-plugins";
 /// See [`Options::spares`].
 const SPARES: &str = "--spares";
@@ -180,6 +193,7 @@ impl Options {
             store_bundles: DEFAULT_STORE_BUNDLES,
             import_time: DEFAULT_IMPORT_TIME,
             policy: None,
+            variables: Vec::new(),
             max_plugins: 64,
             spares: DEFAULT_SPARES,
             runtime_directory,
@@ -209,6 +223,7 @@ impl Options {
             store_bundles,
             import_time,
             policy,
+            variables,
             max_plugins,
             spares,
             runtime_directory,
@@ -250,6 +265,9 @@ impl Options {
         if let Some(policy) = policy {
             push(POLICY, policy.as_os_str());
         }
+        for Variable { plugin, name } in variables {
+            push(ENV, format!("{plugin}={name}").as_ref());
+        }
         for control in without {
             push(WITHOUT, control.as_str().as_ref());
         }
@@ -266,7 +284,7 @@ impl Options {
         let mut args = args.into_iter();
         let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
         let (mut uids, mut cgroup, mut max, mut spares, mut runtime) = (None, None, None, None, None);
-        let (mut bundle_roots, mut without) = (Vec::new(), Vec::new());
+        let (mut bundle_roots, mut variables, mut without) = (Vec::new(), Vec::new(), Vec::new());
         let (mut store, mut store_bytes, mut store_bundles, mut import, mut policy) = (None, None, None, None, None);
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
@@ -288,6 +306,7 @@ impl Options {
                 }
                 IMPORT => once(IMPORT, &mut import, parse_number::<u32>(IMPORT, &value(IMPORT)?)?)?,
                 POLICY => once(POLICY, &mut policy, parse_dir(POLICY, &value(POLICY)?)?)?,
+                ENV => variables.push(parse_variable(&value(ENV)?)?),
                 WITHOUT if development => without.push(parse_control(&value(WITHOUT)?)?),
                 _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
             }
@@ -314,6 +333,7 @@ impl Options {
             store_bundles: store_bundles.unwrap_or(DEFAULT_STORE_BUNDLES),
             import_time: import.map_or(DEFAULT_IMPORT_TIME, |seconds| Duration::from_secs(seconds.into())),
             policy,
+            variables,
             max_plugins: max.unwrap_or(64),
             spares: spares.unwrap_or(DEFAULT_SPARES),
             runtime_directory: runtime.ok_or(OptionsError::Missing(RUNTIME))?,
@@ -409,6 +429,15 @@ fn parse_root(value: &OsStr) -> Result<BundleRoot, OptionsError> {
     Ok(BundleRoot { tier, path: parse_dir(BUNDLES, path)? })
 }
 
+fn parse_variable(value: &OsStr) -> Result<Variable, OptionsError> {
+    let wrong = || refuse(ENV, value, "it must be PLUGIN=NAME, where NAME is a variable that a plugin may be given");
+    let (plugin, name) = value.to_str().and_then(|text| text.split_once('=')).ok_or_else(wrong)?;
+    match (plugin.parse(), name.parse()) {
+        (Ok(plugin), Ok(name)) => Ok(Variable { plugin, name }),
+        _ => Err(wrong()),
+    }
+}
+
 fn parse_number<T: std::str::FromStr + PartialOrd + From<u8>>(
     flag: &'static str,
     value: &OsStr,
@@ -461,6 +490,7 @@ mod tests {
             store_bundles: 7,
             import_time: Duration::from_secs(9),
             policy: Some("/etc/p.toml".into()),
+            variables: vec![Variable { plugin: "a".parse().expect("a name"), name: "TZ".parse().expect("one") }],
             ..Options::new(
                 9,
                 "/run/plugvisor".into(),
@@ -521,6 +551,9 @@ mod tests {
             (["--store-bundles", "-1"], "--store-bundles"),
             (["--import-seconds", "soon"], "--import-seconds"),
             (["--policy", "p.toml"], "--policy"),
+            (["--env", "TZ"], "--env"),
+            (["--env", "A=TZ"], "--env"),
+            (["--env", "a=LD_PRELOAD"], "--env"),
             (["--socket-fd", "4"], "--socket-fd"),
             (["--verbose", "1"], "--verbose"),
             (["--listen", "/run/p/launcher.sock"], "--supervisor-uid"),

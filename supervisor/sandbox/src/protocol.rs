@@ -12,7 +12,7 @@ use std::{
     net::{Ipv4Addr, SocketAddrV4},
 };
 
-use plugvisor_package::{Capability, IsolationLevel};
+use plugvisor_package::{Capability, Digest, IsolationLevel};
 use serde::{Deserialize, Serialize};
 
 pub use self::keep::{
@@ -21,7 +21,7 @@ pub use self::keep::{
 pub use self::store::{Approval, Import, ImportBegin, ImportFile, Imported, Stored, Tier, approval_text};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// The largest packet, in bytes. A longer one is refused unread.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -132,7 +132,8 @@ pub struct Hello {
 }
 
 /// Which bundle to start, and how walled in. What is executed, with which arguments, variables and socket, is nothing that
-/// can be asked for: it stands in the bundle's manifest, and the launcher has it from there.
+/// can be asked for: it stands in the bundle's manifest, and the launcher has it from there. The operator's variables are
+/// those whose names the launcher's own policy has for this plugin.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
     /// The plugin's name, in the grammar of `PluginName`.
@@ -149,8 +150,18 @@ pub struct Launch {
     pub limits: Limits,
     /// Granted capabilities that open something in the kernel: none that the manifest does not ask for.
     pub grants: Vec<Grant>,
+    /// The operator's variables, with [`Grant::AccessEnv`] only: by name, each once.
+    pub environment: Vec<(String, String)>,
     /// Controls that the operator allows to be missing.
     pub allow_degraded: Vec<Control>,
+}
+
+/// The digest of an operator's variables, by which a launch with them is told from one with others.
+#[must_use]
+pub fn environment_digest(environment: &[(String, String)]) -> [u8; 32] {
+    // Neither a name nor a value holds a NUL.
+    let text: String = environment.iter().map(|(name, value)| format!("{name}={value}\0")).collect();
+    *Digest::of(text.as_bytes()).as_bytes()
 }
 
 /// Isolation levels on the wire, weakest first.
@@ -256,9 +267,14 @@ pub enum Grant {
     /// TCP sockets in its own network namespace, where somebody listens at [`EGRESS`] and nothing else is: the supervisor,
     /// as a proxy.
     Egress,
+    /// The operator's variables.
+    AccessEnv,
 }
 
 impl Grant {
+    /// Every grant.
+    pub const ALL: [Self; 4] = [Self::WriteTemp, Self::SpawnChild, Self::Egress, Self::AccessEnv];
+
     /// What a capability opens in the kernel; `None` for those that the supervisor holds alone.
     #[must_use]
     pub const fn of(capability: Capability) -> Option<Self> {
@@ -266,7 +282,18 @@ impl Grant {
             Capability::WriteTemp => Some(Self::WriteTemp),
             Capability::SpawnChild => Some(Self::SpawnChild),
             Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve => Some(Self::Egress),
+            Capability::AccessEnv => Some(Self::AccessEnv),
             _ => None,
+        }
+    }
+
+    /// Whether it opens something that belongs to a plugin's name, and so only to a bundle that an administrator approved
+    /// under that name.
+    #[must_use]
+    pub const fn is_of_name(self) -> bool {
+        match self {
+            Self::AccessEnv => true,
+            Self::WriteTemp | Self::SpawnChild | Self::Egress => false,
         }
     }
 

@@ -25,10 +25,11 @@ fn launch() -> impl Strategy<Value = Launch> {
     );
     let lists = (
         prop::sample::subsequence(Control::ALL.to_vec(), 0..=Control::ALL.len()),
-        prop::sample::subsequence(vec![Grant::WriteTemp, Grant::SpawnChild, Grant::Egress], 0..=3),
+        prop::sample::subsequence(Grant::ALL.to_vec(), 0..=Grant::ALL.len()),
+        prop::collection::vec((text(), text()), 0..4),
     );
     (text(), any::<u64>(), any::<[u8; 32]>(), limits, lists, any::<bool>()).prop_map(
-        |(plugin, generation, bundle, limits, (allow_degraded, grants), strong)| Launch {
+        |(plugin, generation, bundle, limits, (allow_degraded, grants, environment), strong)| Launch {
             plugin,
             generation,
             level: if strong { Level::Vm } else { Level::Process },
@@ -36,6 +37,7 @@ fn launch() -> impl Strategy<Value = Launch> {
             approval: strong.then(|| Approval { tier: Tier::Verified, key: "k".into(), signature: vec![7; 64] }),
             limits,
             grants,
+            environment,
             allow_degraded,
         },
     )
@@ -147,6 +149,7 @@ fn answers_survive() {
         bundle: [7; 32],
         limits: Limits { pids: Some(4), ..Limits::default() },
         grants: vec![Grant::WriteTemp],
+        environment: [8; 32],
         allow_degraded: vec![Control::OwnUid],
         age_nanos: 5,
         condition,

@@ -16,6 +16,7 @@ mod validate;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
     fs,
     io::Read as _,
     net::SocketAddr,
@@ -24,7 +25,7 @@ use std::{
 };
 
 use plugvisor_core::egress::Network;
-use plugvisor_package::{Capability, Destination, PluginName, TrustTier};
+use plugvisor_package::{Capability, Destination, PluginName, TrustTier, VariableName};
 use plugvisor_sandbox::protocol::Control;
 
 use crate::traces::TraceSettings;
@@ -132,6 +133,10 @@ pub struct PluginConfig {
     pub grants: Option<BTreeSet<Capability>>,
     /// Laid over the manifest's defaults and handed to `Worker.Init`.
     pub config: serde_json::Map<String, serde_json::Value>,
+    /// Variables of its environment: those that are written, and those that are passed on and were set.
+    pub environment: BTreeMap<VariableName, String>,
+    /// Names that are passed on when they are set, and were not.
+    pub unset: BTreeSet<VariableName>,
     /// Limits that replace the manifest's; the tier's ceilings still hold.
     pub limits: LimitsConfig,
     /// What it may reach through the egress proxy.
@@ -317,6 +322,8 @@ pub struct Surroundings {
     pub xdg_config_home: Option<PathBuf>,
     /// `XDG_STATE_HOME`, else `$HOME/.local/state`.
     pub xdg_state_home: Option<PathBuf>,
+    /// Its own environment, of which plugins may be given single variables.
+    pub variables: BTreeMap<OsString, OsString>,
 }
 
 impl Surroundings {
@@ -329,6 +336,7 @@ impl Surroundings {
             xdg_runtime_dir: absolute("XDG_RUNTIME_DIR"),
             xdg_config_home: absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config"))),
             xdg_state_home: absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state"))),
+            variables: std::env::vars_os().collect(),
         }
     }
 

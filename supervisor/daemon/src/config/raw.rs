@@ -1,6 +1,6 @@
 //! The file's tables as they are written. Every key is optional here; what is missing is filled in by `validate`.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::Deserialize;
 
@@ -94,6 +94,12 @@ pub(super) struct Plugin {
     /// Laid over the manifest's defaults and handed to the plugin.
     #[cfg_attr(feature = "schema", schemars(with = "Option<std::collections::BTreeMap<String, serde_json::Value>>"))]
     pub(super) config: Option<toml::Table>,
+    /// Variables of its environment, for a plugin with process:access-env; they replace the manifest's. Never secrets:
+    /// whoever may look at a process of its user sees them.
+    pub(super) env: Option<BTreeMap<String, String>>,
+    /// Names of variables that it is given with the values that they have in the supervisor's own environment, for a plugin
+    /// with process:access-env. One that is not set there is left out.
+    pub(super) pass_env: Option<Vec<String>>,
     /// Limits that replace the manifest's.
     pub(super) limits: Option<Limits>,
     /// What it may reach through the egress proxy.

@@ -38,7 +38,7 @@ pub enum Origin {
     Flag(&'static str),
 }
 
-/// Words in a key of a plugin's own configuration whose value nobody but the plugin shall see.
+/// Words in a key of a plugin's own configuration, or in the name of a variable, whose value nobody but the plugin shall see.
 const SECRET: [&str; 6] = ["secret", "password", "passwd", "token", "credential", "key"];
 
 impl Places {
@@ -134,7 +134,8 @@ impl Config {
 }
 
 fn is_secret(key: &str) -> bool {
-    let own = key.split_once(".config.").map(|(_, own)| own.to_ascii_lowercase());
+    let own = [".config.", ".env."].iter().find_map(|table| key.split_once(table));
+    let own = own.map(|(_, own)| own.to_ascii_lowercase());
     own.is_some_and(|own| SECRET.iter().any(|word| own.contains(word)))
 }
 

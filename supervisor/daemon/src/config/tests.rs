@@ -164,12 +164,8 @@ fn broken_toml_is_reported_by_line() {
 #[test]
 fn the_file_may_be_absent_only_when_nobody_named_it() {
     let directory = tempfile::tempdir().unwrap();
-    let surroundings = Surroundings {
-        uid: 1000,
-        xdg_runtime_dir: None,
-        xdg_config_home: Some(directory.path().to_owned()),
-        xdg_state_home: None,
-    };
+    let surroundings =
+        Surroundings { uid: 1000, xdg_config_home: Some(directory.path().to_owned()), ..Default::default() };
     let config = Config::load(None, &surroundings).unwrap();
     assert_eq!(config.file, None);
     assert_eq!(config.supervisor.runtime_directory, Path::new("/tmp/plugvisor-1000"));
@@ -243,4 +239,42 @@ fn what_a_plugin_may_reach_is_read_and_judged() {
     ] {
         assert!(text.contains(part), "no {part}: {text}");
     }
+}
+
+#[test]
+fn variables_are_written_or_passed_on() {
+    let surroundings = Surroundings {
+        variables: [("TZ", "Europe/Vaduz"), ("PASSED", "yes")].map(|(name, value)| (name.into(), value.into())).into(),
+        ..Surroundings::default()
+    };
+    let parse = |text: &str| Config::parse(text, Path::new("/etc/plugvisor/plugvisor.toml"), &surroundings);
+    let text = "[plugin.a]\nenv = { TITLE = \"x y\", TZ = \"UTC\" }\npass_env = [\"PASSED\", \"UNSET\"]\n";
+    let plugin = parse(text).unwrap().plugin(&"a".parse().unwrap());
+    let given: Vec<_> = plugin.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(given, [("PASSED", "yes"), ("TITLE", "x y"), ("TZ", "UTC")]);
+    assert_eq!(plugin.unset.iter().map(VariableName::as_str).collect::<Vec<_>>(), ["UNSET"]);
+
+    let wrong = "[plugin.a]\nenv = { LD_PRELOAD = \"x\", HTTPS_PROXY = \"x\", F = \"() { :; }\", TZ = \"x\" }\n\
+                 pass_env = [\"TZ\", \"PATH\", \"A B\"]\n";
+    let error = parse(wrong).unwrap_err().to_string();
+    for part in [
+        "line 2: plugin.a.env: \"LD_PRELOAD\": a variable that makes a loader",
+        "plugin.a.env: \"HTTPS_PROXY\": the host sets the variables of proxies",
+        "plugin.a.env: \"F\": a value that begins with",
+        "line 3: plugin.a.pass_env: \"TZ\": it is given twice",
+        "plugin.a.pass_env: \"PATH\": ",
+        "plugin.a.pass_env: \"A B\": the name of a variable",
+    ] {
+        assert!(error.contains(part), "no {part}: {error}");
+    }
+    let many: Vec<String> = (0..65).map(|number| format!("V{number} = \"\"")).collect();
+    let error = parse(&format!("[plugin.a]\nenv = {{ {} }}\n", many.join(", "))).unwrap_err().to_string();
+    assert!(error.contains("at most 64"), "{error}");
+    let long = "x".repeat(4096);
+    let many: Vec<String> = (0..5).map(|number| format!("V{number} = \"{long}\"")).collect();
+    let error = parse(&format!("[plugin.a]\nenv = {{ {} }}\n", many.join(", "))).unwrap_err().to_string();
+    assert!(error.contains("of 16384 bytes"), "{error}");
+    let config = parse("[plugin.a]\nenv = { API_TOKEN = \"x\", TZ = \"UTC\" }\n").unwrap();
+    let shown = |key: &str| config.settings().into_iter().find(|setting| setting.key == key).unwrap().value;
+    assert_eq!((shown("plugin.a.env.API_TOKEN"), shown("plugin.a.env.TZ")), ("(hidden)".into(), "\"UTC\"".into()));
 }

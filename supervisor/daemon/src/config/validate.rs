@@ -2,13 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     net::SocketAddr,
     ops::Range,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use plugvisor_package::{Capability, PluginName, TrustTier};
+use plugvisor_package::{Capability, PluginName, TrustTier, VariableName};
 use plugvisor_sandbox::protocol::Control;
 use toml::{
     Spanned,
@@ -51,7 +52,7 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
             "launcher" => launcher(&section("launcher", value, &mut problems), base, &mut config, &mut problems),
             "traces" => traces(&section("traces", value, &mut problems), &mut config, &mut problems),
             "directory" => config.directories = directories(value, base, &mut problems),
-            "plugin" => config.plugins = plugins(value, &mut problems),
+            "plugin" => config.plugins = plugins(value, surroundings, &mut problems),
             other => {
                 let suggestion = nearest(other, ["supervisor", "launcher", "logs", "traces", "directory", "plugin"]);
                 let message = "unknown key; the tables are [supervisor], [launcher], [logs], [traces], [[directory]] and [plugin.NAME]";
@@ -224,7 +225,11 @@ fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems
     found
 }
 
-fn plugins(value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> BTreeMap<PluginName, PluginConfig> {
+fn plugins(
+    value: Spanned<DeValue<'_>>,
+    surroundings: &Surroundings,
+    problems: &mut Problems<'_>,
+) -> BTreeMap<PluginName, PluginConfig> {
     let mut found = BTreeMap::new();
     for (key, value) in into_table("plugin", value, problems).unwrap_or_default() {
         let path = format!("plugin.{}", key.get_ref());
@@ -235,13 +240,18 @@ fn plugins(value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> BTreeMap
                 None
             }
         };
-        let config = plugin(&path, value, problems);
+        let config = plugin(&path, value, surroundings, problems);
         found.extend(name.map(|name| (name, config)));
     }
     found
 }
 
-fn plugin(path: &str, value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> PluginConfig {
+fn plugin(
+    path: &str,
+    value: Spanned<DeValue<'_>>,
+    surroundings: &Surroundings,
+    problems: &mut Problems<'_>,
+) -> PluginConfig {
     // The nested tables are read by themselves, so that each of their keys is judged alone too.
     let span = value.span();
     let Some(mut table) = into_table(path, value, problems) else { return PluginConfig::default() };
@@ -251,8 +261,18 @@ fn plugin(path: &str, value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) 
     let breaker = nested(&mut table, path, "breaker", problems);
     let health = nested(&mut table, path, "health", problems);
     let table: Section<raw::Plugin> = section(path, Spanned::new(span, DeValue::Table(table)), problems);
-    let raw::Plugin { load, grants, config, limits: None, network: None, restart: None, breaker: None, health: None } =
-        &table.value
+    let raw::Plugin {
+        load,
+        grants,
+        config,
+        env,
+        pass_env,
+        limits: None,
+        network: None,
+        restart: None,
+        breaker: None,
+        health: None,
+    } = &table.value
     else {
         unreachable!("the nested tables were taken out above")
     };
@@ -270,16 +290,61 @@ fn plugin(path: &str, value: Spanned<DeValue<'_>>, problems: &mut Problems<'_>) 
             }
         }
     }
+    let (environment, unset) = environment(&table, env.as_ref(), pass_env.as_deref(), surroundings, problems);
     PluginConfig {
         load: load.unwrap_or_default(),
         grants: grants.as_ref().map(|names| capabilities(names, &table, problems)),
         config: object,
+        environment,
+        unset,
         limits: limits.map(|table| limits_config(&table, problems)).unwrap_or_default(),
         network: network.map(|table| network_config(&table, problems)).unwrap_or_default(),
         restart: restart.map(|table| restart_config(&table, problems)).unwrap_or_default(),
         breaker: breaker.map(|table| breaker_config(&table, problems)).unwrap_or_default(),
         health: health.map(|table| health_config(&table, problems)).unwrap_or_default(),
     }
+}
+
+/// The operator's variables: those that are written, then those that are passed on.
+fn environment(
+    table: &Section<raw::Plugin>,
+    env: Option<&BTreeMap<String, String>>,
+    pass_env: Option<&[String]>,
+    surroundings: &Surroundings,
+    problems: &mut Problems<'_>,
+) -> (BTreeMap<VariableName, String>, BTreeSet<VariableName>) {
+    let written = env.into_iter().flatten().map(|(name, value)| ("env", name, Ok(Some(value.as_str()))));
+    let passed = pass_env.into_iter().flatten().map(|name| {
+        let value = surroundings.variables.get(OsStr::new(name)).map(|value| value.to_str());
+        ("pass_env", name, value.map_or(Ok(None), |value| value.map(Some).ok_or("its own value is not UTF-8")))
+    });
+    let (mut found, mut unset) = (BTreeMap::new(), BTreeSet::new());
+    for (key, text, value) in written.chain(passed) {
+        let judged = value.map_err(str::to_owned).and_then(|value| {
+            let name = text.parse::<VariableName>().map_err(|why| why.to_string())?;
+            value.map_or(Ok(()), VariableName::check_value).map_err(|why| why.to_string())?;
+            if found.contains_key(&name) || unset.contains(&name) {
+                return Err("it is given twice".to_owned());
+            }
+            match value {
+                Some(value) => drop(found.insert(name, value.to_owned())),
+                None => drop(unset.insert(name)),
+            }
+            Ok(())
+        });
+        if let Err(why) = judged {
+            let shown: String = text.chars().take(64).collect();
+            problems.add(table.at(key), table.key(key), format!("{shown:?}: {why}"));
+        }
+    }
+    let bytes: usize = found.iter().map(|(name, value)| name.as_str().len() + value.len() + 2).sum();
+    if found.len() + unset.len() > VariableName::MAX_COUNT || bytes > VariableName::MAX_TOTAL {
+        let (count, total) = (VariableName::MAX_COUNT, VariableName::MAX_TOTAL);
+        let message =
+            format!("{} variables of {bytes} bytes; at most {count} of {total} bytes may be set", found.len());
+        problems.add(table.at("env"), table.key("env"), message);
+    }
+    (found, unset)
 }
 
 fn nested<'i, T: serde::de::DeserializeOwned + Default>(

@@ -201,9 +201,13 @@ impl Driver {
     /// The bundle was judged. What runs already must be what would be launched now.
     pub(super) async fn judged(&mut self, generation: Generation, verified: Verified) {
         let allow_degraded = self.shared.allow_degraded.clone();
+        let config = self.config.clone();
         let Some(run) = self.of(generation) else { return };
         let difference = match (&run.adopted, &run.process) {
-            (Some(known), Some(running)) => difference(known, &running.view.controls, &verified, &allow_degraded),
+            (Some(known), Some(running)) => {
+                let environment = protocol::environment_digest(&settings::environment(&verified.verdict, &config));
+                difference(known, &running.view.controls, &verified, environment, &allow_degraded)
+            }
             (Some(_) | None, _) => None,
         };
         let phase = Phase::Verify;
@@ -226,10 +230,11 @@ fn difference(
     known: &Known,
     controls: &[ControlState],
     verified: &Verified,
+    environment: [u8; 32],
     allow_degraded: &[Control],
 ) -> Option<&'static str> {
     let Verified { info, verdict, .. } = verified;
-    let grants = protocol::Grant::of_all(verdict.granted.iter());
+    let grants = protocol::Grant::of_all(verdict.granted().iter());
     let asked = settings::kernel_limits(&verdict.limits);
     // A limit that this host cannot enforce was not in force at the launch either.
     let lacking =
@@ -252,6 +257,8 @@ fn difference(
         Some("its isolation level")
     } else if known.grants != grants {
         Some("its capabilities")
+    } else if known.environment != environment {
+        Some("its environment")
     } else if known_limits != in_force {
         Some("its limits")
     } else if known.allow_degraded != allow_degraded {

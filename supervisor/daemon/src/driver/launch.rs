@@ -32,6 +32,7 @@ const UNCONTROLLED: &str =
 
 impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {
+        let config = self.config.clone();
         let asked = self.of(generation).and_then(|run| run.verified.as_ref()).map(|verified| {
             let Verified { info, files, verdict } = verified;
             let manifest = &info.manifest;
@@ -42,7 +43,8 @@ impl Driver {
                 bundle: *info.digest.as_bytes(),
                 approval: None,
                 limits: settings::kernel_limits(&verdict.limits),
-                grants: protocol::Grant::of_all(verdict.granted.iter()),
+                grants: protocol::Grant::of_all(verdict.granted().iter()),
+                environment: settings::environment(verdict, &config),
                 allow_degraded: Vec::new(),
             };
             (launch, Arc::clone(files), verdict.tier)

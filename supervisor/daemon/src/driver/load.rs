@@ -67,7 +67,7 @@ impl Driver {
             let verified = run.verified.as_ref()?;
             let running = run.process.as_mut()?;
             let dependencies = verified.info.manifest.dependencies.iter().map(|d| d.name.clone()).collect();
-            let caller = PluginCaller { name, generation, granted: verified.verdict.granted, dependencies };
+            let caller = PluginCaller { name, generation, rights: verified.verdict.rights, dependencies };
             Some(CallerSpec { caller, listener: running.broker_listener.take()?, uid: Some(running.view.uid) })
         });
         let Some(caller) = caller else { return Ok(()) };
@@ -92,7 +92,7 @@ impl Driver {
                 plugin: name.as_str(),
                 generation: generation.0,
                 config: merged,
-                granted: verdict.granted,
+                granted: verdict.granted(),
                 provided: &info.services.provided,
             };
             let sdk = worker.init(ask, deadline).await?;

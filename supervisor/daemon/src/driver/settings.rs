@@ -4,14 +4,14 @@
 use std::time::Duration;
 
 use plugvisor_core::{
-    CapabilitySet, breaker,
+    CapabilitySet, Rights, breaker,
     egress::{AddressRules, AllowList},
     lifecycle::LifePolicy,
     policy::{Asked, Limits, Operator, Policy, Verdict},
     probe::ProbePolicy,
     restart::{RestartMode, RestartPolicy},
 };
-use plugvisor_package::{ByteSize, IsolationLevel, Manifest, TrustTier};
+use plugvisor_package::{ByteSize, Capability, IsolationLevel, Manifest, TrustTier};
 use plugvisor_sandbox::protocol;
 
 use crate::{
@@ -106,11 +106,17 @@ pub(super) fn operator(tier: TrustTier, directory_grants: CapabilitySet, config:
     }
 }
 
-/// What a plugin of this manifest would be granted; `None` when the policy would not let it run.
-pub(crate) fn would_be_granted(manifest: &Manifest, source: &Source, config: &PluginConfig) -> Option<CapabilitySet> {
-    let verdict =
-        Policy::default().decide(&manifest.name, &asked(manifest), &operator(source.tier(), source.grants(), config));
-    verdict.ok().map(|verdict| verdict.granted)
+/// What a plugin of this manifest might do, whether the policy lets it run or not.
+pub(crate) fn rights(manifest: &Manifest, source: &Source, config: &PluginConfig) -> Rights {
+    Policy::default().rights(&asked(manifest), &operator(source.tier(), source.grants(), config))
+}
+
+/// The variables that it is started with: those of the operator, when it may see them.
+pub(super) fn environment(verdict: &Verdict, config: &PluginConfig) -> Vec<(String, String)> {
+    if !verdict.granted().contains(Capability::AccessEnv) {
+        return Vec::new();
+    }
+    config.environment.iter().map(|(name, value)| (name.to_string(), value.clone())).collect()
 }
 
 /// What the egress proxy lets it reach.
@@ -119,7 +125,7 @@ pub(super) fn egress(manifest: &Manifest, verdict: &Verdict, network: NetworkCon
     Rules {
         allow: AllowList::new(manifest.runtime.egress.clone(), egress),
         addresses: AddressRules { listed: addresses },
-        granted: verdict.granted,
+        rights: verdict.rights,
         bandwidth: verdict.limits.network_bytes,
     }
 }

@@ -8,7 +8,7 @@ use plugvisor_core::{
     lifecycle::{Failure, Phase},
     policy::{Policy, Verdict, WhyNot},
 };
-use plugvisor_package::{Bundle, PluginName};
+use plugvisor_package::{Bundle, Capability, PluginName, VariableName};
 
 use super::{
     BundleInfo, Driver, Inward, PluginView,
@@ -115,6 +115,9 @@ fn verify(
             return Err(permanent(joined(errors).unwrap_or_else(bug)));
         }
     };
+    if let Some(error) = ungiven(name, &verdict, config) {
+        return Err(permanent(error));
+    }
     let read = |error: std::io::Error| {
         let hint = "raise the limit on open files of plugvisord";
         transient(Error::new(Code::InputOutput, format!("the bundle of {name}: {error}"), hint))
@@ -123,6 +126,26 @@ fn verify(
     let info = Arc::new(info(&bundle));
     let files = BundleFiles { digest: bundle.digest, files: bundle.files, directory };
     Ok(Verified { info, files: Arc::new(files), verdict: Arc::new(verdict) })
+}
+
+/// Why variables that the operator set for it cannot be given to it. Left out they would be missed without a word.
+fn ungiven(name: &PluginName, verdict: &Verdict, config: &crate::config::PluginConfig) -> Option<Error> {
+    let set = config.environment.keys().chain(&config.unset);
+    let set: Vec<&str> = set.map(VariableName::as_str).collect();
+    let lack = verdict.rights.lack(Capability::AccessEnv);
+    if set.is_empty() || verdict.rights.hold(Capability::AccessEnv) {
+        return None;
+    }
+    Some(Error::new(
+        Code::ConfigurationInvalid,
+        format!(
+            "plugvisor.toml sets the variables {} for plugin {name}, which may not see them without {}: {}",
+            set.join(", "),
+            lack.capability,
+            lack.why()
+        ),
+        format!("{}; or remove env and pass_env from [plugin.{name}]", lack.hint(name.as_str())),
+    ))
 }
 
 /// Several errors as one: the first one's code, everyone's text.

@@ -461,6 +461,7 @@ mod tests {
             approval: None,
             limits: Limits::default(),
             grants: Vec::new(),
+            environment: Vec::new(),
             allow_degraded: Vec::new(),
         }
     }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use plugvisor_sandbox::{
-    options::{BundleRoot, Linger, Listen, Options, Supervisor},
+    options::{BundleRoot, Linger, Listen, Options, Supervisor, Variable},
     seqpacket::Seqpacket,
 };
 use rustix::{
@@ -42,13 +42,15 @@ pub struct Link {
     pub since: Instant,
 }
 
-/// Files of the launcher's own, which the supervisor's user may not write.
+/// What of its policy the launcher is started with: the supervisor's user may write none of it.
 #[derive(Clone, Debug, Default)]
 pub struct Own {
     /// Where its store is; in memory without one.
     pub store: Option<PathBuf>,
     /// What the administrator approved.
     pub policy: Option<PathBuf>,
+    /// The variables that plugins may be given.
+    pub variables: Vec<Variable>,
 }
 
 /// How the launcher's life hangs together with the supervisor's.
@@ -121,8 +123,8 @@ impl Link {
             make_door(&directory, own).map_err(|source| LinkError::Door { path: directory, source })?;
         }
         let spawned = spawn(program, |socket| {
-            let Own { store, policy } = files;
-            let mut options = Options { store, policy, ..Options::new(socket, runtime.to_owned(), roots) };
+            let Own { store, policy, variables } = files;
+            let mut options = Options { store, policy, variables, ..Options::new(socket, runtime.to_owned(), roots) };
             if !linger.is_zero() {
                 let listen = Listen { path, first: Some(socket), uid: own, linger: Linger::For(linger) };
                 options.supervisor = Supervisor::Listen(listen);

@@ -157,6 +157,7 @@ impl Asker {
                 open_files: None,
             },
             grants: Vec::new(),
+            environment: Vec::new(),
             allow_degraded: Control::ALL.to_vec(),
         }));
         let began = clock_gettime(ClockId::Monotonic);

@@ -47,6 +47,8 @@ pub struct Known {
     pub limits: Limits,
     /// What it was granted.
     pub grants: Vec<Grant>,
+    /// The [`environment_digest`](super::environment_digest) of the operator's variables.
+    pub environment: [u8; 32],
     /// What was allowed to be missing.
     pub allow_degraded: Vec<Control>,
     /// Since the request for it arrived.

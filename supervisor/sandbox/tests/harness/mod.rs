@@ -509,6 +509,7 @@ impl Harness {
             approval: None,
             limits: Limits::default(),
             grants: Vec::new(),
+            environment: Vec::new(),
             allow_degraded: if self.as_ == As::Ordinary { lacking.to_vec() } else { Vec::new() },
         }
     }

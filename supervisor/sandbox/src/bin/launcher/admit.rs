@@ -7,7 +7,7 @@ use plugvisor_package::{Digest, PluginName};
 use plugvisor_sandbox::protocol::{Launch, Refusal, RefusalCode, Tier};
 
 use crate::{
-    check::{self, Checked, refuse},
+    check::{self, Asked, Checked, refuse},
     launch::Launcher,
     level::Walls,
     store::{Bundle, Stacks},
@@ -40,7 +40,9 @@ impl Launcher {
         let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref(), now)?;
         let tier = claimed(tier, bundle);
         self.policy.check_level(plugin, named, tier, request.level, bundle.doubt.as_ref(), now)?;
-        let checked = check::program(plugin, request.generation, &bundle.stated, &request.grants, walls)?;
+        of_name(request, plugin, named, tier)?;
+        self.policy.check_environment(plugin, &request.environment)?;
+        let checked = check::program(plugin, &Asked::of(request), &bundle.stated, walls)?;
         let path = bundle.path().to_owned();
         match bundle.open() {
             Ok(directory) => Ok(Admitted { directory, path, checked }),
@@ -68,11 +70,28 @@ fn within(request: &Launch, plugin: &PluginName, bundle: &Bundle) -> Result<(), 
             ),
         );
     }
-    match request.grants.iter().find(|grant| !bundle.stated.grants.contains(grant)) {
+    let stated = bundle.stated.grants();
+    match request.grants.iter().find(|grant| !stated.contains(grant)) {
         Some(grant) => refuse(
             RefusalCode::Policy,
             format!(
                 "{plugin} was not started: its manifest does not ask for {grant:?}; add it to security.capabilities"
+            ),
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Whether it is given nothing of its name that it was not approved under. Whoever can have bundles imported can give one
+/// any name, and what belongs to a name is not theirs.
+fn of_name(request: &Launch, plugin: &PluginName, bundle: Digest, tier: Tier) -> Result<(), Refusal> {
+    match request.grants.iter().find(|grant| grant.is_of_name() && tier <= Tier::Untrusted) {
+        Some(grant) => refuse(
+            RefusalCode::Policy,
+            format!(
+                "{plugin} was not started: to the launcher its bundle {bundle} is untrusted, and {grant:?} gives what \
+                 belongs to the name {plugin} to bundles that were approved under it alone; put it into a plugin directory \
+                 that has a tier, let the launcher's administrator approve it, or take the grant back"
             ),
         ),
         None => Ok(()),

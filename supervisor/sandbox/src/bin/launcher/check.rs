@@ -6,7 +6,7 @@ use std::{
     path::{Component, Path},
 };
 
-use plugvisor_package::PluginName;
+use plugvisor_package::{PluginName, VariableName};
 use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, Launch, Limits, Refusal, RefusalCode, SocketMode};
 
 use crate::{
@@ -63,19 +63,65 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
     }
     let walls = walls.leaving_out(without);
     limits(&plugin, request)?;
+    environment(&plugin, request)?;
     Ok((plugin, walls))
+}
+
+/// What a launch says beside what its manifest does.
+pub(crate) struct Asked<'a> {
+    pub(crate) generation: u64,
+    pub(crate) grants: &'a [Grant],
+    /// The operator's variables.
+    pub(crate) environment: &'a [(String, String)],
+}
+
+impl<'a> Asked<'a> {
+    pub(crate) fn of(request: &'a Launch) -> Self {
+        Self { generation: request.generation, grants: &request.grants, environment: &request.environment }
+    }
+}
+
+/// The operator's variables by themselves; which names this plugin may be given is the policy's to say.
+fn environment(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {
+    let variables = &request.environment;
+    if variables.is_empty() {
+        return Ok(());
+    }
+    let wrong = |why: String| policy(format!("{plugin} was not started: {why}"));
+    if !request.grants.contains(&Grant::AccessEnv) {
+        return wrong("variables of the operator come with process:access-env alone; grant it, or set none".to_owned());
+    }
+    let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
+    if variables.len() > VariableName::MAX_COUNT || bytes > VariableName::MAX_TOTAL {
+        return wrong(format!(
+            "the operator's variables are {} of {bytes} bytes; at most {} of {} bytes may be set",
+            variables.len(),
+            VariableName::MAX_COUNT,
+            VariableName::MAX_TOTAL
+        ));
+    }
+    if variables.windows(2).any(|pair| pair[0].0 >= pair[1].0) {
+        return wrong("the operator's variables are not in the order of their names, each once".to_owned());
+    }
+    for (name, value) in variables {
+        let judged = name.parse::<VariableName>().map(drop).and_then(|()| VariableName::check_value(value));
+        if let Err(why) = judged {
+            let name: String = name.chars().take(64).collect();
+            return wrong(format!("the operator's variable {name:?} is refused: {why}"));
+        }
+    }
+    Ok(())
 }
 
 /// Checks what a manifest says is executed. Asked when it is imported, with all that it asks for, so that a launch finds
 /// nothing wrong.
 pub(crate) fn program(
     plugin: &PluginName,
-    generation: u64,
+    asked: &Asked<'_>,
     stated: &Stated,
-    grants: &[Grant],
     walls: Walls,
 ) -> Result<Checked, Refusal> {
-    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, generation, stated, grants, &walls)?);
+    let (argv, envp) = (argv(plugin, stated)?, envp(plugin, asked, stated, &walls)?);
     Ok(Checked { plugin: plugin.clone(), walls, argv, envp, socket: stated.socket })
 }
 
@@ -120,13 +166,8 @@ fn argv(plugin: &PluginName, stated: &Stated) -> Result<Vec<CString>, Refusal> {
     Ok(argv)
 }
 
-fn envp(
-    plugin: &PluginName,
-    generation: u64,
-    stated: &Stated,
-    grants: &[Grant],
-    walls: &Walls,
-) -> Result<Vec<CString>, Refusal> {
+fn envp(plugin: &PluginName, asked: &Asked<'_>, stated: &Stated, walls: &Walls) -> Result<Vec<CString>, Refusal> {
+    let Asked { generation, grants, environment } = asked;
     if stated.env.len() > MAX_VARIABLES {
         return policy(format!("{plugin} may not run: it has more than {MAX_VARIABLES} variables"));
     }
@@ -167,6 +208,11 @@ fn envp(
                  GLIBC_TUNABLES are not its own); remove it from runtime.env"
             ));
         }
+        all.retain(|(other, _)| other != name);
+        all.push((name, value));
+    }
+    // Last, so that the operator's word counts more than the author's.
+    for (name, value) in *environment {
         all.retain(|(other, _)| other != name);
         all.push((name, value));
     }

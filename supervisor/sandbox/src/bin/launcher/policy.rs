@@ -14,9 +14,9 @@ use std::{
 };
 
 use ed25519_dalek::{Signature, VerifyingKey};
-use plugvisor_package::{Digest, PluginName, TrustTier};
+use plugvisor_package::{Digest, PluginName, TrustTier, VariableName};
 use plugvisor_sandbox::{
-    options::{BundleRoot, Options},
+    options::{BundleRoot, Options, Variable},
     protocol::{Approval, Level, Refusal, RefusalCode, Tier, approval_text},
 };
 use rustix::fs::{Mode, OFlags};
@@ -33,6 +33,8 @@ const MOST_BYTES: u64 = 1 << 20;
 /// The policy of one launcher.
 pub(crate) struct Policy {
     roots: Vec<BundleRoot>,
+    /// Those that the starter wrote on the command line.
+    variables: Vec<Variable>,
     file: Option<PathBuf>,
     /// What the file said, and which file that was.
     read: Option<(Stamp, Rules)>,
@@ -64,6 +66,8 @@ struct Rules {
     approved: Vec<Approved>,
     #[serde(default)]
     key: Vec<Key>,
+    #[serde(default)]
+    environment: Vec<Environment>,
 }
 
 /// The weakest isolation of each tier; a quarantined bundle is never launched.
@@ -149,6 +153,14 @@ struct Key {
     expires: Option<Expiry>,
 }
 
+/// The variables that a plugin may be given, by their names: their values are the supervisor's to say.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Environment {
+    plugin: PluginName,
+    variables: Vec<VariableName>,
+}
+
 /// Whether something that may expire holds now.
 fn holds(expires: Option<Expiry>, now: SystemTime) -> bool {
     expires.is_none_or(|expires| !expires.is_over(now))
@@ -171,7 +183,8 @@ impl Policy {
             Some(BundleRoot { tier: root.tier, path })
         };
         let roots = options.bundle_roots.iter().filter_map(canonical).collect();
-        let mut this = Self { roots, file: options.policy.clone(), read: None };
+        let variables = options.variables.clone();
+        let mut this = Self { roots, variables, file: options.policy.clone(), read: None };
         let rules = this.rules()?;
         if let Some(range) = &rules.uid_range {
             options.uids =
@@ -240,6 +253,40 @@ impl Policy {
         let from = directories.filter(|(path, _)| beneath(path)).map(|(_, tier)| tier);
         let signed = approval.map(|approval| signed(rules, name, bundle, approval, now)).transpose()?;
         Ok(named.chain(from).chain(signed).max().unwrap_or(Tier::Untrusted))
+    }
+
+    /// Refuses a variable that neither the command line nor the file has for this plugin. A variable can make some program
+    /// run other code, so that a supervisor which was taken over must not choose its name.
+    pub(crate) fn check_environment(
+        &mut self,
+        name: &PluginName,
+        environment: &[(String, String)],
+    ) -> Result<(), Refusal> {
+        if environment.is_empty() {
+            return Ok(());
+        }
+        let (file, given) = (self.file.clone(), self.variables.clone());
+        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let of_file = rules.environment.iter().filter(|entry| entry.plugin == *name).flat_map(|entry| &entry.variables);
+        let of_starter = given.iter().filter(|variable| variable.plugin == *name).map(|variable| &variable.name);
+        let allowed: BTreeSet<&str> = of_file.chain(of_starter).map(VariableName::as_str).collect();
+        let missing: Vec<&str> =
+            environment.iter().map(|(name, _)| name.as_str()).filter(|name| !allowed.contains(name)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let file = file.map_or_else(
+            || "a policy file (`version = 1`; plugvisord --launcher-policy FILE)".to_owned(),
+            |file| file.display().to_string(),
+        );
+        refuse(
+            RefusalCode::Policy,
+            format!(
+                "{name} was not started: the launcher's policy lets it have no variable {missing:?}; let the launcher's \
+                 administrator write into {file} an [[environment]] entry with plugin = \"{name}\", variables = \
+                 {missing:?}, or start a launcher that plugvisord starts itself again, with plugvisord"
+            ),
+        )
     }
 
     /// Refuses walls that are weaker than this tier's.
@@ -415,7 +462,12 @@ mod tests {
 
     fn policy(text: &str, roots: Vec<BundleRoot>) -> Policy {
         let rules = parse(text).unwrap_or_else(|why| panic!("{why}"));
-        Policy { roots, file: None, read: Some((Stamp { device: 0, inode: 0, size: 0, changed: (0, 0) }, rules)) }
+        Policy {
+            roots,
+            variables: Vec::new(),
+            file: None,
+            read: Some((Stamp { device: 0, inode: 0, size: 0, changed: (0, 0) }, rules)),
+        }
     }
 
     fn tier(policy: &mut Policy, plugin: &str, origins: &[&str], approval: Option<&Approval>) -> Result<Tier, String> {
@@ -462,6 +514,28 @@ mod tests {
                 .check_level(&name("a"), Digest::from_bytes(CONTENT), Tier::Quarantined, Level::Vm, None, now())
                 .is_err()
         );
+    }
+
+    #[test]
+    fn variables_are_those_of_the_file_and_of_the_starter_for_this_plugin() {
+        let text = "version = 1\n[[environment]]\nplugin = \"a\"\nvariables = [\"TZ\", \"A_TITLE\"]\n";
+        let mut policy = policy(text, vec![]);
+        policy.variables.push(Variable { plugin: name("a"), name: "OF_STARTER".parse().expect("a name") });
+        let mut ask = |plugin: &str, names: &[&str]| {
+            let given: Vec<_> = names.iter().map(|name| ((*name).to_owned(), "x".to_owned())).collect();
+            policy.check_environment(&name(plugin), &given).map_err(|refusal| refusal.message)
+        };
+        assert_eq!(ask("a", &["A_TITLE", "OF_STARTER", "TZ"]), Ok(()));
+        assert_eq!(ask("b", &[]), Ok(()));
+        for (plugin, names) in [("b", &["TZ"][..]), ("a", &["A_TITLE", "OTHER", "TZ"]), ("a", &["A"])] {
+            let why = ask(plugin, names).expect_err("it is not listed");
+            assert!(why.contains("[[environment]]") && why.contains(plugin), "{why}");
+            assert!(!why.contains("A_TITLE"), "only what is missing is named: {why}");
+        }
+        for code in ["LD_PRELOAD", "GCONV_PATH", "PYTHONPATH", "HTTPS_PROXY", "PLUGVISOR_BROKER"] {
+            let text = format!("version = 1\n[[environment]]\nplugin = \"a\"\nvariables = [\"{code}\"]\n");
+            parse(&text).map(|_| ()).expect_err(code);
+        }
     }
 
     #[test]

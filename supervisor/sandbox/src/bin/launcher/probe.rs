@@ -130,6 +130,7 @@ impl Launcher {
             approval: None,
             limits: Limits { pids: Some(4), ..Limits::default() },
             grants: Vec::new(),
+            environment: Vec::new(),
             allow_degraded: Control::ALL.to_vec(),
         };
         let own = own_program::sealed().map_err(plain)?;

@@ -19,7 +19,7 @@ use std::{
 
 use plugvisor_sandbox::protocol::{
     Condition, Control, ControlState, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed,
-    Over, ReattachState, Reattached, Refusal, RefusalCode, Reply,
+    Over, ReattachState, Reattached, Refusal, RefusalCode, Reply, environment_digest,
 };
 use rustix::event::epoll;
 
@@ -54,6 +54,7 @@ pub(super) struct Origin {
     bundle: [u8; 32],
     pub(super) limits: Limits,
     grants: Vec<Grant>,
+    environment: [u8; 32],
     allow_degraded: Vec<Control>,
     arrived: Instant,
     /// From the request to the exec.
@@ -69,6 +70,7 @@ impl Origin {
             bundle: request.bundle,
             limits: request.limits.clone(),
             grants: request.grants.clone(),
+            environment: environment_digest(&request.environment),
             allow_degraded: request.allow_degraded.clone(),
             arrived,
             launch_exec: Duration::ZERO,
@@ -84,6 +86,7 @@ impl Origin {
             bundle: self.bundle,
             limits: self.limits.clone(),
             grants: self.grants.clone(),
+            environment: self.environment,
             allow_degraded: self.allow_degraded.clone(),
             age_nanos: nanos(self.arrived.elapsed()),
             condition,

@@ -564,7 +564,8 @@ fn runnable(name: &PluginName, stated: &Stated, files: &[BundleFile]) -> Result<
         );
     }
     // Where its sockets are makes no difference.
-    check::program(name, 0, stated, &stated.grants, level::PROCESS).map(drop)
+    let asked = check::Asked { generation: 0, grants: &stated.grants(), environment: &[] };
+    check::program(name, &asked, stated, level::PROCESS).map(drop)
 }
 
 fn no_import<T>() -> Result<T, Refusal> {

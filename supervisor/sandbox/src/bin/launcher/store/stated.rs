@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use plugvisor_package::{Manifest, SocketMode as Asked};
+use plugvisor_package::{Capability, Manifest, SocketMode as Asked};
 use plugvisor_sandbox::protocol::{Grant, Level, SocketMode, Tier};
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +26,8 @@ pub(crate) struct Stated {
     pub(crate) level: Option<Level>,
     /// The most trust that it claims.
     pub(crate) tier: Option<Tier>,
-    /// What it asks for of what opens something in the kernel.
-    pub(crate) grants: Vec<Grant>,
+    /// What it asks for.
+    pub(crate) capabilities: Vec<Capability>,
 }
 
 impl Stated {
@@ -43,7 +43,12 @@ impl Stated {
             },
             level: security.sandbox.isolation_level.filter(|_| security.sandbox.enabled).map(Level::from),
             tier: security.trust_level.map(Tier::from),
-            grants: Grant::of_all(security.capabilities.iter().copied()),
+            capabilities: security.capabilities.clone(),
         }
+    }
+
+    /// What of that opens something in the kernel.
+    pub(crate) fn grants(&self) -> Vec<Grant> {
+        Grant::of_all(self.capabilities.iter().copied())
     }
 }
