@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fmt::Write as _,
     fs,
     os::unix::fs::{PermissionsExt, chown},
@@ -47,6 +48,7 @@ struct Settings {
     also_allow: Vec<String>,
     runtime_directory: Option<PathBuf>,
     state_directory: Option<PathBuf>,
+    launcher_policy: Option<PathBuf>,
     metrics_address: String,
     supervisor: String,
     toml: String,
@@ -80,6 +82,7 @@ impl World {
                 also_allow: Vec::new(),
                 runtime_directory: None,
                 state_directory: None,
+                launcher_policy: None,
                 metrics_address: "127.0.0.1:0".to_owned(),
                 supervisor: String::new(),
                 toml: String::new(),
@@ -136,6 +139,28 @@ impl World {
     pub fn also_allow(mut self, controls: &[&str]) -> Self {
         self.settings.also_allow.extend(controls.iter().map(ToString::to_string));
         self
+    }
+
+    /// Gives the daemon's launcher this policy file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn launcher_policy(mut self, text: &str) -> anyhow::Result<Self> {
+        let file = self.directory.path().join("launcher.toml");
+        fs::write(&file, text)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+        chown(&file, Some(self.lane.uid()), None)?;
+        self.settings.launcher_policy = Some(file);
+        Ok(self)
+    }
+
+    /// Runs the tool as an administrator does: where no supervisor needs to run.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn administer(&self, arguments: &[&str]) -> anyhow::Result<std::process::Output> {
+        let program = self.binaries.path("plugvisor")?;
+        std::process::Command::new(program).args(arguments).env_clear().output().context("cannot start plugvisor")
     }
 
     /// Uses another state directory.
@@ -261,6 +286,12 @@ impl World {
         command
             .arg("--config")
             .arg(&file)
+            .args(
+                self.settings
+                    .launcher_policy
+                    .iter()
+                    .flat_map(|file| [OsStr::new("--launcher-policy"), file.as_os_str()]),
+            )
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("HOME", self.directory.path().join("home"))
@@ -302,6 +333,7 @@ impl World {
             supervisor,
             toml,
             plugins,
+            launcher_policy: _,
         } = &self.settings;
         let allowed: Vec<&String> = allow_degraded.iter().flatten().chain(also_allow).collect();
         let mut text = String::new();

@@ -4,6 +4,7 @@
 //! no async runtime. Every limit on size, depth and count is a value that the caller passes in.
 #![forbid(unsafe_code)]
 
+mod approval;
 #[cfg(feature = "bundle")]
 mod bundle;
 mod capability;
@@ -23,6 +24,7 @@ mod schema;
 mod trust;
 mod variable;
 
+pub use approval::{Approval, ApprovalError, approval_text};
 #[cfg(feature = "bundle")]
 pub use bundle::{Bundle, BundleError, Entry, EntryKind, Refusal, Services};
 pub use capability::{Capability, CapabilityError};

@@ -135,6 +135,21 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Sign that a bundle has a tier, for launchers whose policy file has the key. Needs no supervisor.
+    Approve {
+        /// The bundle directory; the approval is written beside it.
+        #[arg(required_unless_present = "new_key", requires_all = ["tier", "key"])]
+        bundle: Option<PathBuf>,
+        /// The tier that it has.
+        #[arg(long)]
+        tier: Option<ApprovedTier>,
+        /// The file of the private key.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+        /// Make a key in this file instead, and print the entry for the launcher's policy file.
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["bundle", "tier", "key"])]
+        new_key: Option<PathBuf>,
+    },
     /// Print the completions of a shell, to be put where it looks for them.
     Completion {
         /// The shell.
@@ -239,6 +254,24 @@ pub(crate) enum ConfigCommand {
         #[arg(long, value_name = "FILE")]
         file: Option<PathBuf>,
     },
+}
+
+/// What can be signed: everything that is more than nothing.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum ApprovedTier {
+    Community,
+    Verified,
+    Internal,
+}
+
+impl From<ApprovedTier> for plugvisor_package::TrustTier {
+    fn from(tier: ApprovedTier) -> Self {
+        match tier {
+            ApprovedTier::Community => Self::Community,
+            ApprovedTier::Verified => Self::Verified,
+            ApprovedTier::Internal => Self::Internal,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+pub(crate) mod approve;
 pub(crate) mod breaker;
 pub(crate) mod call;
 pub(crate) mod config;

@@ -20,7 +20,9 @@ use clap::{CommandFactory, Parser};
 
 use crate::admin::Admin;
 use crate::args::{BreakerCommand, Cli, Command, ConfigCommand, ExplainCommand, PluginCommand};
-use crate::command::{breaker, call, config, describe, doctor, events, explain, life, logs, run, status, validate};
+use crate::command::{
+    approve, breaker, call, config, describe, doctor, events, explain, life, logs, run, status, validate,
+};
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
 
@@ -40,6 +42,10 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Run { arguments } => Err(run::run(&arguments)),
+        Command::Approve { new_key: Some(path), .. } => approve::new_key(&Output::new(&cli.global)?, &path),
+        Command::Approve { bundle: Some(bundle), tier: Some(tier), key: Some(key), new_key: None } => {
+            approve::approve(&Output::new(&cli.global)?, &bundle, tier.into(), &key)
+        }
         Command::Plugin { command: PluginCommand::Validate { path } } => {
             validate::validate(&Output::new(&cli.global)?, &path)
         }
@@ -93,6 +99,7 @@ async fn ask(
     match command {
         Command::Run { .. }
         | Command::Plugin { .. }
+        | Command::Approve { .. }
         | Command::Completion { .. }
         | Command::Config { command: ConfigCommand::Validate { .. } } => unreachable!("done without a supervisor"),
         Command::Doctor { .. } => doctor::report(output, &doctor::ask(admin).await?),

@@ -7,13 +7,14 @@
 use std::{
     collections::BTreeSet,
     fmt,
+    io::Read as _,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use plugvisor_core::{CapabilitySet, Code, Error};
-use plugvisor_package::{Bundle, BundleError, BundleLimits, Capability, Manifest, PluginName, TrustTier};
+use plugvisor_package::{Approval, Bundle, BundleError, BundleLimits, Capability, Manifest, PluginName, TrustTier};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 
 use crate::config::DirectoryConfig;
@@ -122,6 +123,26 @@ impl Source {
     #[must_use]
     pub fn tier(&self) -> TrustTier {
         self.directory.tier
+    }
+
+    /// The approval that lies beside the bundle, if one does; an error says why it is none. Blocks. It is no more than a
+    /// claim: the launcher verifies it.
+    pub fn approval(&self) -> Result<Option<Approval>, String> {
+        let Self { directory, name } = self;
+        let file = format!("{name}{}", Approval::SUFFIX);
+        let wrong = |why: &dyn fmt::Display| format!("{}: {why}", directory.path.join(&file).display());
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let opened = match rustix::fs::openat(&directory.descriptor, &file, flags, Mode::empty()) {
+            Ok(opened) => std::fs::File::from(opened),
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(errno) => return Err(wrong(&errno)),
+        };
+        if !opened.metadata().is_ok_and(|found| found.is_file() && found.len() <= Approval::MOST_BYTES) {
+            return Err(wrong(&"it is not a small regular file"));
+        }
+        let mut bytes = Vec::new();
+        opened.take(Approval::MOST_BYTES).read_to_end(&mut bytes).map_err(|error| wrong(&error))?;
+        Approval::read(&bytes).map(Some).map_err(|error| wrong(&error))
     }
 
     /// The capabilities that the operator gave to the directory.

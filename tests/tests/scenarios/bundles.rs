@@ -1,6 +1,6 @@
 //! Bundles that are wrong before anything of them runs.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::{os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context, ensure};
 use plugvisor_package::{Bundle, BundleLimits};
@@ -143,11 +143,54 @@ async fn a_directory_that_others_can_write_gives_no_tier(lane: Lane) -> anyhow::
     daemon.stop().await
 }
 
+/// From the key to the call: an administrator signs, the daemon finds it beside the bundle, the launcher verifies it.
+async fn a_signed_approval_gives_a_bundle_its_tier(lane: Lane) -> anyhow::Result<()> {
+    let approve = |world: &World, key: &Path| -> anyhow::Result<()> {
+        let (bundle, key) = (world.plugins().join("echo"), key.to_owned());
+        let (bundle, key) = (bundle.to_str().context("a path")?, key.to_str().context("a path")?);
+        let said = world.administer(&["approve", bundle, "--tier", "verified", "--key", key])?;
+        ensure!(said.status.success(), "{said:?}");
+        Ok(())
+    };
+    let first = world(lane)?.tier("untrusted");
+    let keys = tempfile::tempdir()?;
+    let (ops, other) = (keys.path().join("ops.key"), keys.path().join("other.key"));
+    let mut policy = "version = 1\n".to_owned();
+    for key in [&ops, &other] {
+        let made = first.administer(&["approve", "--new-key", key.to_str().context("a path")?])?;
+        ensure!(made.status.success(), "{made:?}");
+        if key == &ops {
+            policy.push_str(std::str::from_utf8(&made.stdout)?);
+        }
+    }
+    approve(&first, &ops)?;
+    let daemon = first.launcher_policy(&policy)?.start().await?;
+    daemon.loaded("echo").await?;
+    let neighbour = daemon.neighbour();
+    neighbour.finish().await?;
+    daemon.stop().await?;
+    // By a key that the policy does not have; and for a content that is another now.
+    let second = world(lane)?.tier("untrusted");
+    approve(&second, &other)?;
+    let daemon = second.launcher_policy(&policy)?.start().await?;
+    let status = daemon.in_state("echo", PluginState::Failed).await?;
+    says("the error", &status.last_error, &["names no such key", "other"])?;
+    daemon.stop().await?;
+    let third = world(lane)?.tier("untrusted");
+    approve(&third, &ops)?;
+    std::fs::write(third.plugins().join("echo/later"), "added")?;
+    let daemon = third.launcher_policy(&policy)?.start().await?;
+    let status = daemon.in_state("echo", PluginState::Failed).await?;
+    says("the error", &format!("{} {}", status.last_error, status.hint), &["sandbox"])?;
+    daemon.stop().await
+}
+
 scenarios!(
     each_wrong_bundle_is_named,
     a_tier_that_never_runs_is_refused,
     a_name_that_is_taken_is_refused,
-    a_directory_that_others_can_write_gives_no_tier
+    a_directory_that_others_can_write_gives_no_tier,
+    a_signed_approval_gives_a_bundle_its_tier
 );
 
 /// What the scenarios take for good is good, and nothing but the damage makes the corpus bad.

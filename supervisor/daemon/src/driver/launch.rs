@@ -34,20 +34,25 @@ impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {
         let config = self.config.clone();
         let asked = self.of(generation).and_then(|run| run.verified.as_ref()).map(|verified| {
-            let Verified { info, files, verdict } = verified;
+            let Verified { info, files, verdict, directory_tier, approval } = verified;
             let manifest = &info.manifest;
             let launch = Launch {
                 plugin: manifest.name.to_string(),
                 generation: generation.0,
                 level: verdict.level.into(),
                 bundle: *info.digest.as_bytes(),
-                approval: None,
+                approval: approval.as_ref().map(|approval| protocol::Approval {
+                    tier: approval.tier.into(),
+                    key: approval.key.clone(),
+                    signature: approval.signature.to_vec(),
+                }),
                 limits: settings::kernel_limits(&verdict.limits),
                 grants: protocol::Grant::of_all(verdict.granted().iter()),
                 environment: settings::environment(verdict, &config),
                 allow_degraded: Vec::new(),
             };
-            (launch, Arc::clone(files), verdict.tier)
+            // What an approval adds is found at the launch, not by importing once more.
+            (launch, Arc::clone(files), verdict.tier.min(*directory_tier))
         });
         let Some((mut launch, files, tier)) = asked else { return };
         launch.allow_degraded.clone_from(&self.shared.allow_degraded);

@@ -8,7 +8,7 @@ use plugvisor_core::{
     lifecycle::{Failure, Phase},
     policy::{Policy, Verdict, WhyNot},
 };
-use plugvisor_package::{Bundle, Capability, PluginName, VariableName};
+use plugvisor_package::{Approval, Bundle, Capability, PluginName, TrustTier, VariableName};
 
 use super::{
     BundleInfo, Driver, Inward, PluginView,
@@ -26,6 +26,10 @@ pub(super) struct Verified {
     pub(super) info: Arc<BundleInfo>,
     pub(super) files: Arc<BundleFiles>,
     pub(super) verdict: Arc<Verdict>,
+    /// What its directory gives it.
+    pub(super) directory_tier: TrustTier,
+    /// What an administrator signed that gives it more.
+    pub(super) approval: Option<Approval>,
 }
 
 /// What of a bundle outlives its descriptors.
@@ -106,8 +110,10 @@ fn verify(
     {
         return Err(permanent(error));
     }
-    let (asked, operator) =
-        (settings::asked(&bundle.manifest), settings::operator(source.tier(), source.grants(), config));
+    let approval = approval(source, name, &bundle);
+    let directory_tier = source.tier();
+    let tier = approval.as_ref().map_or(directory_tier, |approval| approval.tier);
+    let (asked, operator) = (settings::asked(&bundle.manifest), settings::operator(tier, source.grants(), config));
     let verdict = match Policy::default().decide(name, &asked, &operator) {
         Ok(verdict) => verdict,
         Err(errors) => {
@@ -125,7 +131,28 @@ fn verify(
     let directory = bundle.directory().as_fd().try_clone_to_owned().map_err(read)?;
     let info = Arc::new(info(&bundle));
     let files = BundleFiles { digest: bundle.digest, files: bundle.files, directory };
-    Ok(Verified { info, files: Arc::new(files), verdict: Arc::new(verdict) })
+    Ok(Verified { info, files: Arc::new(files), verdict: Arc::new(verdict), directory_tier, approval })
+}
+
+/// The approval beside the bundle, when it is for this content and gives more than the directory does. A quarantined
+/// directory stays one.
+fn approval(source: &Source, name: &PluginName, bundle: &Bundle) -> Option<Approval> {
+    let found = match source.approval() {
+        Ok(found) => found?,
+        Err(why) => {
+            tracing::warn!(plugin = %name, "an approval was not read: {why}");
+            return None;
+        }
+    };
+    if found.name != *name || found.digest != bundle.digest {
+        tracing::warn!(
+            plugin = %name, digest = %bundle.digest, approved = %found.digest,
+            "the approval beside the bundle is for another content; approve it again with `plugvisor approve`"
+        );
+        return None;
+    }
+    let more = source.tier() != TrustTier::Quarantined && found.tier > source.tier();
+    more.then_some(found)
 }
 
 /// Why variables that the operator set for it cannot be given to it. Left out they would be missed without a word.

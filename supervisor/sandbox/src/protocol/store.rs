@@ -110,6 +110,5 @@ pub struct Approval {
 /// What an administrator signs: this plugin's name, with this content, has this tier.
 #[must_use]
 pub fn approval_text(plugin: &str, tier: Tier, bundle: &[u8; 32]) -> String {
-    let digest = plugvisor_package::Digest::from_bytes(*bundle);
-    format!("plugvisor approval 1\n{plugin}\n{}\n{digest}\n", TrustTier::from(tier))
+    plugvisor_package::approval_text(plugin, tier.into(), &plugvisor_package::Digest::from_bytes(*bundle))
 }
