@@ -35,6 +35,11 @@ pub enum ApprovalError {
     /// The signature is not 64 bytes in hexadecimal digits.
     #[error("its signature is not 64 bytes in hexadecimal digits; make it again with `plugvisor approve`")]
     Signature,
+    /// The key's name is none.
+    #[error(
+        "its key has no plain name of at most 64 letters, digits, '-', '_' and '.'; make it again with `plugvisor approve`"
+    )]
+    Key,
 }
 
 /// The file.
@@ -55,6 +60,13 @@ impl Approval {
     /// The largest file that is one, in bytes.
     pub const MOST_BYTES: u64 = 4096;
 
+    /// Whether a key may be called so: what stands in policy files, messages and logs as it is.
+    #[must_use]
+    pub fn is_key_name(name: &str) -> bool {
+        (1..=64).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+    }
+
     /// Reads the file.
     ///
     /// # Errors
@@ -63,6 +75,9 @@ impl Approval {
     pub fn read(bytes: &[u8]) -> Result<Self, ApprovalError> {
         let File { name, tier, digest, key, signature } = serde_json::from_slice(bytes)?;
         let signature = from_hex(&signature).ok_or(ApprovalError::Signature)?;
+        if !Self::is_key_name(&key) {
+            return Err(ApprovalError::Key);
+        }
         Ok(Self { name, tier, digest, key, signature })
     }
 
@@ -115,6 +130,11 @@ mod tests {
             text.replacen("a5", "é", 1),
             text.replace("verified", "trusted"),
             text.replace("\"key\"", "\"kee\""),
+            text.replace("\"ops\"", "\"\""),
+            text.replace("\"ops\"", "\"o\\nps\""),
+            text.replace("\"ops\"", &format!("\"{}\"", "o".repeat(65))),
+            format!("{text}{text}"),
+            "[".repeat(4096),
         ] {
             assert!(Approval::read(wrong.as_bytes()).is_err(), "{wrong}");
         }

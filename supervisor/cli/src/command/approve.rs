@@ -4,13 +4,14 @@
 //! written beside the bundle, where plugvisord finds it; the launcher verifies it with the key in its policy file. This is
 //! done where the key is, which need not be the host that runs the plugin.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use ed25519_dalek::{Signer, SigningKey};
 use plugvisor_package::{Approval, Bundle, BundleLimits, TrustTier, approval_text};
+use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use crate::args::Format;
@@ -29,7 +30,7 @@ pub(crate) fn approve(output: &Output, path: &Path, tier: TrustTier, key_file: &
     let beside = write_beside(path, &approval.write()).map_err(|error| failed("written", path, &error))?;
     match output.format {
         Format::Json | Format::Jsonl => output.json(&json!({
-            "approval": beside, "name": name.as_str(), "tier": tier.as_str(), "digest": digest.to_string(), "key": id,
+            "approval": beside.display().to_string(), "name": name.as_str(), "tier": tier.as_str(), "digest": digest.to_string(), "key": id,
             "public_key": public(&key),
         })),
         Format::Name => output.line(&Line::new(beside.display().to_string())),
@@ -58,7 +59,9 @@ pub(crate) fn new_key(output: &Output, path: &Path) -> Result<(), Failure> {
     .map_err(|error| failed("made", path, &error))?;
     let key = SigningKey::from_bytes(&seed);
     match output.format {
-        Format::Json | Format::Jsonl => output.json(&json!({ "key": id, "public_key": public(&key), "file": path })),
+        Format::Json | Format::Jsonl => {
+            output.json(&json!({ "key": id, "public_key": public(&key), "file": path.display().to_string() }))
+        }
         Format::Name => output.line(&Line::new(id)),
         Format::Table | Format::Wide => entry(output, &id, &key, TrustTier::Verified),
     }
@@ -83,10 +86,7 @@ fn public(key: &SigningKey) -> String {
 
 /// A key is called what its file is called.
 fn id_of(path: &Path) -> Result<String, Failure> {
-    let plain = |id: &&str| {
-        (1..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-    };
-    let id = path.file_stem().and_then(|stem| stem.to_str()).filter(plain);
+    let id = path.file_stem().and_then(|stem| stem.to_str()).filter(|id| Approval::is_key_name(id));
     id.map(str::to_owned).ok_or_else(|| {
         let message = format!("{} is no name for a key", path.display());
         Failure::new(Outcome::Failed, message, "call it by 1 to 64 letters, digits, '-', '_' or '.', such as ops.key")
@@ -95,16 +95,19 @@ fn id_of(path: &Path) -> Result<String, Failure> {
 
 fn read_key(path: &Path) -> Result<(String, SigningKey), Failure> {
     let wrong = |what: &str, hint: &str| Failure::new(Outcome::Failed, format!("{} {what}", path.display()), hint);
-    let found = fs::metadata(path).map_err(|error| failed("read", path, &error))?;
+    // Opened once and then looked at, so that what is read is what was looked at; a FIFO has no writer to wait for.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed("read", path, &errno.into()))?;
+    let file = File::from(file);
+    let found = file.metadata().map_err(|error| failed("read", path, &error))?;
     if !found.is_file() {
         return Err(wrong("is not a regular file", "make a key with `plugvisor approve --new-key FILE`"));
     }
     if found.mode() & 0o077 != 0 {
-        return Err(wrong("can be read by others", "chmod it 600; if others were on this host, make another key"));
+        return Err(wrong("is open to others", "chmod it 600; if others were on this host, make another key"));
     }
     let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(1024).read_to_string(&mut text));
-    read.map_err(|error| failed("read", path, &error))?;
+    file.take(1024).read_to_string(&mut text).map_err(|error| failed("read", path, &error))?;
     let digits = text.trim();
     let mut seed = [0; 32];
     let byte = |at: usize| digits.get(at..at + 2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
@@ -130,6 +133,8 @@ fn write_beside(bundle: &Path, text: &str) -> io::Result<PathBuf> {
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
+    // It is no secret, and plugvisord reads it as another user, whatever the umask here is.
+    file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
     fs::rename(new, &beside)?;

@@ -140,14 +140,16 @@ fn approval(source: &Source, name: &PluginName, bundle: &Bundle) -> Option<Appro
     let found = match source.approval() {
         Ok(found) => found?,
         Err(why) => {
-            tracing::warn!(plugin = %name, "an approval was not read: {why}");
+            // Debug, because the text quotes what somebody wrote.
+            tracing::warn!(plugin = %name, ?why, "the approval beside the bundle is no approval, and gives nothing");
             return None;
         }
     };
     if found.name != *name || found.digest != bundle.digest {
         tracing::warn!(
-            plugin = %name, digest = %bundle.digest, approved = %found.digest,
-            "the approval beside the bundle is for another content; approve it again with `plugvisor approve`"
+            plugin = %name, digest = %bundle.digest, approved_name = %found.name, approved_digest = %found.digest,
+            "the approval beside the bundle is for another name or content, and gives nothing; approve it again with \
+             `plugvisor approve`"
         );
         return None;
     }

@@ -384,9 +384,13 @@ fn signed(
         return wrong("the key has expired in the launcher's policy file");
     }
     let Ok(signature) = Signature::from_slice(signature) else { return wrong("it is no Ed25519 signature") };
+    // What the supervisor grants, it grants by the tier that was signed: the lower one of the two would not do.
+    if *tier > known.tier.into() {
+        return wrong(&format!("this key may give {} at most", known.tier));
+    }
     let text = approval_text(name.as_str(), *tier, bundle);
     match known.public_key.verify_strict(text.as_bytes(), &signature) {
-        Ok(()) => Ok((*tier).min(known.tier.into())),
+        Ok(()) => Ok(*tier),
         Err(_) => wrong("the signature is over another name, tier or content, or by another key"),
     }
 }
@@ -586,9 +590,11 @@ mod tests {
         };
         let good = Approval { tier: Tier::Verified, key: "ops".into(), signature: sign("a", Tier::Verified, &CONTENT) };
         assert_eq!(tier(&mut policy, "a", &[], Some(&good)), Ok(Tier::Verified));
-        // A key gives its own tier at most.
+        let low = Approval { tier: Tier::Community, signature: sign("a", Tier::Community, &CONTENT), ..good.clone() };
+        assert_eq!(tier(&mut policy, "a", &[], Some(&low)), Ok(Tier::Community));
         let high = Approval { tier: Tier::Internal, signature: sign("a", Tier::Internal, &CONTENT), ..good.clone() };
-        assert_eq!(tier(&mut policy, "a", &[], Some(&high)), Ok(Tier::Verified));
+        let refusal = tier(&mut policy, "a", &[], Some(&high)).expect_err("more than the key may give");
+        assert!(refusal.contains("verified at most"), "{refusal}");
         let mut flipped = good.clone();
         flipped.signature[9] ^= 1;
         for (what, plugin, approval) in [
