@@ -43,8 +43,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Run { arguments } => Err(run::run(&arguments)),
         Command::Approve { new_key: Some(path), .. } => approve::new_key(&Output::new(&cli.global)?, &path),
-        Command::Approve { bundle: Some(bundle), tier: Some(tier), key: Some(key), new_key: None } => {
-            approve::approve(&Output::new(&cli.global)?, &bundle, tier.into(), &key)
+        Command::Approve { bundle: Some(bundle), tier: Some(tier), digest, key: Some(key), new_key: None } => {
+            let asked = approve::Asked { bundle, tier: tier.into(), digest };
+            approve::approve(&Output::new(&cli.global)?, &asked, &key)
         }
         Command::Plugin { command: PluginCommand::Validate { path } } => {
             validate::validate(&Output::new(&cli.global)?, &path)

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     fmt,
     io::Read as _,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -137,8 +137,17 @@ impl Source {
             Err(rustix::io::Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(wrong(&errno)),
         };
-        if !opened.metadata().is_ok_and(|found| found.is_file() && found.len() <= Approval::MOST_BYTES) {
+        let found = opened.metadata().map_err(|error| wrong(&error))?;
+        if !found.is_file() || found.len() > Approval::MOST_BYTES {
             return Err(wrong(&"it is not a small regular file"));
+        }
+        // One that does not hold keeps the plugin from running: who may not change the bundle may not do that either.
+        let bundle = rustix::fs::statat(&directory.descriptor, name, AtFlags::SYMLINK_NOFOLLOW);
+        let bundle = bundle.map_err(|errno| wrong(&errno))?;
+        if ![0, rustix::process::geteuid().as_raw(), bundle.st_uid].contains(&found.uid()) {
+            let why =
+                format!("it belongs to uid {}, and not to root, the supervisor or the bundle's owner", found.uid());
+            return Err(wrong(&why));
         }
         let mut bytes = Vec::new();
         opened.take(Approval::MOST_BYTES).read_to_end(&mut bytes).map_err(|error| wrong(&error))?;

@@ -144,6 +144,9 @@ pub struct Launch {
     pub level: Level,
     /// The content digest of a bundle in the store.
     pub bundle: [u8; 32],
+    /// The tier that the supervisor counts on for what it grants itself. The launch is refused when the launcher trusts
+    /// the bundle less, with the approval.
+    pub tier: Tier,
     /// What an administrator signed for this bundle, if anything.
     pub approval: Option<Approval>,
     /// Limits that the kernel holds.

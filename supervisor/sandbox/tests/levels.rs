@@ -288,21 +288,44 @@ fn sandbox_executes_nothing_that_it_wrote() {
     }
 }
 
-/// Lets the program at this path ask for an executable stack, as `-z execstack` does.
-fn ask_for_executable_stack(path: &Path) {
+/// How a program asks for memory that the kernel makes writable and executable when it is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asks {
+    /// As `-z execstack` does.
+    Stack,
+    /// By a segment of code with more pages in memory than in the file.
+    Segment,
+}
+
+/// Lets the program at this path ask.
+fn ask_for_writable_code(path: &Path, asks: Asks) {
+    const PT_LOAD: u32 = 1;
     const PT_GNU_STACK: u32 = 0x6474_e551;
+    const PF_X: u8 = 1;
     let mut file = fs::read(path).expect("the program");
     let short = |file: &[u8], at: usize| u16::from_ne_bytes([file[at], file[at + 1]]);
-    let table = usize::try_from(u64::from_ne_bytes(file[32..40].try_into().expect("eight bytes"))).expect("in it");
+    let long = |file: &[u8], at: usize| u64::from_ne_bytes(file[at..at + 8].try_into().expect("eight bytes"));
+    let table = usize::try_from(long(&file, 32)).expect("in it");
     let (size, count) = (usize::from(short(&file, 54)), usize::from(short(&file, 56)));
-    let stack = (0..count).map(|index| table + index * size).find(|at| file[*at..at + 4] == PT_GNU_STACK.to_ne_bytes());
-    // Read, write, execute.
-    file[stack.expect("it says what its stack is") + 4] = 7;
+    let is = |file: &[u8], at: usize, kind: u32| file[at..at + 4] == kind.to_ne_bytes();
+    let mut headers = (0..count).map(|index| table + index * size);
+    match asks {
+        Asks::Stack => {
+            let stack = headers.find(|at| is(&file, *at, PT_GNU_STACK)).expect("it says what its stack is");
+            // Read, write, execute.
+            file[stack + 4] = 7;
+        }
+        Asks::Segment => {
+            let segment = headers.find(|at| is(&file, *at, PT_LOAD) && file[at + 4] & PF_X != 0).expect("it has code");
+            let longer = long(&file, segment + 40) + 1;
+            file[segment + 40..segment + 48].copy_from_slice(&longer.to_ne_bytes());
+        }
+    }
     fs::write(path, file).expect("the program");
 }
 
 #[test]
-fn sandbox_has_no_executable_stack() {
+fn sandbox_has_no_writable_code_of_the_kernel_s_making() {
     let of_stack = |maps: &str| {
         let line = maps.split('|').find(|line| line.ends_with("[stack]")).expect("a stack");
         line.split(' ').nth(1).expect("its rights").to_owned()
@@ -310,27 +333,31 @@ fn sandbox_has_no_executable_stack() {
     for as_ in As::possible() {
         let mut harness = Harness::start_trusting(as_);
         // As the program itself, and as a file beside it, which may be the interpreter of a script.
-        for asks in ["bin/walled", "bin/other"] {
+        for (file, asks) in [("bin/walled", Asks::Stack), ("bin/other", Asks::Stack), ("bin/other", Asks::Segment)] {
             let args = ["cat", "/proc/self/maps"];
-            let name = asks.replace('/', "-");
+            let name = format!("{}-{asks:?}", file.replace('/', "-"));
             make_bundle(&harness.path("bundles"), &name);
             let bundle = harness.path("bundles").join(name);
             fs::write(bundle.join("plugin.json"), Manner::of(&args).manifest("walled", "bin/walled")).expect("it");
             fs::copy(bundle.join("bin/walled"), bundle.join("bin/other")).expect("a second program");
-            ask_for_executable_stack(&bundle.join(asks));
+            ask_for_writable_code(&bundle.join(file), asks);
             harness.import(&bundle).expect("imported");
             for level in [Level::Process, Level::Container] {
                 let request = Launch { bundle: digest(&bundle), ..harness.request_at(level, &args) };
                 let mut plugin = harness.launch_stored(request).expect("launched");
                 let maps = read_all(&mut plugin.stdout);
                 assert_eq!(harness.exit_of(plugin.launched.launch), (Exit::Code(0), false));
-                let rights = if asks == "bin/walled" { "rwxp" } else { "rw-p" };
-                assert_eq!(of_stack(maps.trim_end()), rights, "{as_:?} {level:?} {asks}");
+                let rights = if (file, asks) == ("bin/walled", Asks::Stack) { "rwxp" } else { "rw-p" };
+                assert_eq!(of_stack(maps.trim_end()), rights, "{as_:?} {level:?} {file}");
             }
             let request = Launch { bundle: digest(&bundle), ..harness.request_at(Level::Sandbox, &args) };
-            let refusal = harness.launch_stored(request).map(drop).expect_err("its stack would be executable");
+            let refusal = harness.launch_stored(request).map(drop).expect_err("it would have writable code");
             assert_eq!(refusal.code, RefusalCode::Policy, "{}", refusal.message);
-            for word in [asks, "-z noexecstack", "Sandbox"] {
+            let fix = match asks {
+                Asks::Stack => "-z noexecstack",
+                Asks::Segment => "-z separate-code",
+            };
+            for word in [file, fix, "sandbox"] {
                 assert!(refusal.message.contains(word), "{word} in {}", refusal.message);
             }
         }

@@ -92,11 +92,11 @@ fn what_runs_is_what_the_manifest_says() {
         assert_eq!(harness.find(request.bundle), None);
         let plugin = harness.launch(request.clone());
         assert_eq!(harness.exit_of(plugin.launched.launch), (Exit::Code(0), false));
-        // One that did not look at what the files ask of their stack wrote nothing of it, and counts as no more.
+        // One that did not look at what memory the files ask for wrote nothing of it, and counts as no more.
         await_file(&own.join("list"));
         let about = fs::read_to_string(own.join("about")).expect("what is known of it");
         let mut about: serde_json::Value = serde_json::from_str(&about).expect("JSON");
-        assert_eq!(about.as_object_mut().and_then(|about| about.remove("stacks")), Some(json!("data")));
+        assert_eq!(about.as_object_mut().and_then(|about| about.remove("writable_code")), Some(json!("none")));
         fs::write(own.join("about"), about.to_string()).expect("old");
         restart(&mut harness);
         assert_eq!(harness.find(request.bundle), None);

@@ -5,10 +5,13 @@ use std::{os::unix::fs::PermissionsExt as _, path::Path};
 use anyhow::{Context, ensure};
 use plugvisor_package::{Bundle, BundleLimits};
 use plugvisor_proto::admin::v1::PluginState;
-use plugvisor_tests::{Binaries, BundleBuilder, Lane, World, scenarios};
+use plugvisor_tests::{Binaries, BundleBuilder, Lane, World, events, scenarios};
 use serde_json::json;
 
 use crate::{says, told, world};
+
+/// Long enough for the next supervisor.
+const LINGER: &str = "[launcher]\nlinger = \"100s\"";
 
 /// A bundle, the error's code, and words that its message must have.
 type Wrong = (BundleBuilder, &'static str, &'static [&'static str]);
@@ -152,7 +155,7 @@ async fn a_signed_approval_gives_a_bundle_its_tier(lane: Lane) -> anyhow::Result
         ensure!(said.status.success(), "{said:?}");
         Ok(())
     };
-    let first = world(lane)?.tier("untrusted");
+    let first = world(lane)?.tier("untrusted").toml(LINGER);
     let keys = tempfile::tempdir()?;
     let (ops, other) = (keys.path().join("ops.key"), keys.path().join("other.key"));
     let mut policy = "version = 1\n".to_owned();
@@ -169,6 +172,11 @@ async fn a_signed_approval_gives_a_bundle_its_tier(lane: Lane) -> anyhow::Result
     ensure!(status.isolation_level == "process", "the level of verified: {status:?}");
     let neighbour = daemon.neighbour();
     neighbour.finish().await?;
+    // The launcher has verified it, and the next supervisor takes over what was verified.
+    let daemon = daemon.die().await?.0.start().await?;
+    daemon.events().wait("the start", |event| events::short_type(event) == "supervisor.ready").await?;
+    let after = daemon.loaded("echo").await?;
+    ensure!((after.pid, after.tier.as_str()) == (status.pid, "verified"), "{status:?} became {after:?}");
     daemon.stop().await?;
     // Keys are never overwritten, and are their owner's.
     let before = std::fs::read(&ops)?;
@@ -182,12 +190,19 @@ async fn a_signed_approval_gives_a_bundle_its_tier(lane: Lane) -> anyhow::Result
     let status = daemon.in_state("echo", PluginState::Failed).await?;
     says("the error", &status.last_error, &["names no such key", "other"])?;
     daemon.stop().await?;
-    let third = world(lane)?.tier("untrusted");
+    let third = world(lane)?.tier("untrusted").toml(LINGER);
     approve(&third, &ops)?;
     std::fs::write(third.plugins().join("echo/later"), "added")?;
     let daemon = third.launcher_policy(&policy)?.start().await?;
     let status = daemon.loaded("echo").await?;
     ensure!(status.isolation_level == "sandbox", "the level of untrusted: {status:?}");
+    // What is put there while nobody supervises has been verified by nobody: it is launched anew, not taken over.
+    let (third, _) = daemon.die().await?;
+    approve(&third, &ops)?;
+    let daemon = third.start().await?;
+    daemon.events().wait("the start", |event| events::short_type(event) == "supervisor.ready").await?;
+    let after = daemon.loaded("echo").await?;
+    ensure!(after.pid != status.pid && after.isolation_level == "process", "{status:?} became {after:?}");
     daemon.stop().await
 }
 

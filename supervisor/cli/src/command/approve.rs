@@ -6,12 +6,14 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use ed25519_dalek::{Signer, SigningKey};
-use plugvisor_package::{Approval, Bundle, BundleLimits, TrustTier, approval_text};
-use rustix::fs::{Mode, OFlags};
+use plugvisor_package::{Approval, Bundle, BundleLimits, Digest, IsolationLevel, Manifest, TrustTier, approval_text};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 use serde_json::json;
 
 use crate::args::Format;
@@ -19,26 +21,59 @@ use crate::failure::{Failure, Outcome};
 use crate::output::Output;
 use crate::text::Line;
 
+/// What is signed.
+pub(crate) struct Asked {
+    pub(crate) bundle: PathBuf,
+    pub(crate) tier: TrustTier,
+    /// What was reviewed; anything else is not signed.
+    pub(crate) digest: Option<Digest>,
+}
+
 /// Signs that the bundle has the tier, and writes that beside it.
-pub(crate) fn approve(output: &Output, path: &Path, tier: TrustTier, key_file: &Path) -> Result<(), Failure> {
-    let bundle = Bundle::open(path, &BundleLimits::default())
+pub(crate) fn approve(output: &Output, asked: &Asked, key_file: &Path) -> Result<(), Failure> {
+    let Asked { bundle: path, tier, digest: reviewed } = asked;
+    let place = Place::open(path).map_err(|error| failed("opened", path, &error))?;
+    let bundle = Bundle::open_at(place.parent.as_fd(), &place.path, &place.name, &BundleLimits::default())
         .map_err(|error| Failure::new(Outcome::Failed, error.to_string(), error.hint()))?;
+    let (manifest, digest) = (bundle.manifest, bundle.digest);
+    // Under another name it would be given another plugin's uid and data.
+    if manifest.name.as_str() != place.name {
+        let message = format!("the bundle in {} calls itself {}: nothing was signed", path.display(), manifest.name);
+        let hint = format!("if that is the plugin you mean, call its directory {}", manifest.name);
+        return Err(Failure::new(Outcome::Failed, message, hint));
+    }
+    if let Some(reviewed) = reviewed.filter(|reviewed| *reviewed != digest) {
+        let message = format!("{} has the digest {digest}, and not {reviewed}: nothing was signed", path.display());
+        return Err(Failure::new(Outcome::Failed, message, "it was changed after the review: review it again"));
+    }
     let (id, key) = read_key(key_file)?;
-    let (name, digest) = (bundle.manifest.name, bundle.digest);
-    let signature = key.sign(approval_text(name.as_str(), tier, &digest).as_bytes()).to_bytes();
-    let approval = Approval { name: name.clone(), tier, digest, key: id.clone(), signature };
-    let beside = write_beside(path, &approval.write()).map_err(|error| failed("written", path, &error))?;
+    let name = manifest.name.clone();
+    let signature = key.sign(approval_text(name.as_str(), *tier, &digest).as_bytes()).to_bytes();
+    let approval = Approval { name: name.clone(), tier: *tier, digest, key: id.clone(), signature };
+    let beside = place.write(&approval.write()).map_err(|error| failed("written", path, &error))?;
     match output.format {
         Format::Json | Format::Jsonl => output.json(&json!({
-            "approval": beside.display().to_string(), "name": name.as_str(), "tier": tier.as_str(), "digest": digest.to_string(), "key": id,
-            "public_key": public(&key),
+            "approval": beside.display().to_string(), "name": name.as_str(), "tier": tier.as_str(),
+            "digest": digest.to_string(), "key": id, "public_key": public(&key),
         })),
         Format::Name => output.line(&Line::new(beside.display().to_string())),
         Format::Table | Format::Wide => {
             output.line(&Line::new(format!("{name} {digest} is {tier} by the key {id}: {}", beside.display())))?;
-            entry(output, &id, &key, tier)
+            output.line(&Line::new(asks(&manifest)))
         }
     }
+}
+
+/// What the tier may now open.
+fn asks(manifest: &Manifest) -> String {
+    let sandbox = &manifest.security.sandbox;
+    let level = match (sandbox.enabled, sandbox.isolation_level) {
+        (false, _) => IsolationLevel::None,
+        (true, asked) => asked.unwrap_or(IsolationLevel::Process),
+    };
+    let capabilities: Vec<&str> = manifest.security.capabilities.iter().map(|asked| asked.as_str()).collect();
+    let capabilities = if capabilities.is_empty() { "no capability".to_owned() } else { capabilities.join(", ") };
+    format!("it asks for the level {} and for {capabilities}", level.as_str())
 }
 
 /// Makes a key.
@@ -63,19 +98,19 @@ pub(crate) fn new_key(output: &Output, path: &Path) -> Result<(), Failure> {
             output.json(&json!({ "key": id, "public_key": public(&key), "file": path.display().to_string() }))
         }
         Format::Name => output.line(&Line::new(id)),
-        Format::Table | Format::Wide => entry(output, &id, &key, TrustTier::Verified),
+        Format::Table | Format::Wide => entry(output, &id, &key),
     }
 }
 
 /// What the launcher's administrator writes for this key.
-fn entry(output: &Output, id: &str, key: &SigningKey, tier: TrustTier) -> Result<(), Failure> {
+fn entry(output: &Output, id: &str, key: &SigningKey) -> Result<(), Failure> {
     let public = public(key);
     let lines = [
         "# in the launcher's policy file, such as /etc/plugvisor/launcher.toml, once; tier is the most that it may give".to_owned(),
         "[[key]]".to_owned(),
         format!("id = \"{id}\""),
         format!("public_key = \"{public}\""),
-        format!("tier = \"{tier}\""),
+        format!("tier = \"{}\"", TrustTier::Verified),
     ];
     output.lines(&lines.map(Line::new))
 }
@@ -103,6 +138,10 @@ fn read_key(path: &Path) -> Result<(String, SigningKey), Failure> {
     if !found.is_file() {
         return Err(wrong("is not a regular file", "make a key with `plugvisor approve --new-key FILE`"));
     }
+    // With somebody else's key it would be somebody else's word.
+    if found.uid() != rustix::process::geteuid().as_raw() {
+        return Err(wrong("belongs to another user", "make a key of your own with `plugvisor approve --new-key FILE`"));
+    }
     if found.mode() & 0o077 != 0 {
         return Err(wrong("is open to others", "chmod it 600; if others were on this host, make another key"));
     }
@@ -120,25 +159,41 @@ fn read_key(path: &Path) -> Result<(String, SigningKey), Failure> {
     Ok((id_of(path)?, SigningKey::from_bytes(&seed)))
 }
 
-/// Whoever reads it finds the old one or the new one.
-fn write_beside(bundle: &Path, text: &str) -> io::Result<PathBuf> {
-    let bundle = fs::canonicalize(bundle)?;
-    let mut name = bundle.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-    name.push(Approval::SUFFIX);
-    let beside = bundle.with_file_name(&name);
-    name.push(".new");
-    let new = bundle.with_file_name(name);
-    match fs::remove_file(&new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// Where the bundle is. Opened once: whoever may rename directories there cannot have another one's approval replaced.
+struct Place {
+    parent: OwnedFd,
+    path: PathBuf,
+    name: String,
+}
+
+impl Place {
+    fn open(bundle: &Path) -> io::Result<Self> {
+        let bundle = fs::canonicalize(bundle)?;
+        let name = bundle.file_name().and_then(|name| name.to_str()).ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let path = bundle.parent().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let parent = rustix::fs::open(&path, flags, Mode::empty())?;
+        Ok(Self { parent, path, name })
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
-    // It is no secret, and plugvisord reads it as another user, whatever the umask here is.
-    file.set_permissions(Permissions::from_mode(0o644))?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(new, &beside)?;
-    Ok(beside)
+
+    /// Whoever reads it finds the old one or the new one.
+    fn write(&self, text: &str) -> io::Result<PathBuf> {
+        let name = format!("{}{}", self.name, Approval::SUFFIX);
+        let new = format!("{name}.new");
+        match rustix::fs::unlinkat(&self.parent, &new, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::openat(&self.parent, &new, flags, Mode::from_raw_mode(0o644))?);
+        // It is no secret, and plugvisord reads it as another user, whatever the umask here is.
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        rustix::fs::renameat(&self.parent, &new, &self.parent, &name)?;
+        rustix::fs::fsync(&self.parent)?;
+        Ok(self.path.join(name))
+    }
 }
 
 fn failed(what: &str, path: &Path, error: &io::Error) -> Failure {

@@ -233,7 +233,7 @@ fn difference(
     environment: [u8; 32],
     allow_degraded: &[Control],
 ) -> Option<&'static str> {
-    let Verified { info, verdict, approval, .. } = verified;
+    let Verified { info, verdict, .. } = verified;
     let grants = protocol::Grant::of_all(verdict.granted().iter());
     let asked = settings::kernel_limits(&verdict.limits);
     // A limit that this host cannot enforce was not in force at the launch either.
@@ -253,10 +253,10 @@ fn difference(
     };
     if known.bundle != *info.digest.as_bytes() {
         Some("its bundle")
-    } else if approval.is_some() {
-        // The launcher verifies it at a launch and at nothing else. Until then it is whatever somebody put beside the
-        // bundle, and what the supervisor itself grants by the tier must not rest on that.
-        Some("its approval may have")
+    } else if known.tier < protocol::Tier::from(verdict.tier) {
+        // The launcher judged it at the launch and at nothing else. What the supervisor itself grants by the tier must not
+        // rest on an approval or a directory that nobody has judged.
+        Some("its tier")
     } else if known.level != protocol::Level::from(verdict.level) {
         Some("its isolation level")
     } else if known.grants != grants {

@@ -7,8 +7,8 @@ use plugvisor_core::{
     event::{PluginEvent, SecurityEvent},
     lifecycle::{Failure, Permanence, Phase},
 };
-use plugvisor_package::{PluginName, TrustTier};
-use plugvisor_sandbox::protocol::{self, ControlState, Launch, Level, RefusalCode};
+use plugvisor_package::PluginName;
+use plugvisor_sandbox::protocol::{self, ControlState, Launch, RefusalCode};
 use tokio::time::Instant;
 
 use super::{
@@ -41,6 +41,7 @@ impl Driver {
                 generation: generation.0,
                 level: verdict.level.into(),
                 bundle: *info.digest.as_bytes(),
+                tier: verdict.tier.into(),
                 approval: approval.as_ref().map(|approval| protocol::Approval {
                     tier: approval.tier.into(),
                     key: approval.key.clone(),
@@ -58,21 +59,8 @@ impl Driver {
         launch.allow_degraded.clone_from(&self.shared.allow_degraded);
         let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
         self.spawn(generation, async move {
-            // What it holds was decided by the tier. Walls that would do for less trust are no reason to grant it.
             let launched = match launcher.import(files, tier.into()).await {
-                Ok(stored) if stored.tier < tier.into() => {
-                    // Weak walls the launcher refuses itself, and says which path is the reason.
-                    if launch.level < Level::Container {
-                        match launcher.launch(launch).await {
-                            Ok(process) => drop(launcher.kill(process.launched.launch).await),
-                            Err(error) => {
-                                return Some(failed(generation, Phase::Launch, launch_failure(&name, &error)));
-                            }
-                        }
-                    }
-                    return Some(failed(generation, Phase::Launch, untrusted(&name, tier, stored.tier.into())));
-                }
-                Ok(_) => launcher.launch(launch).await,
+                Ok(()) => launcher.launch(launch).await,
                 Err(error) => Err(error),
             };
             Some(match launched {
@@ -217,23 +205,6 @@ pub(super) struct Holding {
     /// Until when it must be ready.
     pub(super) deadline: Instant,
     pub(super) memory_limit: Option<u64>,
-}
-
-/// The launcher gives the bundle less trust than the operator's configuration.
-fn untrusted(name: &PluginName, tier: TrustTier, stored: TrustTier) -> Failure {
-    let error = Error::new(
-        Code::LaunchRefused,
-        format!(
-            "plugin {name} was not launched: by plugvisor.toml it is of the tier {tier}, and the launcher gives its bundle \
-             {stored}: its directory, one on the way to it or a file in it can be changed by others than root, or the \
-             launcher's own policy does not name the directory"
-        ),
-        format!(
-            "the launcher's output names the directory, its owner and mode, and the fix; or set the tier of the directory in \
-             plugvisor.toml to \"{stored}\""
-        ),
-    );
-    Failure { error, permanence: Permanence::Permanent, stderr_tail: Vec::new() }
 }
 
 fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {

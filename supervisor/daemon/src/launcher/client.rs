@@ -420,7 +420,7 @@ pub fn signal_name(signal: i32) -> String {
 mod tests {
     use plugvisor_sandbox::{
         codec::{decode_request, encode_notice, encode_reply},
-        protocol::{Level, Limits, RefusalCode},
+        protocol::{Level, Limits, RefusalCode, Tier},
     };
 
     use super::*;
@@ -458,6 +458,7 @@ mod tests {
             generation: 1,
             level: Level::Process,
             bundle: [0; 32],
+            tier: Tier::Untrusted,
             approval: None,
             limits: Limits::default(),
             grants: Vec::new(),

@@ -33,23 +33,23 @@ pub struct BundleFiles {
 impl Launcher {
     /// Makes sure that the launcher's store has the bundle and that to the launcher it has at least this tier, as far as
     /// importing it from where it lies can give it. What is there already is not copied again.
-    pub async fn import(&self, bundle: Arc<BundleFiles>, tier: Tier) -> Result<Stored, LauncherError> {
-        if let Some(stored) = self.stored(&bundle.digest).await?.filter(|stored| stored.tier >= tier) {
-            return Ok(stored);
+    pub async fn import(&self, bundle: Arc<BundleFiles>, tier: Tier) -> Result<(), LauncherError> {
+        if self.stored(&bundle.digest).await?.is_some_and(|stored| stored.tier >= tier) {
+            return Ok(());
         }
         let this = self.clone();
         // In a task of its own: an import that is begun is ended, whoever asked for it.
         let import = tokio::spawn(async move {
             let _one = this.importing.lock().await;
-            if let Some(stored) = this.stored(&bundle.digest).await?.filter(|stored| stored.tier >= tier) {
-                return Ok(stored);
+            if this.stored(&bundle.digest).await?.is_some_and(|stored| stored.tier >= tier) {
+                return Ok(());
             }
             let imported = this.import_all(&bundle).await;
             if imported.is_err() {
                 // A refusal has ended it already; anything else must not leave it open.
                 let _ = this.step(Import::Abort, Vec::new(), PATIENCE).await;
             }
-            imported
+            imported.map(drop)
         });
         import.await.unwrap_or_else(|panic| Err(LauncherError::Request(panic.to_string())))
     }

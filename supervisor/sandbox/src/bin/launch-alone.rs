@@ -148,6 +148,7 @@ impl Asker {
             generation: 1,
             level,
             bundle,
+            tier: Tier::Untrusted,
             approval: None,
             limits: Limits {
                 memory_bytes: Some(256 << 20),

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Control, ControlState, Exit, Grant, LaunchId, Launched, Level, Limits};
+use super::{Control, ControlState, Exit, Grant, LaunchId, Launched, Level, Limits, Tier};
 
 /// The most descriptors that are held under names.
 pub const MAX_HELD: usize = 16;
@@ -41,6 +41,8 @@ pub struct Known {
     pub generation: u64,
     /// How strong its walls are.
     pub level: Level,
+    /// The tier that the supervisor counted on, and the launcher found to be no more than its own.
+    pub tier: Tier,
     /// The content digest of its bundle. It covers the manifest, and so what was executed, how, and with which socket.
     pub bundle: [u8; 32],
     /// The limits in force, as far as they were enforced.

@@ -506,6 +506,7 @@ impl Harness {
             generation: 7,
             level: Level::Process,
             bundle: self.made("walled", manner),
+            tier: Tier::Untrusted,
             approval: None,
             limits: Limits::default(),
             grants: Vec::new(),

@@ -10,7 +10,7 @@ use crate::{
     check::{self, Asked, Checked, refuse},
     launch::Launcher,
     level::Walls,
-    store::{Bundle, Stacks},
+    store::{Asking, Bundle, WritableCode},
 };
 
 /// A bundle that may be launched.
@@ -35,11 +35,12 @@ impl Launcher {
             );
         }
         within(request, plugin, bundle)?;
-        stacks(request, plugin, bundle, walls)?;
+        writable_code(request, plugin, bundle, walls)?;
         let now = SystemTime::now();
         let tier = self.policy.tier(plugin, &request.bundle, &bundle.origins, request.approval.as_ref(), now)?;
         let tier = claimed(tier, bundle);
         self.policy.check_level(plugin, named, tier, request.level, bundle.doubt.as_ref(), now)?;
+        self.policy.check_tier(plugin, named, tier, request.tier, bundle.doubt.as_ref(), now)?;
         of_name(request, plugin, named, tier)?;
         self.policy.check_environment(plugin, &request.environment)?;
         let checked = check::program(plugin, &Asked::of(request), &bundle.stated, walls)?;
@@ -99,18 +100,28 @@ fn of_name(request: &Launch, plugin: &PluginName, bundle: Digest, tier: Tier) ->
 }
 
 /// Whether its files ask for nothing that the level denies and that nothing could deny once they are executed.
-fn stacks(request: &Launch, plugin: &PluginName, bundle: &Bundle, walls: Walls) -> Result<(), Refusal> {
-    match &bundle.stacks {
-        // The kernel makes the stack before the program runs: no rule on memory sees that.
-        Stacks::Executable(file) if walls.no_write_exec => refuse(
-            RefusalCode::Policy,
-            format!(
-                "{plugin} was not started: its file {file:?} asks for a stack that can be executed, or does not say that \
-                 it needs none (PT_GNU_STACK), and {:?} allows no memory that is written and executed; link it with \
-                 -z noexecstack",
-                request.level
-            ),
+fn writable_code(request: &Launch, plugin: &PluginName, bundle: &Bundle, walls: Walls) -> Result<(), Refusal> {
+    let (file, by) = match &bundle.writable_code {
+        WritableCode::Asked { file, by } if walls.no_write_exec => (file, by),
+        WritableCode::Asked { .. } | WritableCode::None => return Ok(()),
+    };
+    // The kernel makes that memory before the program runs: no rule on memory sees it.
+    let (asks, fix) = match by {
+        Asking::Stack => (
+            "a stack that can be executed, or does not say that it needs none (PT_GNU_STACK)",
+            "link it with -z noexecstack",
         ),
-        Stacks::Executable(_) | Stacks::Data => Ok(()),
-    }
+        Asking::Segment => (
+            "a segment of code that is writable or longer in memory than in the file (PT_LOAD)",
+            "link it with -z separate-code, without -N and --omagic",
+        ),
+    };
+    refuse(
+        RefusalCode::Policy,
+        format!(
+            "{plugin} was not started: its file {file:?} asks for {asks}, and {} allows no memory that is written and \
+             executed; {fix}",
+            request.level.as_str()
+        ),
+    )
 }

@@ -71,7 +71,7 @@ struct Rules {
 }
 
 /// The weakest isolation of each tier; a quarantined bundle is never launched.
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Weakest {
     internal: Wall,
@@ -299,9 +299,7 @@ impl Policy {
         doubt: Option<&Doubt>,
         now: SystemTime,
     ) -> Result<(), Refusal> {
-        let file = self.file.clone();
-        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
-        let weakest = &rules.weakest;
+        let weakest = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?.weakest.clone();
         let Some(least) = weakest.of(tier) else {
             return refuse(
                 RefusalCode::Policy,
@@ -314,15 +312,47 @@ impl Policy {
         if level >= least {
             return Ok(());
         }
+        let enough = [Tier::Community, Tier::Verified, Tier::Internal]
+            .into_iter()
+            .find(|higher| *higher > tier && weakest.of(*higher).is_some_and(|least| level >= least));
+        let needs = format!("that needs the level {}, not {}", least.as_str(), level.as_str());
+        self.distrusted(name, bundle, tier, &needs, enough, doubt, now)
+    }
+
+    /// Refuses a launch whose supervisor counts on more trust than this: what it grants itself, it grants by that.
+    pub(crate) fn check_tier(
+        &mut self,
+        name: &PluginName,
+        bundle: Digest,
+        tier: Tier,
+        counted_on: Tier,
+        doubt: Option<&Doubt>,
+        now: SystemTime,
+    ) -> Result<(), Refusal> {
+        if tier >= counted_on {
+            return Ok(());
+        }
+        let counts = format!("the supervisor counts on {}", TrustTier::from(counted_on));
+        self.distrusted(name, bundle, tier, &counts, Some(counted_on), doubt, now)
+    }
+
+    /// Says why a bundle has no higher tier than this, and what gives it `enough`.
+    #[allow(clippy::too_many_arguments, reason = "each is one fact of the message")]
+    fn distrusted(
+        &mut self,
+        name: &PluginName,
+        bundle: Digest,
+        tier: Tier,
+        against: &str,
+        enough: Option<Tier>,
+        doubt: Option<&Doubt>,
+        now: SystemTime,
+    ) -> Result<(), Refusal> {
+        let file = self.file.clone();
+        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
         let refused = |code, next: &str| {
             let tier = TrustTier::from(tier);
-            refuse(
-                code,
-                format!(
-                    "{name} was not started: to the launcher its bundle is {tier}, and that needs the level {least:?}, not \
-                     {level:?}; {next}"
-                ),
-            )
+            refuse(code, format!("{name} was not started: to the launcher its bundle is {tier}, and {against}; {next}"))
         };
         // Where it came from is nearer to what is wrong than what an administrator could do instead.
         match doubt.filter(|_| tier == Tier::Untrusted) {
@@ -339,9 +369,6 @@ impl Policy {
                  again, and give the entry another expires",
             );
         }
-        let enough = [Tier::Community, Tier::Verified, Tier::Internal]
-            .into_iter()
-            .find(|higher| *higher > tier && weakest.of(*higher).is_some_and(|least| level >= least));
         let next = enough.map_or_else(
             || "the launcher's policy allows this level to no tier".to_owned(),
             |enough| {
@@ -609,6 +636,30 @@ mod tests {
             let refusal = tier(&mut policy, plugin, &[], Some(&approval)).expect_err(what);
             assert!(refusal.contains("does not hold"), "{what}: {refusal}");
         }
+    }
+
+    #[test]
+    fn a_supervisor_that_counts_on_more_trust_is_refused() {
+        let mut policy = policy("version = 1\n", vec![]);
+        let (a, bundle) = (name("a"), Digest::from_bytes(CONTENT));
+        let mut check = |tier, counted_on, doubt: Option<&Doubt>| {
+            let refused = policy.check_tier(&a, bundle, tier, counted_on, doubt, now());
+            refused.map_err(|refusal| (refusal.code, refusal.message))
+        };
+        for tier in [Tier::Untrusted, Tier::Community, Tier::Verified, Tier::Internal] {
+            assert_eq!(check(tier, Tier::Untrusted, None), Ok(()));
+            assert_eq!(check(tier, tier, None), Ok(()));
+        }
+        let (code, message) = check(Tier::Community, Tier::Verified, None).expect_err("it counts on more");
+        assert_eq!(code, RefusalCode::Policy);
+        for word in ["is community", "counts on verified", "tier = \"verified\""] {
+            assert!(message.contains(word), "{message}");
+        }
+        // The way it came is named, when that is why.
+        let doubt = Doubt::Unfit { path: "/srv/plugins/a".into(), why: "can be written by others".into() };
+        let (code, message) = check(Tier::Untrusted, Tier::Verified, Some(&doubt)).expect_err("it counts on more");
+        assert_eq!(code, RefusalCode::Directory);
+        assert!(message.contains("/srv/plugins/a"), "{message}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use plugvisor_sandbox::protocol::{
-    Control, Exit, Host, Lacking, Launch, Level, Limits, ProbeState, Probed, ProbedLevel, SocketMode,
+    Control, Exit, Host, Lacking, Launch, Level, Limits, ProbeState, Probed, ProbedLevel, SocketMode, Tier,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -127,6 +127,7 @@ impl Launcher {
             generation: 0,
             level,
             bundle: [0; 32],
+            tier: Tier::Untrusted,
             approval: None,
             limits: Limits { pids: Some(4), ..Limits::default() },
             grants: Vec::new(),

@@ -19,7 +19,7 @@ use std::{
 
 use plugvisor_sandbox::protocol::{
     Condition, Control, ControlState, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed,
-    Over, ReattachState, Reattached, Refusal, RefusalCode, Reply, environment_digest,
+    Over, ReattachState, Reattached, Refusal, RefusalCode, Reply, Tier, environment_digest,
 };
 use rustix::event::epoll;
 
@@ -56,6 +56,7 @@ pub(super) struct Origin {
     grants: Vec<Grant>,
     environment: [u8; 32],
     allow_degraded: Vec<Control>,
+    tier: Tier,
     arrived: Instant,
     /// From the request to the exec.
     launch_exec: Duration,
@@ -72,6 +73,7 @@ impl Origin {
             grants: request.grants.clone(),
             environment: environment_digest(&request.environment),
             allow_degraded: request.allow_degraded.clone(),
+            tier: request.tier,
             arrived,
             launch_exec: Duration::ZERO,
         }
@@ -83,6 +85,7 @@ impl Origin {
             plugin: self.plugin.clone(),
             generation: self.generation,
             level: self.level,
+            tier: self.tier,
             bundle: self.bundle,
             limits: self.limits.clone(),
             grants: self.grants.clone(),

@@ -25,8 +25,8 @@ use sha2::{Digest, Sha256};
 
 use super::{
     origin::{self, Doubt, Owners},
-    stack,
     stated::{self, Stated},
+    writable_code::{self, Asking},
 };
 use crate::{
     creds::{self, Identity},
@@ -75,8 +75,8 @@ pub(super) enum Outcome {
         in_place: bool,
         /// What the directory that may vouch for them has, when it was to be looked at.
         listing: Option<Result<[u8; 32], Doubt>>,
-        /// The number of the first that would get an executable stack.
-        executable_stack: Option<usize>,
+        /// The number of the first that asks for memory to be written and executed, and by what.
+        writable_code: Option<(usize, Asking)>,
     },
     /// One is not.
     Wrong {
@@ -135,7 +135,7 @@ pub(super) fn run(jobs: &[Job<'_>], report: BorrowedFd<'_>, terms: &Terms<'_>) -
     let (outcome, report) = match confine(jobs, report, terms) {
         Ok(Confined { pairs, report, in_place, listing }) => {
             let outcome = match copy_all(jobs, &pairs, &terms.limits.manifest) {
-                Ok((told, executable_stack)) => Outcome::Copied { told, in_place, listing, executable_stack },
+                Ok((told, writable_code)) => Outcome::Copied { told, in_place, listing, writable_code },
                 Err((index, why)) => Outcome::Wrong { index, why },
             };
             (outcome, report)
@@ -215,23 +215,23 @@ fn is_at(source: BorrowedFd<'_>, path: &Path) -> bool {
     }
 }
 
-/// What a packet told: of its manifest, and the number of the first file that would get an executable stack.
-type Read = (Option<Told>, Option<usize>);
+/// What a packet told: of its manifest, and of the first file that asks for memory to be written and executed.
+type Read = (Option<Told>, Option<(usize, Asking)>);
 
 fn copy_all(jobs: &[Job<'_>], pairs: &[Pair], limits: &ManifestLimits) -> Result<Read, (usize, Wrong)> {
-    let (mut told, mut executable_stack) = (None, None);
+    let (mut told, mut first_asking) = (None, None);
     for (index, (job, (source, target))) in jobs.iter().zip(pairs).enumerate() {
         let copied = if job.file.path == Manifest::FILE_NAME {
             copy_manifest(*source, *target, job.file, limits).map(|found| told = Some(found))
         } else {
             // The copy, which nobody else can change, and of which it is known that it is what was said.
-            let stack = copy(*source, *target, job.file)
-                .and_then(|()| stack::is_executable(|buffer, offset| fill(*target, buffer, offset)));
-            stack.map(|executable| executable_stack = executable_stack.or(executable.then_some(index)))
+            let asking = copy(*source, *target, job.file)
+                .and_then(|()| writable_code::asks(|buffer, offset| fill(*target, buffer, offset)));
+            asking.map(|by| first_asking = first_asking.or(by.map(|by| (index, by))))
         };
         copied.map_err(|why| (index, why))?;
     }
-    Ok((told, executable_stack))
+    Ok((told, first_asking))
 }
 
 /// The size of a file that may be read.
@@ -340,7 +340,7 @@ fn write_all(target: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> Resul
 mod tests {
     use plugvisor_package::{Manifest, ManifestLimits};
 
-    use super::{Doubt, MESSAGE, Outcome, Stated, Told, Wrong, stated};
+    use super::{Asking, Doubt, MESSAGE, Outcome, Stated, Told, Wrong, stated};
 
     fn told(args: &str) -> Told {
         let text = format!(r#"{{"name":"gallery","version":"1.0.0","runtime":{{"args":[{args}]}}}}"#);
@@ -350,9 +350,14 @@ mod tests {
 
     #[test]
     fn what_the_child_says_is_read_back() {
-        let copied = |told, listing| Outcome::Copied { told, in_place: true, listing, executable_stack: Some(3) };
+        let copied = |told, listing| Outcome::Copied {
+            told,
+            in_place: true,
+            listing,
+            writable_code: Some((3, Asking::Segment)),
+        };
         for outcome in [
-            || Outcome::Copied { told: None, in_place: false, listing: None, executable_stack: None },
+            || Outcome::Copied { told: None, in_place: false, listing: None, writable_code: None },
             || Outcome::Wrong { index: 0, why: Wrong::Kind },
             || Outcome::Wrong { index: 7, why: Wrong::Read(5) },
             || Outcome::Wrong { index: 3, why: Wrong::Manifest("name: missing".into()) },
@@ -374,7 +379,8 @@ mod tests {
         let path = std::path::PathBuf::from("/".repeat(7000));
         let told = told(&vec![format!("\"{long}\""); stated::MOST / 4100].join(","));
         let listing = Some(Err(Doubt::Unfit { path, why: "has a name that is not UTF-8".into() }));
-        let most = Outcome::Copied { told: Some(told), in_place: true, listing, executable_stack: Some(usize::MAX) };
+        let writable_code = Some((usize::MAX, Asking::Stack));
+        let most = Outcome::Copied { told: Some(told), in_place: true, listing, writable_code };
         let most = most.encode().len();
         assert!((stated::MOST..=MESSAGE).contains(&most), "{most}");
         let wrong = Outcome::Wrong { index: 1, why: Wrong::Manifest("…".repeat(5000)) };

@@ -29,8 +29,8 @@ use super::{
     copy::{self, Job, Outcome, Terms, Told, Wrong},
     origin::{Doubt, Listing, Owners},
     place::{About, Staged},
-    stack::Stacks,
     stated::{self, Stated},
+    writable_code::WritableCode,
 };
 use crate::{
     check::{self, refuse},
@@ -53,7 +53,7 @@ pub(super) struct Transaction {
     /// Every directory so far.
     directories: BTreeSet<String>,
     manifest: Option<(PluginName, Stated)>,
-    stacks: Stacks,
+    writable_code: WritableCode,
     origin: Origin,
     copying: Option<Copying>,
 }
@@ -151,7 +151,7 @@ impl Store {
                     bytes: 0,
                     directories: BTreeSet::new(),
                     manifest: None,
-                    stacks: Stacks::Data,
+                    writable_code: WritableCode::None,
                     origin: Origin::Unknown,
                     copying: None,
                 });
@@ -203,11 +203,11 @@ impl Store {
         let read = rustix::io::read(&report, &mut message).unwrap_or(0);
         let result = match (refusal, Outcome::decode(&message[..read])) {
             (Some(refusal), _) => Err(refusal),
-            (None, Some(Outcome::Copied { told, in_place, listing, executable_stack })) => {
+            (None, Some(Outcome::Copied { told, in_place, listing, writable_code })) => {
                 transaction.seen(in_place, listing);
-                if let (Some(index), Stacks::Data) = (executable_stack, &transaction.stacks) {
+                if let (Some((index, by)), WritableCode::None) = (writable_code, &transaction.writable_code) {
                     let file = files.get(index).map(|file| file.path.clone()).unwrap_or_default();
-                    transaction.stacks = Stacks::Executable(file);
+                    transaction.writable_code = WritableCode::Asked { file, by };
                 }
                 transaction.arrived(told)
             }
@@ -229,7 +229,7 @@ impl Store {
             return refuse(RefusalCode::InUse, "files of this import are being copied; wait for the answer");
         }
         let Some(transaction) = self.transaction.take() else { return no_import() };
-        let Transaction { begin, staged, files, bytes, manifest, stacks, origin, .. } = transaction;
+        let Transaction { begin, staged, files, bytes, manifest, writable_code, origin, .. } = transaction;
         let result = complete(&begin, &files, bytes).and_then(|()| {
             let (name, stated) = manifest.ok_or_else(|| Refusal {
                 code: RefusalCode::File,
@@ -261,7 +261,8 @@ impl Store {
                 }
             };
             let origins = BTreeSet::new();
-            let mut bundle = Bundle { path, files, name, stated, stacks, bytes, origins, doubt: None, used: uses };
+            let mut bundle =
+                Bundle { path, files, name, stated, writable_code, bytes, origins, doubt: None, used: uses };
             bundle.came_from(origin, roots);
             self.bundles.insert(begin.bundle, bundle);
         }
@@ -343,7 +344,7 @@ impl Store {
         let about = About {
             name: bundle.name.to_string(),
             stated: bundle.stated.clone(),
-            stacks: bundle.stacks.clone(),
+            writable_code: bundle.writable_code.clone(),
             // A path that is no text is not written: nobody is approved by it.
             origins: bundle.origins.iter().filter_map(|origin| origin.to_str()).map(str::to_owned).collect(),
         };

@@ -11,8 +11,8 @@ mod copy;
 mod import;
 mod origin;
 mod place;
-mod stack;
 mod stated;
+mod writable_code;
 mod writer;
 
 use std::{
@@ -41,8 +41,8 @@ use self::{
 pub(crate) use self::{
     origin::{Doubt, Owners, check_root},
     place::{only_ours, write_durable},
-    stack::Stacks,
     stated::Stated,
+    writable_code::{Asking, WritableCode},
     writer::become_writer,
 };
 use crate::{
@@ -91,8 +91,8 @@ pub(crate) struct Bundle {
     pub(crate) name: PluginName,
     /// What else its manifest fixes.
     pub(crate) stated: Stated,
-    /// What its files ask of their stack.
-    pub(crate) stacks: Stacks,
+    /// Whether its files ask for memory that is written and executed.
+    pub(crate) writable_code: WritableCode,
     pub(crate) bytes: u64,
     /// The directories that it came from, each of which vouched for it.
     pub(crate) origins: BTreeSet<PathBuf>,
@@ -166,7 +166,7 @@ impl Store {
                             files: left.files,
                             name: left.name,
                             stated: left.stated,
-                            stacks: left.stacks,
+                            writable_code: left.writable_code,
                             bytes,
                             origins,
                             doubt: None,

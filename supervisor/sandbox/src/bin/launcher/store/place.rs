@@ -36,7 +36,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{stack::Stacks, stated::Stated};
+use super::{stated::Stated, writable_code::WritableCode};
 
 const LAYOUT: &str = "plugvisor store 1\n";
 /// The largest file that is read back.
@@ -82,7 +82,7 @@ pub(super) struct Left {
     pub(super) files: Vec<BundleFile>,
     pub(super) name: PluginName,
     pub(super) stated: Stated,
-    pub(super) stacks: Stacks,
+    pub(super) writable_code: WritableCode,
     pub(super) origins: Vec<PathBuf>,
 }
 
@@ -93,7 +93,7 @@ pub(super) struct Left {
 pub(super) struct About {
     pub(super) name: String,
     pub(super) stated: Stated,
-    pub(super) stacks: Stacks,
+    pub(super) writable_code: WritableCode,
     pub(super) origins: Vec<String>,
 }
 
@@ -327,9 +327,9 @@ fn read_left(own: &Path) -> Option<Left> {
     }
     let files = read_content_list(&text)?;
     let about = read_text(&own.join("about"))?;
-    let About { name, stated, stacks, origins } = About::read(&about)?;
+    let About { name, stated, writable_code, origins } = About::read(&about)?;
     let origins = origins.into_iter().map(PathBuf::from).collect();
-    Some(Left { digest: *digest.as_bytes(), files, name: name.parse().ok()?, stated, stacks, origins })
+    Some(Left { digest: *digest.as_bytes(), files, name: name.parse().ok()?, stated, writable_code, origins })
 }
 
 fn read_text(path: &Path) -> Option<String> {
