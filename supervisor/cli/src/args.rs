@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Operate Plugvisor: see, load, call and check plugins.
 ///
 /// Exit codes: 0 ok, 1 failed, 2 usage, 3 degraded, 4 not found, 5 denied, 6 timeout, 7 daemon down, 8 invalid
-/// configuration.
+/// configuration. `run` ends as plugvisord does: 78 invalid configuration, 74 the host refused something, 70 a bug.
 #[derive(Debug, Parser)]
 #[command(name = "plugvisor", version, max_term_width = 110)]
 pub(crate) struct Cli {
@@ -143,11 +143,14 @@ pub(crate) enum Command {
         /// The tier that it has.
         #[arg(long)]
         tier: Option<ApprovedTier>,
+        /// Sign this content only, by the digest that `plugvisor plugin validate` showed when it was reviewed.
+        #[arg(long, value_name = "sha256:HEX")]
+        digest: Option<plugvisor_package::Digest>,
         /// The file of the private key.
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
         /// Make a key in this file instead, and print the entry for the launcher's policy file.
-        #[arg(long, value_name = "FILE", conflicts_with_all = ["bundle", "tier", "key"])]
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["bundle", "tier", "digest", "key"])]
         new_key: Option<PathBuf>,
     },
     /// Print the completions of a shell, to be put where it looks for them.

@@ -170,6 +170,7 @@ fn life() {
             &["load", "/nowhere/at/all"],
             &["load", "hangs", "--timeout", "3s"],
             &["unload", "thumbnailer"],
+            &["unload", "thumbnailer", "--cascade"],
             &["unload", "markdown"],
             &["restart", "thumbnailer"],
             &["restart", "thumbnailer", "-o", "name"],

@@ -324,7 +324,11 @@ fn ambiguous(service: &str, one: &Provider, other: &Provider) -> Refusal {
     Refusal::new(
         Reason::AmbiguousService,
         format!("both {} and {} provide {}", one.name(), other.name(), shown(service)),
-        "choose one by its token, in the metadata plugvisor-token or with `plugvisor call --token`",
+        format!(
+            "choose one by its token, in the metadata plugvisor-token or with `plugvisor call --token`; \
+             `plugvisor describe {}` shows it, and module.crossPluginServices of its plugin.json gives it one",
+            one.name()
+        ),
     )
 }
 

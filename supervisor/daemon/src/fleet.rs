@@ -121,6 +121,13 @@ impl Fleet {
         }
         let taken = self.legacy.settle(&self.shared, &self.drivers);
         let plugins = self.plugins();
+        for name in self.config.plugins.keys().filter(|name| !plugins.contains_key(name.as_str())) {
+            let meant = nearest(name.as_str(), plugins.keys().map(String::as_str));
+            let meant = meant.map_or_else(String::new, |meant| format!("; did you mean {meant}?"));
+            tracing::warn!(
+                "[plugin.{name}] of the configuration has no effect: no plugin of that name is in a plugin directory{meant}"
+            );
+        }
         let order = graph(&plugins);
         // Everyone is told before anyone starts, so that loadOrder decides and not who was told first.
         let held_back = self.shared.starts.hold_back();
@@ -224,7 +231,9 @@ impl Fleet {
 
     /// Unloads a plugin. While plugins that run depend on it, that is refused; with `cascade` they are unloaded first,
     /// those at the far end before the others.
-    pub async fn unload(&self, name: &str, cascade: Cascade) -> Result<Arc<PluginView>, Error> {
+    /// Returns what became of it, and the names of those others in the order in which they were unloaded.
+    pub async fn unload(&self, name: &str, cascade: Cascade) -> Result<(Arc<PluginView>, Vec<String>), Error> {
+        let mut unloaded = Vec::new();
         let handle = self.find(name)?;
         let plugins = self.plugins();
         let graph = graph(&plugins);
@@ -250,7 +259,7 @@ impl Fleet {
                 Cascade::Dependents => {
                     for dependent in dependents {
                         match self.wish(Wish::Unload, dependent.as_str()).await {
-                            Ok(_) => {}
+                            Ok(_) => unloaded.push(dependent.to_string()),
                             // It ended meanwhile: what was wanted.
                             Err(error) if error.code == Code::PluginNotLoaded => {}
                             Err(error) => return Err(error),
@@ -259,7 +268,7 @@ impl Fleet {
                 }
             }
         }
-        self.wish(Wish::Unload, name).await
+        Ok((self.wish(Wish::Unload, name).await?, unloaded))
     }
 
     /// The plugin of this name.

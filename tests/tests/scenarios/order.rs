@@ -49,6 +49,7 @@ async fn order_is_kept(lane: Lane) -> anyhow::Result<()> {
     daemon.loaded("db").await?;
     let cascade = daemon.cli(&["unload", "db", "--cascade"]).await?;
     ensure!(cascade.code == Some(0), "{cascade:?}\n{}", daemon.account());
+    says("unload db", &cascade.stdout, &["unloaded web, which", "unloaded api, which", "unloaded db "])?;
     let ends = places(&daemon, "plugin.unloaded", &["web", "api", "db"]).await?;
     ensure!(ends.is_sorted(), "{ends:?}\n{}", daemon.account());
     daemon.loaded("first").await?;

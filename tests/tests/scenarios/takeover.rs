@@ -63,7 +63,8 @@ fn many_are_found_again_by_the_next_supervisor() {
 /// While a launcher lingers for the next supervisor, and when that has come: another one on the same runtime directory is
 /// refused, and takes neither plugins nor sockets.
 async fn a_second_supervisor_steals_nothing_of_a_lingering_launcher(lane: Lane) -> anyhow::Result<()> {
-    let daemon = world(lane)?.plugin(&BundleBuilder::hostile("second", &["echo"]))?.toml(LINGER).start().await?;
+    let second = BundleBuilder::hostile("second", &["echo"]).set("/dependencies", serde_json::json!(["echo"]));
+    let daemon = world(lane)?.plugin(&second)?.toml(LINGER).start().await?;
     let before = [daemon.loaded("echo").await?.pid, daemon.loaded("second").await?.pid];
     let launcher = daemon.launcher().pid;
     let (mut first, _) = daemon.die().await?;
@@ -72,7 +73,11 @@ async fn a_second_supervisor_steals_nothing_of_a_lingering_launcher(lane: Lane) 
     for round in 0..2 {
         let daemon = first.start().await?;
         ensure!(daemon.launcher().pid == launcher, "another launcher\n{}", daemon.account());
+        daemon.events().wait("the start", |event| events::short_type(event) == "supervisor.ready").await?;
         daemon.loaded("echo").await?;
+        // Who was found again before what it depends on has not lost it.
+        let lost = daemon.events().all().into_iter().find(|event| events::short_type(event) == "dependency.lost");
+        ensure!(lost.is_none(), "{lost:?}\n{}", daemon.account());
         let neighbour = daemon.neighbour();
         let second = world(lane)?.toml(LINGER).runtime_directory(&daemon.world().runtime()).start_refused().await?;
         ensure!(second.code == Some(74), "{second:?}");

@@ -136,8 +136,11 @@ fn facts(answer: &DescribePluginResponse, plugin: &PluginStatus, now: SystemTime
     }
     fact("Bundle", Line::new(&answer.bundle_directory));
     fact("Digest", Line::new(if answer.content_digest.is_empty() { "-" } else { &answer.content_digest }));
-    fact("Tier", Line::new(&plugin.tier));
-    fact("Isolation", Line::new(&plugin.isolation_level));
+    let because = |what: &str, why: &str| {
+        if why.is_empty() { Line::new(what) } else { Line::new(format!("{what}: {why}")) }
+    };
+    fact("Tier", because(&plugin.tier, &answer.tier_reason));
+    fact("Isolation", because(&plugin.isolation_level, &answer.isolation_reason));
     fact(
         "Process",
         Line::new(match plugin.pid {

@@ -33,6 +33,11 @@ pub(crate) async fn unload(admin: &Admin, output: &Output, name: &str, cascade: 
             client.unload_plugin(question).await
         })
         .await?;
+    if let Format::Table | Format::Wide = output.format {
+        for dependent in &answer.dependents {
+            output.line(&Line::new(format!("unloaded {dependent}, which depends on {name}")))?;
+        }
+    }
     report(output, "unloaded", PluginState::Unloaded, answer.plugin.unwrap_or_default())
 }
 

@@ -199,6 +199,8 @@ impl Admin for Answers {
             }),
             manifest: None,
             sdk: "plugvisor-worker-rust 0.1.0".into(),
+            tier_reason: String::new(),
+            isolation_reason: "the least for the tier verified; its plugin.json asks for none".into(),
         }))
     }
 
@@ -216,11 +218,13 @@ impl Admin for Answers {
         &self,
         request: Request<UnloadPluginRequest>,
     ) -> Result<Response<UnloadPluginResponse>, Status> {
-        if request.into_inner().name != "thumbnailer" {
+        let UnloadPluginRequest { name, cascade } = request.into_inner();
+        if name != "thumbnailer" {
             return Err(Status::permission_denied("only root may unload it"));
         }
         let plugin = PluginStatus { state: PluginState::Unloaded.into(), pid: 0, ..thumbnailer() };
-        Ok(Response::new(UnloadPluginResponse { plugin: Some(plugin) }))
+        let dependents = if cascade { vec!["album".to_owned(), "gallery".to_owned()] } else { Vec::new() };
+        Ok(Response::new(UnloadPluginResponse { plugin: Some(plugin), dependents }))
     }
 
     async fn restart_plugin(

@@ -331,7 +331,18 @@ impl Step<'_> {
             ),
             Code::PluginAlreadyLoaded => (
                 format!("plugin {name} is {} already", state.name()),
-                format!("to start it anew: `plugvisor restart {name}`"),
+                match state {
+                    State::Loading(_) => format!(
+                        "`plugvisor events --follow --plugin {name}` shows how far it is; to give up the attempt: \
+                         `plugvisor unload {name}`"
+                    ),
+                    State::Unknown
+                    | State::Discovered
+                    | State::Loaded(_)
+                    | State::Unloaded
+                    | State::Failed(_)
+                    | State::Quarantined => format!("to start it anew: `plugvisor restart {name}`"),
+                },
             ),
             Code::PluginNotLoaded => (
                 format!("plugin {name} is {}: there is nothing to {request}", state.name()),

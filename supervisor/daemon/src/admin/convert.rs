@@ -2,7 +2,7 @@
 //!
 //! Views are taken apart field by field, so that a new field of the contract cannot be forgotten.
 
-use std::time::Duration;
+use std::{cmp::Ordering, time::Duration};
 
 use plugvisor_core::{
     Severity, breaker,
@@ -204,7 +204,33 @@ pub(super) fn describe(
             _ => None,
         }),
         sdk: view.sdk.clone(),
+        tier_reason: tier_reason(view),
+        isolation_reason: isolation_reason(view),
     }
+}
+
+fn tier_reason(view: &PluginView) -> String {
+    let Some(verdict) = &view.verdict else { return String::new() };
+    match verdict.tier.cmp(&view.tier) {
+        Ordering::Equal => String::new(),
+        Ordering::Less => {
+            format!("security.trustLevel of its plugin.json limits it to that; its directory gives {}", view.tier)
+        }
+        Ordering::Greater => format!("by the approval beside its bundle; its directory gives {}", view.tier),
+    }
+}
+
+fn isolation_reason(view: &PluginView) -> String {
+    let (Some(verdict), Some(bundle)) = (&view.verdict, &view.bundle) else { return String::new() };
+    let sandbox = &bundle.manifest.security.sandbox;
+    let asked = match (sandbox.enabled, sandbox.isolation_level) {
+        (false, _) => IsolationLevel::None,
+        (true, asked) => asked.unwrap_or(IsolationLevel::Process),
+    };
+    if verdict.level == asked {
+        return String::new();
+    }
+    format!("the least for the tier {}; its plugin.json asks for {}", verdict.tier, asked.as_str())
 }
 
 fn control(state: &ControlState) -> Control {

@@ -166,9 +166,10 @@ impl Admin for AdminService {
         let UnloadPluginRequest { name, cascade } = request.into_inner();
         bounded(&name)?;
         let cascade = if cascade { Cascade::Dependents } else { Cascade::Refuse };
-        let view = self.state.fleet.unload(&name, cascade).await.map_err(|error| status(&error))?;
+        let unloaded = self.state.fleet.unload(&name, cascade).await;
+        let (view, dependents) = unloaded.map_err(|error| status(&error))?;
         let plugin = Some(convert::status(&view, &self.calls().await));
-        Ok(Response::new(UnloadPluginResponse { plugin }))
+        Ok(Response::new(UnloadPluginResponse { plugin, dependents }))
     }
 
     async fn restart_plugin(

@@ -81,6 +81,10 @@ impl Driver {
 /// Tells of each dependency that is lost, and when it is back. The plugin itself runs on: its calls to the lost one are
 /// refused, and what it does then it knows best.
 async fn watch(shared: Arc<Shared>, subject: Subject, on: PluginName, mut view: watch::Receiver<Arc<PluginView>>) {
+    // After a takeover it may have been found again before the one that it depends on, which is not lost for that.
+    if view.wait_for(|view| view.has_begun() && view.is_settled()).await.is_err() {
+        return;
+    }
     loop {
         if view.wait_for(|view| !view.is_loaded()).await.is_err() {
             return;
