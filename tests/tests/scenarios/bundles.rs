@@ -118,7 +118,7 @@ async fn a_name_that_is_taken_is_refused(lane: Lane) -> anyhow::Result<()> {
         .await
         .with_context(|| daemon.printed())?;
     ensure!(!event.hint.is_empty(), "{event:?}");
-    let text = plugvisor_tests::events::data_text(&event);
+    let text = events::data_text(&event);
     says("the event", &text, &["plugins/echo", "echo-again"])?;
     daemon.stop().await
 }
