@@ -126,5 +126,20 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
     }
     output.title("To run plugins without them all the same, in plugvisor.toml under [supervisor]")?;
     let names = missing.iter().map(|control| format!("\"{}\"", control.name)).collect::<Vec<_>>().join(", ");
-    output.line(&Line::new(format!("  allow_degraded = [{names}]")))
+    output.line(&Line::new(format!("  allow_degraded = [{names}]")))?;
+    for (level, more) in answer.levels.iter().filter_map(|level| Some((level, more(level, &missing)?))) {
+        output.line(&Line::new(format!("  # and for plugins at the level {}: {more}", level.name)))?;
+    }
+    Ok(())
+}
+
+/// What a level lacks beside these and can do without; `None` when that would not be enough or there is nothing.
+fn more(level: &HostLevel, missing: &[&HostControl]) -> Option<String> {
+    if level.gaps.iter().any(|gap| !gap.may_be_allowed) {
+        return None;
+    }
+    let named = |gap: &&LevelGap| missing.iter().any(|control| control.name == gap.control);
+    let more: Vec<String> =
+        level.gaps.iter().filter(|gap| !named(gap)).map(|gap| format!("\"{}\"", gap.control)).collect();
+    (!more.is_empty()).then(|| more.join(", "))
 }

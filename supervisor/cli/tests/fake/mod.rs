@@ -406,7 +406,7 @@ impl Admin for Answers {
             ],
             running: true,
             levels: vec![
-                level("none", vec![]),
+                level("none", vec![gap("whole-kill", false)]),
                 level("process", vec![gap("memory-limit", true), gap("cpu-limit", false)]),
                 level("container", vec![gap("memory-limit", true)]),
                 level("vm", vec![LevelGap { why: "this version does not have it".into(), ..LevelGap::default() }]),

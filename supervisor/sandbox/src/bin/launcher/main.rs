@@ -124,6 +124,12 @@ fn run(mut options: Options) -> Result<(), Wrong> {
         Some(_) if !rustix::process::geteuid().is_root() => (Ok(()), false),
         Some(_) | None => {
             let mounts = store::own_mounts();
+            if let (Some(_), Err(error)) = (&options.store, &mounts) {
+                eprintln!(
+                    "plugvisor-launcher: it has no mounts of its own ({error}): a plugin with runtime.socket \"bind\" can \
+                     fill the runtime directory's file system; start it with CAP_SYS_ADMIN"
+                );
+            }
             let own = mounts.is_ok();
             (mounts, own)
         }

@@ -488,13 +488,14 @@ fn lock(directory: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Removes what a launcher of the same name left when it was killed. Groups with processes, which may take a while to die,
-/// cannot be removed and stay: tells the highest number that the name of one ends with.
+/// cannot be removed and stay: tells the highest number that the name of one ends with. A number that no launcher counts up
+/// to is a plugin's joke: a rootless one can have a group of any name there.
 fn remove_empty_children(directory: &Path) -> u64 {
     let mut highest = 0;
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             let name = entry.file_name();
-            let number = || name.to_str()?.rsplit_once('-')?.1.parse().ok();
+            let number = || name.to_str()?.rsplit_once('-')?.1.parse().ok().filter(|number| *number < u64::MAX >> 1);
             if fs::remove_dir(entry.path()).is_err() {
                 highest = highest.max(number().unwrap_or(0));
             }
