@@ -230,23 +230,26 @@ fn validate() {
         "optimization": { "caching": { "ttl": 5 } }, "monitoring": { "performance": { "maxStartupTime": 5000 } } }"#;
     let bad =
         r#"{ "name": "Hello World", "verison": "1.2.3", "security": { "capabilities": ["network:htp-client"] } }"#;
+    let vain = r#"{ "name": "hello", "version": "1.2.3", "runtime": { "network": { "egress": ["example.org:443"] } },
+        "security": { "sandbox": { "resourceLimits": { "maxNetworkBandwidth": 1000 } } } }"#;
     let nobody = Path::new("/nowhere/admin.sock");
     let validate = |path: &Path, more: &[&str]| {
         let arguments = [&["plugin", "validate", path.to_str().unwrap()], more].concat();
         run_with(nobody, &arguments, "")
     };
-    let directories = [bundle(good), bundle(bad), bundle(good)];
-    let [valid, wrong, no_program] = directories.each_ref().map(tempfile::TempDir::path);
+    let directories = [bundle(good), bundle(bad), bundle(good), bundle(vain)];
+    let [valid, wrong, no_program, vain] = directories.each_ref().map(tempfile::TempDir::path);
     std::fs::remove_file(no_program.join("bin/hello")).unwrap();
     let mut text = [
         validate(valid, &[]),
         validate(&valid.join("plugin.json"), &["-o", "jsonl"]),
         validate(wrong, &[]),
         validate(no_program, &[]),
+        validate(vain, &[]),
         validate(Path::new("/nowhere/at/all"), &[]),
     ]
     .join("\n");
-    for (name, path) in [("$VALID", valid), ("$WRONG", wrong), ("$NO_PROGRAM", no_program)] {
+    for (name, path) in [("$VALID", valid), ("$WRONG", wrong), ("$NO_PROGRAM", no_program), ("$VAIN", vain)] {
         text = text.replace(path.to_str().unwrap(), name);
     }
     hold("validate.txt", &text);

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-use plugvisor_package::{Bundle, BundleError, BundleLimits, Manifest, Problem};
+use plugvisor_package::{Bundle, BundleError, BundleLimits, Capability, Manifest, Problem};
 use serde_json::{Value, json};
 
 use crate::args::Format;
@@ -24,6 +24,8 @@ struct Report {
     unsupported: Vec<(String, String)>,
     not_checked: Vec<(String, String)>,
     inactive: Vec<String>,
+    /// What is right in itself and does nothing beside the rest.
+    ineffective: Vec<(&'static str, &'static str)>,
     services: Vec<String>,
 }
 
@@ -101,8 +103,33 @@ fn judged(manifest: &Manifest) -> Report {
             .collect(),
         not_checked: manifest.not_checked().into_iter().map(|field| (field.path, field.message)).collect(),
         inactive: manifest.inactive_fields().to_vec(),
+        ineffective: ineffective(manifest),
         ..Report::default()
     }
+}
+
+fn ineffective(manifest: &Manifest) -> Vec<(&'static str, &'static str)> {
+    let opens = |capability: &Capability| {
+        matches!(capability, Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve)
+    };
+    let asks = manifest.security.capabilities.iter().any(opens);
+    let listed = !manifest.runtime.egress.is_empty();
+    let limited = manifest.security.sandbox.resource_limits.max_network_bandwidth.is_some();
+    let mut found = Vec::new();
+    if listed && !asks {
+        let why = "nothing of it is reached without network:http-client, network:websocket or network:dns-resolve in \
+                   security.capabilities";
+        found.push(("runtime.network.egress", why));
+    }
+    if asks && !listed {
+        let why = "they reach nothing before runtime.network.egress lists it, such as \"example.org:443\"";
+        found.push(("security.capabilities", why));
+    }
+    if limited && !asks {
+        let why = "there is nothing to limit without a network capability";
+        found.push(("security.sandbox.resourceLimits.maxNetworkBandwidth", why));
+    }
+    found
 }
 
 fn print(output: &Output, path: &Path, report: &Report) -> Result<(), Failure> {
@@ -135,6 +162,9 @@ fn print(output: &Output, path: &Path, report: &Report) -> Result<(), Failure> {
     for field in &report.inactive {
         output.line(&entry(Style::Faint, "inactive", field, "accepted, without effect in this version"))?;
     }
+    for (field, message) in &report.ineffective {
+        output.line(&entry(Style::Warning, "no effect", field, message))?;
+    }
     for service in &report.services {
         output.line(&entry(Style::Plain, "service", "", service))?;
     }
@@ -165,6 +195,7 @@ fn as_json(report: &Report) -> Value {
         "unsupported": pairs(&report.unsupported),
         "notChecked": pairs(&report.not_checked),
         "inactive": report.inactive,
+        "ineffective": report.ineffective.iter().map(|(path, message)| json!({ "path": path, "message": message })).collect::<Vec<_>>(),
         "services": report.services,
     })
 }
