@@ -396,19 +396,24 @@ impl Group {
         match (control, self.version) {
             (Control::MemoryLimit, version) => {
                 let Some(bytes) = limits.memory_bytes else { return Ok(()) };
-                let at_most = |value: &str| value.parse::<u64>().is_ok_and(|got| got <= bytes && bytes - got < 65_536);
+                // The kernel counts in pages, which have 64 KiB at most.
+                let holds = |file: &str, most: u64| {
+                    let rounded = |got: u64| got <= most && most - got < 65_536;
+                    self.set(file, &most.to_string(), |value| value.parse().is_ok_and(rounded))
+                };
                 match version {
                     Version::V1 => {
-                        self.set("memory.limit_in_bytes", &bytes.to_string(), at_most)?;
+                        holds("memory.limit_in_bytes", bytes)?;
                         // Absent when the kernel does not account swap; then there is nothing to cap.
                         if self.directory.join("memory.memsw.limit_in_bytes").exists() {
-                            self.set("memory.memsw.limit_in_bytes", &bytes.to_string(), at_most)?;
+                            holds("memory.memsw.limit_in_bytes", bytes)?;
                         }
                         self.set("memory.swappiness", "0", |value| value == "0")
                     }
                     Version::V2 => {
-                        self.set("memory.max", &bytes.to_string(), at_most)?;
-                        self.set("memory.high", &(bytes / 10 * 9).to_string(), |value| value != "max")?;
+                        holds("memory.max", bytes)?;
+                        // From nine tenths on the kernel takes back what it can and slows the plugin down.
+                        holds("memory.high", bytes / 10 * 9)?;
                         if self.directory.join("memory.swap.max").exists() {
                             self.set("memory.swap.max", "0", |value| value == "0")?;
                         }
