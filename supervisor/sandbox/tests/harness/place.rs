@@ -132,15 +132,34 @@ fn divide() -> Option<PathBuf> {
         return None;
     }
     let leaf = own.join("tests");
-    let pid = std::process::id().to_string();
     let divided = fs::create_dir(&leaf)
-        .and_then(|()| fs::write(leaf.join("cgroup.procs"), &pid))
+        .and_then(|()| move_into(&own, &leaf))
         .and_then(|()| fs::write(own.join("cgroup.subtree_control"), CONTROLLERS));
     if divided.is_err() {
         // Another program is in the group, or it is somebody else's.
-        drop(fs::write(own.join("cgroup.procs"), &pid));
+        drop(fs::write(own.join("cgroup.procs"), std::process::id().to_string()));
         drop(fs::remove_dir(&leaf));
         return None;
     }
     Some(own)
+}
+
+/// Moves this process, and then what other tests have started meanwhile: who is started from here on is born in the leaf.
+fn move_into(own: &Path, leaf: &Path) -> io::Result<()> {
+    let (entry, this) = (leaf.join("cgroup.procs"), std::process::id().to_string());
+    fs::write(&entry, &this)?;
+    for pid in fs::read_to_string(own.join("cgroup.procs"))?.lines() {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+        if parent.is_some_and(|parent| parent.trim() == this) {
+            // One that has ended is in nobody's way.
+            match fs::write(&entry, pid) {
+                Err(error) if error.raw_os_error() != Some(rustix::io::Errno::SRCH.raw_os_error()) => {
+                    return Err(error);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
