@@ -15,12 +15,14 @@ use std::collections::BTreeMap;
 
 use harness::{As, is_root};
 use plugvisor_sandbox::protocol::{Control, Level};
-use table::{Cell, LEVELS, Row, Table, Unshown, unshown};
+use table::{Cell, LEVELS, Release, Row, Table, Unshown, User, unshown};
 use world::World;
 
 /// What came of it, and how to read it.
-#[derive(Default)]
 struct Verdict {
+    /// What this host may be unable to show.
+    hosts: Vec<Unshown>,
+    here: Release,
     cells: u32,
     as_expected: u32,
     unshown: u32,
@@ -36,13 +38,19 @@ enum Judged {
 }
 
 impl Verdict {
-    fn judge(&mut self, hosts: &[Unshown], row: &Row, place: &str, lane: As, expected: &Cell, seen: &str) -> Judged {
+    fn here() -> Self {
+        let (hosts, _) = unshown();
+        let (cells, as_expected, unshown, controls, flips) = (0, 0, 0, 0, 0);
+        Self { hosts, here: Release::here(), cells, as_expected, unshown, controls, flips, wrong: Vec::new() }
+    }
+
+    fn judge(&mut self, row: &Row, place: &str, lane: As, expected: &Cell, seen: &str) -> Judged {
         self.cells += 1;
         if expected.result == seen {
             self.as_expected += 1;
             return Judged::AsExpected;
         }
-        if hosts.iter().any(|unshown| unshown.covers(row, place, lane, seen)) {
+        if self.hosts.iter().any(|unshown| unshown.covers(row, place, lane, seen, self.here)) {
             self.unshown += 1;
             return Judged::Unshown;
         }
@@ -70,24 +78,31 @@ fn seen_at(world: &mut World, row: &Row, level: Level, without: &[Control]) -> S
 #[test]
 fn every_attempt_ends_as_the_table_says() {
     let table = Table::read();
-    let (hosts, _) = unshown();
-    let mut verdict = Verdict::default();
+    let mut verdict = Verdict::here();
     let mut number = 0;
     println!(
         "row  attempt                                             lane      NONE | PROCESS | CONTAINER | SANDBOX | VM"
     );
     let only = std::env::var("PLUGVISOR_ESCAPE_ROW").ok();
+    for name in only.iter().flat_map(|only| only.split(',')) {
+        assert!(table.row.iter().any(|row| row.number == name), "PLUGVISOR_ESCAPE_ROW: there is no row {name}");
+    }
     let chosen = |row: &&Row| only.as_ref().is_none_or(|only| only.split(',').any(|one| one == row.number));
     for lane in As::possible() {
         number += 1;
         let mut world = World::start(lane, &[], number);
-        let name = if lane == As::Root { "root" } else { "ordinary" };
+        let user = User::of(lane, world.harness.place.has_limits());
+        let name = match user {
+            User::Root => "root",
+            User::Ordinary => "ordinary",
+            User::Delegated => "delegated",
+        };
         for row in table.row.iter().filter(chosen) {
-            let cells = row.cells(lane);
+            let cells = row.cells(user);
             let mut columns: Vec<String> = Vec::new();
             for (level, expected) in LEVELS.into_iter().zip(cells) {
                 let seen = seen_at(&mut world, row, level, &[]);
-                let judged = verdict.judge(&hosts, row, level.as_str(), lane, expected, &seen);
+                let judged = verdict.judge(row, level.as_str(), lane, expected, &seen);
                 columns.push(shown(&judged, expected, &seen));
             }
             if cells.is_empty() {
@@ -101,7 +116,7 @@ fn every_attempt_ends_as_the_table_says() {
                     Some(act) => acts::play_outside(&mut world, row, act),
                 };
                 verdict.controls += 1;
-                let judged = verdict.judge(&hosts, row, "outside", lane, &outside.seen, &seen);
+                let judged = verdict.judge(row, "outside", lane, &outside.seen, &seen);
                 println!("{:<57} outside of all walls: {}", "", shown(&judged, &outside.seen, &seen));
             }
         }
@@ -121,7 +136,7 @@ fn every_attempt_ends_as_the_table_says() {
             for (row, level, expected) in flips {
                 let seen = seen_at(&mut world, row, level, &without);
                 verdict.flips += 1;
-                let judged = verdict.judge(&hosts, row, "flip", As::Root, expected, &seen);
+                let judged = verdict.judge(row, "flip", As::Root, expected, &seen);
                 let told = shown(&judged, expected, &seen);
                 println!(
                     "{:<4} {:<51.51} {} without {}: {told}",
@@ -134,7 +149,7 @@ fn every_attempt_ends_as_the_table_says() {
         }
     }
     let held = table.row.iter().filter(|row| row.is_held()).count();
-    let Verdict { cells, as_expected, unshown, controls, flips, wrong } = verdict;
+    let Verdict { hosts: _, here: _, cells, as_expected, unshown, controls, flips, wrong } = verdict;
     for wrong in &wrong {
         println!("WRONG {wrong}");
     }

@@ -16,6 +16,27 @@ pub(crate) struct Table {
     pub(crate) row: Vec<Row>,
 }
 
+/// Whose launcher it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum User {
+    Root,
+    Ordinary,
+    /// An ordinary one with a cgroup that was delegated to it.
+    Delegated,
+}
+
+impl User {
+    const ALL: [Self; 3] = [Self::Root, Self::Ordinary, Self::Delegated];
+
+    pub(crate) fn of(lane: As, has_limits: bool) -> Self {
+        match (lane, has_limits) {
+            (As::Root, _) => Self::Root,
+            (As::Ordinary, false) => Self::Ordinary,
+            (As::Ordinary, true) => Self::Delegated,
+        }
+    }
+}
+
 /// One attempt.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -41,6 +62,8 @@ pub(crate) struct Row {
     #[serde(default)]
     root: Vec<Cell>,
     ordinary: Option<Vec<Cell>>,
+    /// Of an ordinary user whose launcher has a cgroup that was delegated to it.
+    delegated: Option<Vec<Cell>>,
     /// What holds it.
     wall: String,
     /// Why a cell has another letter than the reference.
@@ -150,12 +173,14 @@ impl std::fmt::Display for Cell {
 }
 
 impl Row {
-    /// The cells of a lane; empty where only other tests hold the row.
-    pub(crate) fn cells(&self, lane: As) -> &[Cell] {
-        match (lane, &self.ordinary) {
-            (As::Ordinary, Some(cells)) => cells,
-            _ => &self.root,
-        }
+    /// The cells of a user; empty where only other tests hold the row.
+    pub(crate) fn cells(&self, user: User) -> &[Cell] {
+        let own = match user {
+            User::Root => None,
+            User::Ordinary => self.ordinary.as_ref(),
+            User::Delegated => self.delegated.as_ref().or(self.ordinary.as_ref()),
+        };
+        own.unwrap_or(&self.root)
     }
 
     pub(crate) fn grants(&self, level: Level) -> Vec<Grant> {
@@ -194,12 +219,31 @@ impl Table {
     }
 }
 
-/// A cell that a host may be unable to show: its row, level and lane, and what is seen instead.
+/// A cell that a host may be unable to show: its row, level and lane, what is seen instead, and the release of Linux from
+/// which on it is not.
 pub(crate) struct Unshown {
     row: String,
     level: String,
     lane: String,
     seen: String,
+    before: Option<Release>,
+}
+
+/// A release of Linux: its two numbers.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Release(u32, u32);
+
+impl Release {
+    fn read(text: &str) -> Option<Self> {
+        let mut numbers = text.split(['.', '-']);
+        Some(Self(numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+    }
+
+    /// The one that runs here.
+    pub(crate) fn here() -> Self {
+        let text = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+        Self::read(text.trim()).unwrap_or_else(|| panic!("{text:?} is no release"))
+    }
 }
 
 /// The checked-in list.
@@ -207,16 +251,22 @@ pub(crate) fn unshown() -> (Vec<Unshown>, BTreeSet<String>) {
     let (mut cells, mut walls) = (Vec::new(), BTreeSet::new());
     for line in include_str!("../../../../tests/escape-unshown.txt").lines() {
         let (entry, why) = line.split_once('#').unwrap_or((line, ""));
+        let mut cell = |row: &str, level: &str, lane: &str, seen: &str, before| {
+            let [row, level, lane, seen] = [row, level, lane, seen].map(str::to_owned);
+            cells.push(Unshown { row, level, lane, seen, before });
+        };
         match *entry.split_whitespace().collect::<Vec<_>>() {
             [] => continue,
             ["wall", control] => drop(walls.insert(control.to_owned())),
-            [row, level, lane, seen] => cells.push(Unshown {
-                row: row.to_owned(),
-                level: level.to_owned(),
-                lane: lane.to_owned(),
-                seen: seen.to_owned(),
-            }),
-            _ => panic!("escape-unshown.txt: {line:?} is neither `ROW LEVEL LANE SEEN` nor `wall CONTROL`"),
+            [row, level, lane, seen] => cell(row, level, lane, seen, None),
+            [row, level, lane, seen, "before", release] => {
+                let before = Release::read(release);
+                assert!(before.is_some(), "escape-unshown.txt: {release:?} is no release");
+                cell(row, level, lane, seen, before);
+            }
+            _ => panic!(
+                "escape-unshown.txt: {line:?} is neither `ROW LEVEL LANE SEEN [before RELEASE]` nor `wall CONTROL`"
+            ),
         }
         assert!(!why.trim().is_empty(), "escape-unshown.txt: {line:?} has no reason");
     }
@@ -224,13 +274,14 @@ pub(crate) fn unshown() -> (Vec<Unshown>, BTreeSet<String>) {
 }
 
 impl Unshown {
-    pub(crate) fn covers(&self, row: &Row, place: &str, lane: As, seen: &str) -> bool {
+    pub(crate) fn covers(&self, row: &Row, place: &str, lane: As, seen: &str, here: Release) -> bool {
         let lane = match lane {
             As::Root => "root",
             As::Ordinary => "ordinary",
         };
         let fits = |pattern: &str, value: &str| pattern == "*" || pattern == value;
-        self.row == row.number && fits(&self.level, place) && fits(&self.lane, lane) && self.seen == seen
+        let of_here = self.before.is_none_or(|before| here < before);
+        of_here && self.row == row.number && fits(&self.level, place) && fits(&self.lane, lane) && self.seen == seen
     }
 }
 
@@ -243,7 +294,14 @@ fn document(table: &Table) -> String {
     for row in &table.row {
         let reference = if row.added { "added" } else { row.reference.as_str() };
         let root = if row.root.is_empty() { "other tests".to_owned() } else { cells(&row.root) };
-        let ordinary = row.ordinary.as_deref().map(cells).unwrap_or_default();
+        let mut ordinary = row.ordinary.as_deref().map(cells).unwrap_or_default();
+        match &row.delegated {
+            Some(delegated) if *delegated == row.root => ordinary.push_str("; with a delegated cgroup as root"),
+            Some(delegated) => {
+                let _ = write!(ordinary, "; with a delegated cgroup {}", cells(delegated));
+            }
+            None => {}
+        }
         let why = row.differs.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
         let _ = writeln!(
             text,
@@ -295,22 +353,21 @@ fn the_table_is_whole() {
         assert!(run != row.root.is_empty(), "row {name} has cells exactly when it is run");
         assert!(run || row.is_held(), "row {name} is neither run nor held by another test");
         let mut differs = false;
-        for lane in [As::Root, As::Ordinary] {
-            let cells = row.cells(lane);
+        for user in User::ALL {
+            let cells = row.cells(user);
             assert!(cells.is_empty() || cells.len() == LEVELS.len(), "row {name}");
             let other = |(cell, letter): (&Cell, char)| cell.letter != letter;
             differs |= cells.iter().zip(row.reference.chars()).any(other);
         }
         assert_eq!(differs, row.differs.is_some(), "row {name}: differs says why a cell is not as in the reference");
-        let allowed =
-            [As::Root, As::Ordinary].iter().any(|lane| row.cells(*lane).first().is_some_and(|cell| cell.letter == 'A'));
+        let allowed = User::ALL.iter().any(|user| row.cells(*user).first().is_some_and(|cell| cell.letter == 'A'));
         assert!(
             !run || row.is_held() || allowed || row.outside.is_some() || !row.flip.is_empty(),
             "row {name} has no control"
         );
         for flip in &row.flip {
             let at = LEVELS.iter().position(|level| *level == flip.level()).expect("a level");
-            let whole = &row.cells(As::Root)[at];
+            let whole = &row.cells(User::Root)[at];
             assert_ne!(flip.seen, *whole, "row {name}: what is left out changes nothing");
             if let ([only], true) = (flip.without().as_slice(), flip.seen.letter != whole.letter) {
                 flipped.insert(only.as_str());
