@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 
 use super::package;
-use super::plan::{Part, Plan, User, Work};
+use super::plan::{Part, Plan, Tests, User, Work};
 use super::report::{Message, tell};
 use super::units;
 use crate::skips;
@@ -22,7 +22,7 @@ const ORDINARY: &str = "lane";
 const SLOWNESS: &str = "10";
 
 /// How long one test program may take.
-const LONGEST: &str = "RuntimeMaxSec=900";
+const LONGEST: &str = "RuntimeMaxSec=1500";
 
 /// Runs the plan. The exit code says nothing: the host judges by the messages.
 ///
@@ -40,7 +40,7 @@ pub(crate) fn run(plan: &Path) -> anyhow::Result<()> {
         let began = Instant::now();
         let done = match work {
             Work::World => world(),
-            Work::Tests { program, user, only, without } => tests(program, *user, only, without),
+            Work::Tests(tests) => run_tests(tests),
             Work::Package => package::check(),
         };
         let failure = done.err().map(|error| format!("{error:#}"));
@@ -72,16 +72,19 @@ fn world() -> anyhow::Result<()> {
 }
 
 /// Runs a test program as a service with a delegated cgroup, which is how systemd gives one to anybody.
-fn tests(program: &str, user: User, only: &[String], without: &[String]) -> anyhow::Result<()> {
+fn run_tests(Tests { program, user, only, without, variables }: &Tests) -> anyhow::Result<()> {
     let mut command = Command::new("systemd-run");
     command.args(["--quiet", "--wait", "--pipe", "--collect"]);
     for property in ["Delegate=yes", "TasksMax=infinity", LONGEST] {
         command.args(["--property", property]);
     }
-    if user == User::Ordinary {
+    if *user == User::Ordinary {
         command.args(["--uid", ORDINARY, "--property", "StateDirectory=lane", "--setenv", "HOME=/var/lib/lane"]);
     }
     command.args(["--setenv", &format!("PLUGVISOR_TEST_PATIENCE={SLOWNESS}")]);
+    for (name, value) in variables {
+        command.args(["--setenv", &format!("{name}={value}")]);
+    }
     command.args(["--", program, "--show-output", "--test-threads", "2"]).args(only);
     for name in without {
         command.args(["--skip", name]);
@@ -102,6 +105,7 @@ fn tests(program: &str, user: User, only: &[String], without: &[String]) -> anyh
     if status.success() {
         let result = result.context("the test program gave no result")?;
         ensure!(!result.contains(" 0 passed"), "no test was run: {result}");
+        lines.iter().filter(|line| line.starts_with(skips::MEASURED)).try_for_each(say)?;
         return say(result);
     }
     for line in lines.iter().filter(|line| !line.is_empty() && !line.ends_with("... ok")) {

@@ -32,6 +32,9 @@ const NOT_PACKED: [&str; 7] = [
     "usr/share/zoneinfo",
 ];
 
+/// How the names of directories begin that are being filled.
+pub(super) const PREFIX: &str = "making-";
+
 /// The finished files.
 #[derive(Debug)]
 pub(super) struct Image {
@@ -56,7 +59,7 @@ pub(super) fn image(here: &Path) -> anyhow::Result<Image> {
         return Ok(image);
     }
     eprintln!("    making the image in {} (once, two to three minutes)", finished.display());
-    let making = tempfile::Builder::new().prefix("making-").tempdir_in(here).context("cannot make a directory")?;
+    let making = tempfile::Builder::new().prefix(PREFIX).tempdir_in(here).context("cannot make a directory")?;
     // The lists of a fresh container are empty.
     run(Command::new("apt-get").args(["-qq", "update"]))?;
     let root = making.path().join("root");

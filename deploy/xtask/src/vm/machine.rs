@@ -15,8 +15,10 @@ use super::report::{self, Message};
 
 /// Two processors and memory for the root, which lives in it, and for what runs. Emulated on every host: so the lane is
 /// the same with and without hardware help, and needs no permission for a device.
-const HARDWARE: [&str; 11] =
-    ["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max", "-m", "3072", "-no-reboot"];
+const HARDWARE: [&str; 9] = ["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max", "-no-reboot"];
+
+/// Its memory.
+pub(super) const MEMORY_MIB: u32 = 3072;
 
 /// The console goes to a file, the report to our pipe; there is no network and no display.
 const QUIET: [&str; 6] = ["-display", "none", "-monitor", "none", "-nic", "none"];
@@ -44,6 +46,7 @@ impl Machine {
         serial.push(console);
         let mut process = Command::new("qemu-system-x86_64")
             .args(HARDWARE)
+            .args(["-m", &MEMORY_MIB.to_string()])
             .args(QUIET)
             .arg("-kernel")
             .arg(&image.kernel)

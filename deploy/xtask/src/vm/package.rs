@@ -19,6 +19,9 @@ const LAUNCHER: &str = "plugvisor-launcher.service";
 const SUPERVISOR: &str = "plugvisor.service";
 const PLUGINS: [&str; 3] = ["gallery", "markdown", "thumbnailer"];
 
+/// Processes and threads that a plugin of the tier verified may have when nobody says otherwise; its init is one more.
+const PIDS: i64 = 128;
+
 /// How long what is awaited may take in this slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -32,10 +35,11 @@ type Step = fn() -> anyhow::Result<()>;
 
 /// Everything, in order; each step leaves what the next one begins with.
 pub(super) fn check() -> anyhow::Result<()> {
-    let steps: [(&str, Step); 9] = [
+    let steps: [(&str, Step); 10] = [
         ("installed", install),
         ("started", start),
         ("walls are read back", walls),
+        ("doctor finds what is here", doctor),
         ("a restart of the supervisor keeps the plugins", restart),
         ("a killed supervisor is back", kill_supervisor),
         ("a killed launcher takes its plugins along, and all comes back", kill_launcher),
@@ -151,7 +155,12 @@ fn walls() -> anyhow::Result<()> {
         let limits = &manifest["security"]["sandbox"]["resourceLimits"];
         let memory = limits["maxMemory"].as_i64().context("an example without a memory limit")?;
         ensure!(number(&group.join("memory.max"))? == memory, "{name}: memory.max");
+        let high = number(&group.join("memory.high"))?;
+        // The kernel counts in pages.
+        ensure!((memory / 10 * 9 - 4095..=memory / 10 * 9).contains(&high), "{name}: memory.high is {high}");
         ensure!(number(&group.join("memory.swap.max"))? == 0, "{name}: memory.swap.max");
+        ensure!(number(&group.join("memory.oom.group"))? == 1, "{name}: memory.oom.group");
+        ensure!(number(&group.join("pids.max"))? == PIDS + 1, "{name}: pids.max");
         let cpu = limits["maxCPU"].as_i64().context("an example without a CPU limit")?;
         let quota = fs::read_to_string(group.join("cpu.max"))?;
         ensure!(quota.trim() == format!("{} 100000", cpu * 1000), "{name}: cpu.max is {quota}");
@@ -178,6 +187,29 @@ fn walls() -> anyhow::Result<()> {
         ensure!(uid != "0" && users.insert(uid.clone()), "{name} shares the uid {uid}");
     }
     Ok(())
+}
+
+/// What `plugvisor doctor` says of this machine is so: every control works, limits by cgroup v2 in the launcher's unit,
+/// and every level but the one that is not built.
+fn doctor() -> anyhow::Result<()> {
+    let report = ask(&["doctor"])?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("the kernel's release")?;
+    let kernel = report["kernel"].as_str().unwrap_or_default();
+    ensure!(kernel.contains(release.trim()), "it takes the kernel for {kernel}, which is {release}");
+    let groups = format!("cgroup v2 at {}", unit_group(LAUNCHER).join("plugvisor").display());
+    let controls = report["controls"].as_array().context("no controls")?;
+    for control in controls {
+        let name = control["name"].as_str().unwrap_or_default();
+        let works = control["works"].as_str().unwrap_or_default();
+        ensure!(!works.is_empty(), "{control}");
+        let is_limit = ["memory-limit", "cpu-limit", "pids-limit"].contains(&name);
+        ensure!(!is_limit || works == groups, "{name} works by {works}, not by {groups}");
+    }
+    for level in report["levels"].as_array().context("no levels")? {
+        let gaps = level["gaps"].as_array().map_or(0, Vec::len);
+        ensure!((level["name"] == "vm") == (gaps > 0), "{level}");
+    }
+    say(format!("{kernel}: {} controls work, limits by {groups}", controls.len()))
 }
 
 /// The same processes, after something that must not have touched them.

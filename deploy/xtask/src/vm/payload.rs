@@ -12,7 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::image::{self, Image};
-use super::plan::Plan;
+use super::plan::{self, Plan};
 use crate::build::{Profile, binaries, bundle_examples, cargo, workspace_root};
 use crate::steps::run;
 
@@ -31,9 +31,8 @@ const PROGRAMS: [&str; 8] = [
 /// What the package puts into /usr/bin.
 const PACKAGED: [&str; 3] = ["plugvisor", "plugvisor-launcher", "plugvisord"];
 
-/// The test programs that the plan may name: of the integration tests, and the launcher's own.
-const TESTS: [&str; 6] = ["launcher", "walls", "control", "reattach", "spares", "scenarios"];
-const UNIT_TESTS: &str = "plugvisor-launcher";
+/// How the names of directories begin that are being filled.
+pub(super) const PREFIX: &str = "payload-";
 
 /// What cargo built.
 #[derive(Debug)]
@@ -52,8 +51,8 @@ pub(super) fn build() -> anyhow::Result<Built> {
     let binaries = binaries(Profile::Dev)?;
     let mut command = cargo();
     command.args(["test", "--locked", "--workspace", "--all-features", "--no-run"]);
-    command.args(["--message-format=json-render-diagnostics", "--bin", UNIT_TESTS]);
-    command.args(TESTS.iter().flat_map(|name| ["--test", name])).stdout(Stdio::piped());
+    command.args(["--message-format=json-render-diagnostics", "--bin", plan::UNIT_TESTS]);
+    command.args(plan::integration_tests().flat_map(|name| ["--test", name])).stdout(Stdio::piped());
     let mut running = command.spawn().context("cannot start cargo test")?;
     let output = running.stdout.take().context("cargo test has no standard output")?;
     let mut tests = BTreeMap::new();
@@ -93,14 +92,15 @@ impl Initramfs {
 /// # Errors
 /// When something cannot be read or copied.
 pub(super) fn pack(here: &Path, image: &Image, built: &Built, plan: &Plan) -> anyhow::Result<Initramfs> {
-    let directory = tempfile::Builder::new().prefix("payload-").tempdir_in(here).context("cannot make a directory")?;
+    let directory = tempfile::Builder::new().prefix(PREFIX).tempdir_in(here).context("cannot make a directory")?;
     let tree = directory.path().join("tree");
     let inside = |path: &Path| tree.join(path.strip_prefix("/").unwrap_or(path));
     for name in PROGRAMS {
         let program = built.binaries.join(name);
         strip(&program, &inside(&program))?;
     }
-    for program in built.tests.values() {
+    // The root lives in the guest's memory: only what is run.
+    for program in plan.programs() {
         strip(program, &inside(program))?;
     }
     let lane = tree.join("lane");

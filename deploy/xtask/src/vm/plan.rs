@@ -1,5 +1,8 @@
 //! What is done in the guest: the host writes it down, the guest does it, in this order.
 
+use std::collections::BTreeSet;
+use std::path::Path;
+
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
@@ -28,17 +31,24 @@ pub(super) enum Work {
     /// The guest is the world that it is meant to be.
     World,
     /// A test program, in a unit of its own with a delegated cgroup.
-    Tests {
-        /// Its path, the same on the host and in the guest.
-        program: String,
-        user: User,
-        /// Only tests whose path holds one of these; all without any.
-        only: Vec<String>,
-        /// Not those whose path holds one of these.
-        without: Vec<String>,
-    },
+    Tests(Tests),
     /// The package under systemd.
     Package,
+}
+
+/// Which tests of a program are run, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tests {
+    /// Its path, the same on the host and in the guest.
+    pub(super) program: String,
+    pub(super) user: User,
+    /// Only tests whose path holds one of these; all without any.
+    pub(super) only: Vec<String>,
+    /// Not those whose path holds one of these.
+    pub(super) without: Vec<String>,
+    /// Of its environment.
+    pub(super) variables: Vec<(String, String)>,
 }
 
 /// Who runs a test program.
@@ -50,49 +60,89 @@ pub(super) enum User {
     Ordinary,
 }
 
-/// The launcher's tests: all of what cgroup v2 and an older kernel can make different; without `full` only those of what
-/// cgroup v2 does otherwise.
-const LAUNCHER: [&str; 6] = ["plugvisor-launcher", "control", "launcher", "walls", "reattach", "spares"];
-const FEWER: [&str; 2] = ["plugvisor-launcher", "control"];
+/// A test program, and who runs it in the quick plan and in the whole one. What root runs covers most of what an ordinary
+/// user can do too: where it can, a test program starts launchers as root and as another user.
+struct Program {
+    name: &'static str,
+    /// Only these of its tests; all without any.
+    only: &'static [&'static str],
+    quick: &'static [User],
+    whole: &'static [User],
+}
 
-/// Scenarios in which limits, deaths and what outlives them are met.
-const SCENARIOS: [&str; 4] = ["faults::", "life::", "restart::", "outlives::"];
+const NOBODY: &[User] = &[];
+const ROOT: &[User] = &[User::Root];
+const BOTH: &[User] = &[User::Root, User::Ordinary];
+
+/// What cgroup v2, an older kernel and systemd can make different; the quick plan has what they do make different.
+const PROGRAMS: [Program; 9] = [
+    Program { name: "plugvisor-launcher", only: &[], quick: BOTH, whole: BOTH },
+    Program { name: "limits", only: &[], quick: BOTH, whole: BOTH },
+    Program { name: "control", only: &[], quick: BOTH, whole: BOTH },
+    Program { name: "walls", only: &[], quick: ROOT, whole: BOTH },
+    Program { name: "escape", only: &["every_attempt_ends"], quick: ROOT, whole: BOTH },
+    Program { name: "spares", only: &[], quick: ROOT, whole: ROOT },
+    Program { name: "launcher", only: &[], quick: NOBODY, whole: BOTH },
+    Program { name: "reattach", only: &[], quick: NOBODY, whole: BOTH },
+    // Scenarios in which limits, deaths and what outlives them are met.
+    Program { name: "scenarios", only: &["faults::", "life::", "restart::", "outlives::"], quick: NOBODY, whole: BOTH },
+];
+
+/// The rows of the escape suite that the quick plan has: what holds them, or how they are made, is another thing there.
+/// Limits and ends by cgroup v2, places in its tree, and what an older kernel lacks (Landlock's rules for TCP and its scopes,
+/// sealed memory files, PR_SET_MDWE).
+const QUICK_ROWS: (&str, &str) = ("PLUGVISOR_ESCAPE_ROW", "14,16,16c,31,32,38b,43,44,45,46b,47,51,52,62");
 
 /// Tests that the guest has no use for, each with the reason.
 const WITHOUT: [(&str, &str); 1] = [("life::nothing_leaks", "a count over many rounds, which takes too long here")];
 
+/// The integration tests among the programs.
+pub(super) fn integration_tests() -> impl Iterator<Item = &'static str> {
+    PROGRAMS.iter().map(|program| program.name).filter(|name| *name != UNIT_TESTS)
+}
+
+/// The program whose own tests are among them.
+pub(super) const UNIT_TESTS: &str = "plugvisor-launcher";
+
 impl Plan {
-    /// The plan for what was built: the long one, or the fixed part of it.
+    /// The plan for what was built: the whole one, or the fixed part of it that is quick.
     ///
     /// # Errors
     /// When a test program is missing.
     pub(super) fn new(built: &Built, full: bool) -> anyhow::Result<Self> {
         let mut parts = vec![Part { name: "world".to_owned(), work: Work::World }];
-        let mut tests = |program: &str, only: &[&str]| -> anyhow::Result<()> {
-            let path = built.tests.get(program).with_context(|| format!("cargo built no test program {program}"))?;
+        for Program { name, only, quick, whole } in &PROGRAMS {
+            let path = built.tests.get(*name).with_context(|| format!("cargo built no test program {name}"))?;
             let path = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
-            for (user, suffix) in [(User::Root, "root"), (User::Ordinary, "an ordinary user")] {
+            let variables: &[(&str, &str)] = if *name == "escape" && !full { &[QUICK_ROWS] } else { &[] };
+            for user in if full { *whole } else { *quick } {
+                let who = match user {
+                    User::Root => "root",
+                    User::Ordinary => "an ordinary user",
+                };
                 parts.push(Part {
-                    name: format!("{program} as {suffix}"),
-                    work: Work::Tests {
+                    name: format!("{name} as {who}"),
+                    work: Work::Tests(Tests {
                         program: path.to_owned(),
-                        user,
+                        user: *user,
                         only: only.iter().map(ToString::to_string).collect(),
                         without: WITHOUT.iter().map(|(name, _)| (*name).to_owned()).collect(),
-                    },
+                        variables: variables.iter().map(|(name, rows)| (name.to_string(), rows.to_string())).collect(),
+                    }),
                 });
             }
-            Ok(())
-        };
-        let launcher: &[&str] = if full { &LAUNCHER } else { &FEWER };
-        for program in launcher {
-            tests(program, &[])?;
-        }
-        if full {
-            tests("scenarios", &SCENARIOS)?;
         }
         parts.push(Part { name: "package".to_owned(), work: Work::Package });
         Ok(Self { parts })
+    }
+
+    /// The test programs that it runs, each once.
+    pub(super) fn programs(&self) -> BTreeSet<&Path> {
+        let programs = self.parts.iter().filter_map(|part| match &part.work {
+            Work::Tests(tests) => Some(Path::new(&tests.program)),
+            Work::World | Work::Package => None,
+        });
+        programs.collect()
     }
 
     /// Keeps the parts whose name holds one of these words; all when there is none.
