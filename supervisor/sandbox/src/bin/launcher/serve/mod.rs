@@ -436,6 +436,10 @@ impl Server {
 
     /// Has what came from the supervisor closed.
     fn close_received(&mut self) -> io::Result<()> {
+        // A launcher that was stopped, or stood still with its machine, sees the time before it sees what ended meanwhile.
+        if self.closer.check().is_err() {
+            self.handle(Source::Closer);
+        }
         if let Err(error) = self.closer.check() {
             self.fail(error);
         }
