@@ -423,8 +423,11 @@ mod tests {
             println!("SKIP cgroup-v2-birth: no cgroup v2 hierarchy");
             return;
         };
+        // Below this program's own group: that may be one that was delegated to an ordinary user.
+        let groups = fs::read_to_string("/proc/self/cgroup").expect("its groups");
+        let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).expect("its group of v2");
         let name = format!("plugvisor-test-into-{}", std::process::id());
-        let directory = root.join(&name);
+        let directory = root.join(own).join(&name);
         if let Err(error) = fs::create_dir(&directory) {
             println!("SKIP cgroup-v2-birth: {} cannot be made: {error}", directory.display());
             return;
