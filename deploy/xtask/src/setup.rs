@@ -37,10 +37,10 @@ const TESTS: &[Tool] = &[
 
 /// The virtual machine: its processor, its root, and the archives that become its memory.
 const MACHINE: &[Tool] = &[
-    Tool { needs: "qemu-system-x86_64", package: "qemu-system-x86", needed_for: "test vm" },
-    Tool { needs: "debootstrap", package: "debootstrap", needed_for: "test vm" },
-    Tool { needs: "cpio", package: "cpio", needed_for: "test vm" },
-    Tool { needs: "strip", package: "binutils", needed_for: "test vm" },
+    Tool { needs: "qemu-system-x86_64", package: "qemu-system-x86", needed_for: "the tests in a virtual machine" },
+    Tool { needs: "debootstrap", package: "debootstrap", needed_for: "the tests in a virtual machine" },
+    Tool { needs: "cpio", package: "cpio", needed_for: "the tests in a virtual machine" },
+    Tool { needs: "strip", package: "binutils", needed_for: "the tests in a virtual machine" },
 ];
 
 /// The peers of the benchmarks.
@@ -78,7 +78,7 @@ pub(crate) fn for_tests() -> anyhow::Result<()> {
     install(TESTS)
 }
 
-/// Installs what `test vm` needs.
+/// Installs what the tests in a virtual machine need.
 ///
 /// # Errors
 /// As [`run`].

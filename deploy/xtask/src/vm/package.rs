@@ -99,15 +99,23 @@ fn serving() -> anyhow::Result<BTreeMap<String, u32>> {
     let mut pids = BTreeMap::new();
     for plugin in plugins {
         let name = plugin["name"].as_str().context("a plugin without a name")?;
+        let asked = manifest(name)?;
         let as_wanted = plugin["state"] == "PLUGIN_STATE_LOADED"
             && plugin["tier"] == "verified"
-            && plugin["isolation_level"] == "process";
+            && plugin["isolation_level"] == asked["security"]["sandbox"]["isolationLevel"];
         ensure!(as_wanted, "{plugin}; the supervisor said {ready}");
         let pid = plugin["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("a plugin without a pid")?;
         pids.insert(name.to_owned(), pid);
     }
     ensure!(pids.keys().eq(PLUGINS.iter()), "other plugins than were installed: {pids:?}");
     Ok(pids)
+}
+
+/// What an installed bundle asks for.
+fn manifest(name: &str) -> anyhow::Result<Value> {
+    let path = format!("/usr/local/lib/plugvisor/plugins/{name}/plugin.json");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    serde_json::from_str(&text).with_context(|| format!("{path} is not JSON"))
 }
 
 /// Runs a command of an operator and returns its JSON.
@@ -150,9 +158,8 @@ fn walls() -> anyhow::Result<()> {
         let ours = group.parent() == Some(&unit_group(LAUNCHER).join("plugvisor"));
         ensure!(ours, "{name} is in {}", group.display());
         ensure!(score(*pid)? == 0, "{name} is as protected as the launcher: {}", score(*pid)?);
-        let manifest = fs::read_to_string(format!("/usr/local/lib/plugvisor/plugins/{name}/plugin.json"))?;
-        let manifest: Value = serde_json::from_str(&manifest)?;
-        let limits = &manifest["security"]["sandbox"]["resourceLimits"];
+        let asked = manifest(name)?;
+        let limits = &asked["security"]["sandbox"]["resourceLimits"];
         let memory = limits["maxMemory"].as_i64().context("an example without a memory limit")?;
         ensure!(number(&group.join("memory.max"))? == memory, "{name}: memory.max");
         let high = number(&group.join("memory.high"))?;
