@@ -19,8 +19,14 @@ use harness::{As, Harness, Plugin, patience, wait_readable};
 use plugvisor_sandbox::protocol::{Control, Exit, Launch, Limits, RefusalCode, Reply, Request};
 use rustix::process::Signal;
 
-/// In how many periods of the CPU limit a plugin is made to wait while it is measured, and how long one is.
+/// In how many periods of the CPU limit a plugin is made to wait while it is measured. An emulated processor that stands
+/// still while it is charged to the plugin makes it use more than a period's share at once; the kernel takes that off the
+/// next ones. So the same measurement goes on for longer when that shows at its ends, and never passes where the limit
+/// does not hold.
 const PERIODS: u64 = 40;
+const MOST_PERIODS: u64 = 320;
+
+/// How long one is.
 const PERIOD: Duration = Duration::from_millis(100);
 
 /// How often what has no event is looked at.
@@ -165,6 +171,18 @@ fn cpu_of(plugin: &Plugin) -> Duration {
     Duration::from_nanos(nanos.sum())
 }
 
+/// What a plugin got between two moments, in words, and whether it is within three percent of its limit.
+fn judged(before: &Used, after: &Used, percent: u32) -> (String, bool) {
+    let (cpu, wall) = ((after.cpu - before.cpu).as_secs_f64(), (after.at - before.at).as_secs_f64());
+    let (periods, throttled) = (after.periods - before.periods, after.throttled - before.throttled);
+    let share = f64::from(percent) / 100.0;
+    // A machine that is busy may give less than the limit. In a period in which it was made to wait it had all.
+    let had = share * PERIOD.as_secs_f64() * f64::from(u32::try_from(throttled).expect("few"));
+    let held = cpu <= 1.03 * share * wall && cpu >= 0.97 * had;
+    let got = 100.0 * cpu / wall;
+    (format!("{got:.2} % of {wall:.2} s, made to wait in {throttled} of {periods} periods"), held)
+}
+
 #[test]
 fn a_cpu_limit_holds_within_three_percent() {
     for mut harness in with_limits() {
@@ -173,21 +191,19 @@ fn a_cpu_limit_holds_within_three_percent() {
             // More threads than there are processors: what one cannot use another one can.
             let request = limited(&harness, limits, &["spin", "4"]);
             let plugin = harness.launch(request);
-            let share = f64::from(percent) / 100.0;
             // What it got before it was limited by its use, such as its start, is not measured.
             let before = Used::when_throttled(&plugin, 3);
-            let after = Used::when_throttled(&plugin, before.throttled + PERIODS);
-            let (cpu, wall) = ((after.cpu - before.cpu).as_secs_f64(), (after.at - before.at).as_secs_f64());
-            let (periods, throttled) = (after.periods - before.periods, after.throttled - before.throttled);
-            println!(
-                "MEASURED {:?}, CPU limit {percent} %: {:.2} % of {wall:.2} s, made to wait in {throttled} of {periods} periods",
-                harness.as_,
-                100.0 * cpu / wall
-            );
-            assert!(cpu <= 1.03 * share * wall, "{cpu} s of {wall} s is more than {percent} %");
-            // A machine that is busy may give less than the limit. In a period in which it was made to wait it had all.
-            let had = share * PERIOD.as_secs_f64() * f64::from(u32::try_from(throttled).expect("few"));
-            assert!(cpu >= 0.97 * had, "{cpu} s in {throttled} periods is less than {percent} %");
+            let mut periods = PERIODS;
+            loop {
+                let after = Used::when_throttled(&plugin, before.throttled + periods);
+                let (told, held) = judged(&before, &after, percent);
+                if held || periods == MOST_PERIODS {
+                    println!("MEASURED {:?}, CPU limit {percent} %: {told}", harness.as_);
+                    assert!(held, "{told} is not within three percent of {percent} %");
+                    break;
+                }
+                periods *= 2;
+            }
             harness.ask(&Request::Kill { launch: plugin.launched.launch }, &[]);
             harness.exit_of(plugin.launched.launch);
         }
