@@ -29,8 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// is more.
 const BACK: Duration = Duration::from_secs(3);
 
-/// The exposure that `systemd-analyze security` may find at most, in tenths. Reached, not wished for.
-const EXPOSURE: [(&str, u32); 2] = [(SUPERVISOR, 15), (LAUNCHER, 75)];
+/// The exposure that `systemd-analyze security` may find at most, in tenths. Reached, not wished for; of the supervisor's a
+/// tenth is AF_NETLINK, by which the egress proxy asks for the host's own addresses.
+const EXPOSURE: [(&str, u32); 2] = [(SUPERVISOR, 16), (LAUNCHER, 75)];
 
 type Step = fn() -> anyhow::Result<()>;
 
