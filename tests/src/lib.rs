@@ -12,6 +12,9 @@ mod cli;
 mod daemon;
 pub mod events;
 mod external;
+// As `place` below.
+#[path = "../../supervisor/sandbox/tests/harness/guest.rs"]
+pub mod guest;
 mod held_up;
 mod lane;
 mod neighbour;

@@ -7,6 +7,7 @@ mod bench;
 mod build;
 mod demo;
 mod fuzz;
+mod guest;
 mod schema;
 mod setup;
 mod skips;

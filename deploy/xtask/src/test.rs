@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use crate::build::{Profile, binaries, cargo, target_directory, workspace_root};
 use crate::demo::SOURCES;
 use crate::steps::{run, step};
-use crate::{setup, skips};
+use crate::{guest, setup, skips};
 
 /// The version that the project's deny.toml is written for.
 const CARGO_DENY: &str = "0.20.2";
@@ -190,6 +190,9 @@ fn tests(full: bool) -> anyhow::Result<()> {
     command.stdout(Stdio::piped());
     if full {
         command.env(FULL, "1");
+    }
+    if let Some(kernel) = guest::kernel() {
+        command.env(guest::VARIABLE, kernel);
     }
     let mut running = command.spawn().context("cannot start cargo test")?;
     let output = running.stdout.take().context("cargo test has no standard output")?;

@@ -135,11 +135,6 @@ impl Manifest {
             let message = "signatures are not verified in this version".to_owned();
             add("security.signature", message, "remove it; trust comes from the operator's directory setting");
         }
-        let sandbox = &self.security.sandbox;
-        if let Some(level) = sandbox.isolation_level.filter(|level| *level > IsolationLevel::Sandbox) {
-            let message = format!("the isolation level {level} is not implemented in this version");
-            add("security.sandbox.isolationLevel", message, "set it to \"sandbox\", the strongest that is");
-        }
         if !self.module.guards.is_empty() {
             let message = "guards are not run in this version".to_owned();
             add("module.guards", message, "remove them, and decide inside the service who may do what");

@@ -140,7 +140,7 @@ pub struct Launch {
     pub plugin: String,
     /// The plugin's generation, for its environment and its cgroup's name.
     pub generation: u64,
-    /// How strong the walls are: at least as strong as the manifest asks. VM is not launched yet.
+    /// How strong the walls are: at least as strong as the manifest asks.
     pub level: Level,
     /// The content digest of a bundle in the store.
     pub bundle: [u8; 32],
@@ -215,6 +215,7 @@ impl Level {
             | Control::Landlock => Self::Process,
             Control::UtsNamespace | Control::CgroupNamespace => Self::Container,
             Control::NoWriteExec | Control::SingleExec => Self::Sandbox,
+            Control::OwnKernel => Self::Vm,
         }
     }
 
@@ -357,11 +358,13 @@ pub enum Control {
     WholeKill,
     /// The plugin dies with the launcher.
     DiesWithLauncher,
+    /// A kernel of its own, in a virtual machine.
+    OwnKernel,
 }
 
 impl Control {
     /// Every control, in the order reports show them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::OwnUid,
         Self::NoCapabilities,
         Self::NoNewPrivs,
@@ -376,6 +379,7 @@ impl Control {
         Self::Landlock,
         Self::NoWriteExec,
         Self::SingleExec,
+        Self::OwnKernel,
         Self::MemoryLimit,
         Self::CpuLimit,
         Self::PidsLimit,
@@ -406,6 +410,7 @@ impl Control {
             Self::PidsLimit => "pids-limit",
             Self::WholeKill => "whole-kill",
             Self::DiesWithLauncher => "dies-with-launcher",
+            Self::OwnKernel => "own-kernel",
         }
     }
 }

@@ -44,7 +44,7 @@ fn fields_outside_of_policy() {
         ("name", |l| l.plugin = "../x".into(), RefusalCode::Policy),
         ("empty name", |l| l.plugin.clear(), RefusalCode::Policy),
         ("none", |l| (l.level, l.allow_degraded) = (Level::None, Control::ALL.to_vec()), RefusalCode::Policy),
-        ("vm", |l| l.level = Level::Vm, RefusalCode::LevelUnsupported),
+        ("vm", |l| l.level = Level::Vm, RefusalCode::ControlUnavailable),
         ("no memory", |l| l.limits.memory_bytes = Some(0), RefusalCode::Policy),
         ("no cpu", |l| l.limits.cpu_percent = Some(0), RefusalCode::Policy),
         ("no pids", |l| l.limits.pids = Some(0), RefusalCode::Policy),

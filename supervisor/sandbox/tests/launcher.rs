@@ -140,7 +140,9 @@ fn probe_names_every_control() {
             assert_eq!(refused, probed.level == Level::Vm, "{probed:?}");
             assert!(as_ == As::Ordinary || refused || probed.lacking.is_empty(), "{probed:?}");
         }
-        assert_eq!(probed.iter().map(|probed| probed.control).collect::<Vec<_>>(), Control::ALL);
+        // Nobody has named a kernel here.
+        let all = Control::ALL.into_iter().filter(|control| *control != Control::OwnKernel);
+        assert_eq!(probed.iter().map(|probed| probed.control).collect::<Vec<_>>(), all.collect::<Vec<_>>());
         for probed in probed {
             println!("{as_:?} {probed:?}");
             match probed.state {

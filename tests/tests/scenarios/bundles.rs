@@ -56,7 +56,6 @@ fn corpus() -> Vec<Wrong> {
             "manifest.unsupported",
             &["guards"],
         ),
-        (hostile("level-too-strong").set("/security/sandbox/isolationLevel", "vm"), "manifest.unsupported", &["vm"]),
         (
             hostile("wants-network").capabilities(&["network:tcp-server"]),
             "security.capability_not_implemented",

@@ -12,6 +12,7 @@ mod floods;
 mod levels;
 mod life;
 mod looks;
+mod machines;
 mod operator;
 mod order;
 mod outlives;

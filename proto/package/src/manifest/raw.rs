@@ -100,7 +100,7 @@ table! {
     Sandbox {
         /// `false` asks for the level none, which the tier may refuse. Default: true.
         Active enabled: bool = "enabled";
-        /// The weakest level that it accepts. vm refuses the load until it lands.
+        /// The weakest level that it accepts. vm needs a kernel that the host's administrator names.
         Active isolation_level: IsolationLevel = "isolationLevel";
         /// What it may use up.
         Group resource_limits: ResourceLimits = "resourceLimits";

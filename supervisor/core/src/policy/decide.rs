@@ -87,9 +87,6 @@ impl WhyNot {
     }
 }
 
-/// The strongest level that this version launches; every weaker one too.
-pub const STRONGEST: IsolationLevel = IsolationLevel::Sandbox;
-
 /// The capabilities whose mechanism this version has: the kernel's part of it, or the decision whether a call to the host
 /// is let through. What is missing refuses the load of whoever would be granted it.
 pub const IMPLEMENTED: CapabilitySet = CapabilitySet::ALL.minus(CapabilitySet::of(&[
@@ -112,8 +109,8 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// Every reason why it may not run at all, so that they can be mended at once: its tier never runs, its walls or a
-    /// capability that would be granted have no mechanism in this version.
+    /// Every reason why it may not run at all, so that they can be mended at once: its tier never runs, or a capability
+    /// that would be granted has no mechanism in this version.
     pub fn decide(&self, name: &PluginName, asked: &Asked, operator: &Operator) -> Result<Verdict, Vec<Error>> {
         let tier = tier(asked, operator);
         let rules = self.rules(tier);
@@ -132,9 +129,6 @@ impl Policy {
 
         let mut errors = Vec::new();
         let level = asked.level.unwrap_or(IsolationLevel::Process).max(weakest);
-        if level > STRONGEST {
-            errors.push(level_not_implemented(name, tier, level, asked.level, operator.tier));
-        }
 
         let rights = self.rights(asked, operator);
         let mut capabilities = Vec::new();
@@ -169,32 +163,4 @@ impl Policy {
 /// The tier that counts: the manifest's is only a bound.
 fn tier(asked: &Asked, operator: &Operator) -> TrustTier {
     asked.tier.map_or(operator.tier, |bound| bound.min(operator.tier))
-}
-
-fn level_not_implemented(
-    name: &PluginName,
-    tier: TrustTier,
-    level: IsolationLevel,
-    asked: Option<IsolationLevel>,
-    directory: TrustTier,
-) -> Error {
-    let hint = if asked == Some(level) {
-        format!("set security.sandbox.isolationLevel in its plugin.json to \"{STRONGEST}\"")
-    } else if tier < directory {
-        format!("its plugin.json limits it to the tier {tier} with security.trustLevel: raise it")
-    } else {
-        "set a higher tier for its directory in plugvisor.toml, if you trust it".to_owned()
-    };
-    let because = if asked == Some(level) {
-        "its manifest asks for it".to_owned()
-    } else {
-        format!("the tier {tier} requires it")
-    };
-    Error::new(
-        Code::LevelNotImplemented,
-        format!(
-            "plugin {name} needs the isolation level {level}, because {because}; the strongest that this version launches is {STRONGEST}"
-        ),
-        hint,
-    )
 }

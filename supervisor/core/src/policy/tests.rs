@@ -28,7 +28,7 @@ fn the_level_is_the_stronger_of_manifest_and_tier() {
         (None, Some(L::None), T::Internal, Ok(L::None)),
         (None, Some(L::Container), T::Verified, Ok(L::Container)),
         (None, Some(L::Sandbox), T::Internal, Ok(L::Sandbox)),
-        (None, Some(L::Vm), T::Internal, Err((Code::LevelNotImplemented, "isolationLevel"))),
+        (None, Some(L::Vm), T::Internal, Ok(L::Vm)),
         (None, None, T::Community, Ok(L::Container)),
         (None, Some(L::Process), T::Community, Ok(L::Container)),
         (None, None, T::Untrusted, Ok(L::Sandbox)),

@@ -240,7 +240,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         RefusalCode::LevelUnsupported => (
             Code::LevelNotImplemented,
             Permanence::Permanent,
-            "set security.sandbox.isolationLevel in its plugin.json to \"sandbox\", the strongest level of this version",
+            "the launcher is of an older version than plugvisord: install them together",
         ),
         RefusalCode::ControlUnavailable => (Code::ControlUnavailable, Permanence::Permanent, UNCONTROLLED),
         RefusalCode::Entry => (Code::EntryWrongFormat, Permanence::Permanent, "build the program for this host"),

@@ -108,7 +108,7 @@ fn every_attempt_ends_as_the_table_says() {
             if cells.is_empty() {
                 columns.push(format!("{} held by other tests", row.reference));
             }
-            println!("{:<4} {:<51.51} {name:<9} {} | R not built", row.number, row.title, columns.join(" | "));
+            println!("{:<4} {:<51.51} {name:<9} {} | G elsewhere", row.number, row.title, columns.join(" | "));
             // Some of them need privileges, and one lane is enough.
             if let (Some(outside), As::Root) = (&row.outside, lane) {
                 let seen = match row.act {

@@ -21,6 +21,9 @@ pub(crate) struct Admitted {
     pub(crate) path: PathBuf,
     /// What is executed, as its manifest says.
     pub(crate) checked: Checked,
+    /// What its files have in bytes, and how many there are.
+    pub(crate) bytes: u64,
+    pub(crate) files: usize,
 }
 
 impl Launcher {
@@ -44,9 +47,9 @@ impl Launcher {
         of_name(request, plugin, named, tier)?;
         self.policy.check_environment(plugin, &request.environment)?;
         let checked = check::program(plugin, &Asked::of(request), &bundle.stated, walls)?;
-        let path = bundle.path().to_owned();
+        let (path, bytes, files) = (bundle.path().to_owned(), bundle.bytes, bundle.files.len());
         match bundle.open() {
-            Ok(directory) => Ok(Admitted { directory, path, checked }),
+            Ok(directory) => Ok(Admitted { directory, path, checked, bytes, files }),
             Err(error) => refuse(
                 RefusalCode::Kernel,
                 format!("{plugin} was not started: its bundle in the store cannot be opened: {error}"),

@@ -43,16 +43,7 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
     let Ok(plugin) = request.plugin.parse::<PluginName>() else {
         return policy(format!("{:?} is not a plugin's name", request.plugin.chars().take(64).collect::<String>()));
     };
-    let Some(walls) = level::walls(request.level) else {
-        return refuse(
-            RefusalCode::LevelUnsupported,
-            format!(
-                "{plugin} was not started: the level {} is not implemented in this version; set its isolationLevel to \
-                 sandbox, the strongest that is",
-                request.level.as_str()
-            ),
-        );
-    };
+    let walls = level::walls(request.level);
     if walls.tree == Tree::Host && request.grants.contains(&Grant::Egress) {
         // In the host's own network the proxy would be a port of the host, and nobody would have to use it.
         return policy(format!(

@@ -12,6 +12,8 @@ use std::{
 
 use seccompiler::sock_filter;
 
+use crate::machine;
+
 /// Which side of [`clone3`] this is.
 pub(crate) enum Cloned {
     /// The new process.
@@ -391,6 +393,111 @@ pub(crate) fn refuse_exec_gain() -> io::Result<()> {
 pub(crate) fn set_name(name: &CStr) {
     // SAFETY: PR_SET_NAME reads at most 16 bytes of a C string. A name is only for people: failure changes nothing.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// Waits for one of these descriptors. A signal ends the waiting too.
+pub(crate) fn wait(polls: &mut [machine::Poll]) -> io::Result<()> {
+    let count = libc::nfds_t::try_from(polls.len()).map_err(io::Error::other)?;
+    // SAFETY: polls is an array of that many structs of the layout of pollfd, valid for the time of the call.
+    let result = unsafe { libc::poll(polls.as_mut_ptr().cast::<libc::pollfd>(), count, -1) };
+    match result {
+        0.. => Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
+/// The signals that wait at a signalfd.
+pub(crate) fn signals_of(signals: &OwnedFd) -> Vec<u32> {
+    const SIZE: usize = size_of::<libc::signalfd_siginfo>();
+    let mut all = Vec::new();
+    let mut information = [0; SIZE];
+    while rustix::io::read(signals, &mut information) == Ok(SIZE) {
+        // The number is the first field.
+        all.extend(information.first_chunk().copied().map(u32::from_ne_bytes));
+    }
+    all
+}
+
+/// Ends the process by this signal, as if nobody had ever handled it.
+pub(crate) fn end_by(signal: i32) -> ! {
+    // Without it, the process ends by the status below.
+    drop(reset_signals());
+    // SAFETY: kill and getpid take numbers only.
+    let own = unsafe { libc::getpid() };
+    // SAFETY: as above.
+    unsafe { libc::kill(own, signal) };
+    exit_now(128 + signal)
+}
+
+/// Runs one instruction in a virtual machine of one page, and tells whether it was run. It may never return.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn runs_guest(device: RawFd) -> io::Result<()> {
+    const CREATE_VM: u64 = 0xAE01;
+    const GET_VCPU_MMAP_SIZE: u64 = 0xAE04;
+    const CREATE_VCPU: u64 = 0xAE41;
+    const RUN: u64 = 0xAE80;
+    const SET_USER_MEMORY_REGION: u64 = 0x4020_AE46;
+    const EXIT_HLT: u32 = 5;
+    /// Where real mode begins: the last 16 bytes below 4 GiB, which the page covers.
+    const PAGE: u64 = 0xFFFF_F000;
+    const SIZE: usize = 4096;
+    #[repr(C)]
+    struct Region {
+        slot: u32,
+        flags: u32,
+        guest: u64,
+        size: u64,
+        host: u64,
+    }
+    fn ask(fd: RawFd, request: u64, argument: u64) -> io::Result<i32> {
+        // SAFETY: the requests here take a number, or a pointer to a struct that outlives the call.
+        let result = unsafe { libc::ioctl(fd, request as _, argument) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    }
+    fn map(size: usize, fd: RawFd) -> io::Result<*mut u8> {
+        let flags = if fd < 0 { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS } else { libc::MAP_SHARED };
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other one.
+        let address = unsafe { libc::mmap(ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address.cast()) }
+    }
+    let vm = ask(device, CREATE_VM, 0)?;
+    let page = map(SIZE, -1)?;
+    // SAFETY: the mapping has SIZE bytes, and is used by nobody else.
+    unsafe { ptr::write_bytes(page, 0xF4, SIZE) };
+    let region = Region { slot: 0, flags: 0, guest: PAGE, size: SIZE as u64, host: page as u64 };
+    ask(vm, SET_USER_MEMORY_REGION, &raw const region as u64)?;
+    let vcpu = ask(vm, CREATE_VCPU, 0)?;
+    let size = usize::try_from(ask(device, GET_VCPU_MMAP_SIZE, 0)?).map_err(io::Error::other)?;
+    let shared = map(size.max(SIZE), vcpu)?;
+    ask(vcpu, RUN, 0)?;
+    // Behind eight bytes of requests stands why it returned.
+    // SAFETY: the mapping is longer than that.
+    let reason = unsafe { shared.add(8) }.cast::<u32>();
+    // SAFETY: it lies in the mapping, which begins with a page, and is a number that the kernel wrote.
+    let reason = unsafe { ptr::read_volatile(reason) };
+    if reason == EXIT_HLT { Ok(()) } else { Err(io::Error::other(format!("it ended with {reason}"))) }
+}
+
+/// The processor's time-stamp counter, which an emulated machine has as its own.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: reading the counter touches no memory; every processor of this architecture has it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Guests are of x86-64.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) const fn ticks() -> u64 {
+    0
+}
+
+/// Guests are of x86-64.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn runs_guest(_device: RawFd) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]

@@ -14,7 +14,13 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{child::Failure, kernel, level::Tree, mounts, step::Step};
+use crate::{
+    child::Failure,
+    kernel,
+    level::{Kernel, Walls},
+    machine, mounts,
+    step::Step,
+};
 
 /// The first version with rules for TCP.
 const TCP: i32 = 4;
@@ -27,9 +33,16 @@ pub(crate) fn version() -> i32 {
 }
 
 /// Restricts the calling process and everything it starts, then tries it.
-pub(crate) fn restrict(version: i32, tree: Tree, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Failure> {
+pub(crate) fn restrict(
+    version: i32,
+    walls: &Walls,
+    socket: SocketMode,
+    temp: bool,
+    egress: bool,
+    device: Option<&str>,
+) -> Result<(), Failure> {
     let failure = |error: &RulesetError| Failure::new(Step::Landlock, errno(error));
-    apply(version, tree, socket, temp, egress).map_err(|error| match error {
+    apply(version, walls, socket, temp, egress, device).map_err(|error| match error {
         Wrong::Rules(error) => failure(&error),
         Wrong::Path => Failure::new(Step::Landlock, Errno::NOENT),
     })?;
@@ -58,7 +71,15 @@ impl From<PathFdError> for Wrong {
     }
 }
 
-fn apply(version: i32, tree: Tree, socket: SocketMode, temp: bool, egress: bool) -> Result<(), Wrong> {
+fn apply(
+    version: i32,
+    walls: &Walls,
+    socket: SocketMode,
+    temp: bool,
+    egress: bool,
+    machine_device: Option<&str>,
+) -> Result<(), Wrong> {
+    let tree = walls.tree;
     let abi = ABI::from(version);
     let all = AccessFs::from_all(abi);
     let read: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
@@ -89,6 +110,12 @@ fn apply(version: i32, tree: Tree, socket: SocketMode, temp: bool, egress: bool)
     open("/proc", read)?;
     for name in mounts::DEVICES {
         open(&format!("/dev/{name}"), device)?;
+    }
+    if walls.kernel == Kernel::Own {
+        open(machine::PLACE, read)?;
+    }
+    if let Some(path) = machine_device {
+        open(path, device)?;
     }
     open(mounts::sockets(tree), AccessFs::ReadDir.into())?;
     if socket == SocketMode::Bind {

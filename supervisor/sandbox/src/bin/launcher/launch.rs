@@ -32,7 +32,8 @@ use crate::{
     creds::Identity,
     kernel::{self, Cloned},
     landlock,
-    level::{self, Keeper, Walls},
+    level::{self, Keeper, Kernel, Walls},
+    machine::{self, Machines},
     mounts::Own,
     policy::Policy,
     probe::Trial,
@@ -48,11 +49,11 @@ use crate::{
 /// Connections that may wait on a plugin's sockets.
 const BACKLOG: i32 = 4096;
 /// Open files when the manifest says nothing: what most systems give.
-const OPEN_FILES: u64 = 1024;
+pub(crate) const OPEN_FILES: u64 = 1024;
 /// The largest core: none, also where a handler takes them.
 pub(crate) const CORE_BYTES: u64 = 1;
 /// The size of /tmp when the plugin has one.
-const TEMP_BYTES: u64 = 64 << 20;
+pub(crate) const TEMP_BYTES: u64 = 64 << 20;
 /// The file system of the directory in which a plugin binds its socket: room for the socket and a lock beside it.
 const WORKER_DIRECTORY: &CStr = c"size=64k,nr_inodes=16,mode=0711";
 /// How long a child may take to set itself up: far more than ever needed, unless a filesystem hangs.
@@ -72,6 +73,7 @@ pub(crate) struct Launcher {
     pub(crate) trial: Trial,
     privileged: bool,
     pub(crate) uids: Uids,
+    pub(crate) machines: Machines,
     pidfd: OwnedFd,
     /// Whether it may mount what only it and its plugins see.
     own_mounts: bool,
@@ -111,6 +113,8 @@ pub(crate) struct Running {
     pub(crate) program: Option<OwnedFd>,
     /// Readable when the program asks for its exec; closed when it was let pass.
     pub(crate) listener: Option<OwnedFd>,
+    /// How many more execs are let pass.
+    pub(crate) execs: u8,
     pub(crate) executing: bool,
     pub(crate) failure: Option<Failure>,
     pub(crate) ended: Option<Exit>,
@@ -135,6 +139,9 @@ pub(crate) struct Program<'a> {
     pub(crate) entry: Entry<'a>,
     /// Who runs it, when that does not go by its name.
     pub(crate) identity: Option<Identity>,
+    /// What its machine is made of, and the device that runs it; at the level that has one.
+    pub(crate) machine: &'a [PathBuf],
+    pub(crate) device: Option<&'static str>,
 }
 
 impl Launcher {
@@ -150,6 +157,7 @@ impl Launcher {
             store,
             policy,
             uids,
+            machines: Machines::default(),
             spares: Spares::new(match (privileged, options.without.as_slice()) {
                 (true, []) => usize::try_from(options.spares).unwrap_or(0),
                 // A spare is born behind walls that may be among those left out.
@@ -256,6 +264,10 @@ impl Launcher {
                 exec: Some(begun.exec),
                 program: None,
                 listener: None,
+                execs: match checked.walls.kernel {
+                    Kernel::Host => 1,
+                    Kernel::Own => machine::EXECS,
+                },
                 executing: false,
                 failure: None,
                 ended: None,
@@ -311,7 +323,9 @@ impl Launcher {
             identity,
             rlimits: self.rlimits(request, &walls),
             socket: checked.socket,
-            temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
+            // In a machine it is the guest's.
+            temp: (walls.kernel == Kernel::Host && request.grants.contains(&Grant::WriteTemp)).then_some(TEMP_BYTES),
+            device: program.device.map(str::to_owned),
             grants: request.grants.clone(),
             argv: checked.argv.clone(),
             envp: checked.envp.clone(),
@@ -426,6 +440,7 @@ impl Launcher {
             bundle_path: program.path,
             bundle: program.directory,
             sockets: &sockets,
+            machine: program.machine,
             ends,
         };
         let born_in = born_in.as_ref().map(AsFd::as_fd);
@@ -662,13 +677,13 @@ impl Running {
         self.unsaved.map(|_| uids::unwritten(&self.plugin, errno))
     }
 
-    /// Lets the program execute what it asks for, once: the listener is closed, and who asks again is told ENOSYS. Called
-    /// when the listener is readable.
+    /// Lets the program execute what it asks for, as often as its level does: then the listener is closed, and who asks again
+    /// is told ENOSYS. Called when the listener is readable. Gives the listener when it is not waited for any more.
     pub(crate) fn let_execute(&mut self) -> Option<OwnedFd> {
-        let listener = self.listener.take()?;
         // Fails only when the program died while it asked; its end follows.
-        let _ = kernel::let_pass(listener.as_fd());
-        Some(listener)
+        let _ = kernel::let_pass(self.listener.as_ref()?.as_fd());
+        self.execs = self.execs.saturating_sub(1);
+        if self.execs == 0 { self.listener.take() } else { None }
     }
 
     /// What is left when its first process is gone, of a launch without a PID namespace.

@@ -25,6 +25,7 @@ mod kernel;
 mod landlock;
 mod launch;
 mod level;
+mod machine;
 mod mounts;
 mod output;
 mod own_program;
@@ -80,6 +81,9 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).peekable();
     if args.peek().is_some_and(|first| first == probe::TRIAL) {
         return ExitCode::SUCCESS;
+    }
+    if args.next_if(|first| first == machine::MONITOR).is_some() {
+        machine::run_monitor(args);
     }
     if args.peek().is_some_and(|first| first == CLEAR_CGROUP) {
         return match cgroup::clear() {

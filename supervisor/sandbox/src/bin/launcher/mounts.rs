@@ -25,7 +25,7 @@ use rustix::{
     process::{chdir, pivot_root},
 };
 
-use crate::{child::Failure, kernel, level::Tree, step::Step};
+use crate::{child::Failure, kernel, level::Tree, machine, step::Step};
 
 /// Where the bundle is, and the working directory.
 pub(crate) const BUNDLE: &str = "/plugin";
@@ -92,9 +92,32 @@ pub(crate) struct Own {
     pub(crate) broker: OwnedFd,
     /// The socket itself when it is inherited, the directory for it when the plugin binds it.
     pub(crate) worker: OwnedFd,
+    /// What its machine is made of, and where in the tree each lies.
+    pub(crate) machine: Vec<(OwnedFd, String)>,
 }
 
 impl Own {
+    /// And what a machine is made of: its kernel and modules, read-only, and the device that runs it, if one does. Found by
+    /// their paths: before the tree is entered.
+    pub(crate) fn with_machine(mut self, parts: &[impl AsRef<Path>], device: Option<&str>) -> Result<Self, Failure> {
+        let copy = |path: &Path, attributes| {
+            let source = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            detached(source.as_fd(), attributes)
+        };
+        let attach = |(number, part): (usize, &Path)| -> Result<(OwnedFd, String), Errno> {
+            let copied = copy(part, READ_ONLY | libc::MOUNT_ATTR_NOEXEC)?;
+            Ok((copied, format!("{}/{number}", &machine::PLACE[1..])))
+        };
+        let parts: Result<_, _> = parts.iter().map(AsRef::as_ref).enumerate().map(attach).collect();
+        self.machine = parts.map_err(at(Step::Machine))?;
+        if let Some(device) = device {
+            let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+            let copied = copy(Path::new(device), attributes).map_err(at(Step::Machine))?;
+            self.machine.push((copied, device.trim_start_matches('/').to_owned()));
+        }
+        Ok(self)
+    }
+
     /// Copies the bundle's mount, found by its descriptor: no path is looked up, which could wait for a filesystem. It must
     /// be of the caller's mount namespace.
     pub(crate) fn of(bundle: BorrowedFd<'_>, sockets: &str, socket: SocketMode) -> Result<Self, Failure> {
@@ -129,7 +152,7 @@ impl Own {
             SocketMode::Inherit => copy("worker.sock", libc::MOUNT_ATTR_RDONLY)?,
             SocketMode::Bind => copy("worker", 0)?,
         };
-        Ok(Self { bundle, broker: copy("broker.sock", libc::MOUNT_ATTR_RDONLY)?, worker })
+        Ok(Self { bundle, broker: copy("broker.sock", libc::MOUNT_ATTR_RDONLY)?, worker, machine: Vec::new() })
     }
 }
 
@@ -191,7 +214,7 @@ impl Common {
     /// bytes, when the plugin has one; the host's tree has its own.
     pub(crate) fn complete(self, own: Own, socket: SocketMode, temp: Option<u64>) -> Result<(), Failure> {
         let Self { root, tree } = &self;
-        let Own { bundle, broker: own_broker, worker: own_worker } = own;
+        let Own { bundle, broker: own_broker, worker: own_worker, machine } = own;
         attach(&bundle, root, &BUNDLE[1..]).map_err(at(Step::Bundle))?;
         let made = match socket {
             SocketMode::Inherit => {
@@ -208,6 +231,16 @@ impl Common {
             attach(&own_broker, root, &broker(*tree)[1..])
         };
         put().map_err(at(Step::Sockets))?;
+        if !machine.is_empty() {
+            let put = || {
+                mkdirat(root, &machine::PLACE[1..], Mode::from_raw_mode(0o755))?;
+                machine.iter().try_for_each(|(part, path)| {
+                    touch(root, path)?;
+                    attach(part, root, path)
+                })
+            };
+            put().map_err(at(Step::Machine))?;
+        }
         if let Some(size) = temp.filter(|_| *tree == Tree::Own) {
             let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
             let limits = std::ffi::CString::new(format!("size={size},nr_inodes=16384,mode=1777"));

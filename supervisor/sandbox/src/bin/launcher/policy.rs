@@ -25,6 +25,7 @@ use serde::Deserialize;
 use crate::{
     check::refuse,
     expiry::Expiry,
+    machine,
     store::{self, Doubt},
 };
 
@@ -68,6 +69,8 @@ struct Rules {
     key: Vec<Key>,
     #[serde(default)]
     environment: Vec<Environment>,
+    /// What machines are made of, at the level VM.
+    vm: Option<machine::Settings>,
 }
 
 /// The weakest isolation of each tier; a quarantined bundle is never launched.
@@ -217,6 +220,12 @@ impl Policy {
         let given: Vec<PathBuf> = self.roots.iter().map(|root| root.path.clone()).collect();
         let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
         Ok(given.into_iter().chain(rules.directory.iter().map(|directory| directory.path.clone())).collect())
+    }
+
+    /// What machines are made of; `None` when the file does not say.
+    pub(crate) fn machine(&mut self) -> Result<Option<machine::Settings>, Refusal> {
+        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        Ok(rules.vm.clone())
     }
 
     /// Says which directories give no tier because others than root can change them. Asked at the start, for whoever
@@ -455,6 +464,9 @@ fn parse(text: &str) -> Result<Rules, String> {
     let relative = |directory: &&Directory| !directory.path.is_absolute();
     if let Some(directory) = rules.directory.iter().find(relative) {
         return Err(format!("the directory {} is not absolute", directory.path.display()));
+    }
+    if let Some(vm) = &rules.vm {
+        vm.check()?;
     }
     // It would end by itself what somebody took the trouble to stop.
     if let Some(entry) = rules.approved.iter().find(|e| e.tier == TrustTier::Quarantined && e.expires.is_some()) {

@@ -84,6 +84,7 @@ impl Launcher {
                 _ => break,
             };
         }
+        self.look_for_machines();
         let none = self.try_walls(Level::None).err();
         trial.none = none.map(|error| error.why);
         self.trial = trial;
@@ -139,13 +140,15 @@ impl Launcher {
         let path = std::env::current_dir().map_err(plain)?;
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
         let plugin = request.plugin.parse().expect("a plugin's name");
-        let walls = level::walls(level).ok_or_else(|| plain(io::ErrorKind::Unsupported.into()))?;
+        let walls = level::walls(level);
         let checked = Checked { plugin, walls, argv, envp: Vec::new(), socket: SocketMode::Inherit };
         let program = Program {
             directory: here.as_fd(),
             path: &path,
             entry: Entry::Sealed(own.as_fd()),
             identity: Some(Identity::copier(&self.options.uids)),
+            machine: &[],
+            device: None,
         };
         match self.start(&request, &checked, &program, Instant::now()) {
             Err(refusal) => Err(TrialError { step: None, why: refusal.message }),
@@ -204,6 +207,7 @@ impl Launcher {
                 "the launcher runs as uid {}, which may use no other uid; the plugin keeps its supplementary groups too",
                 rustix::process::geteuid().as_raw()
             )),
+            (Control::OwnKernel, _) => self.machines.lacking().map(str::to_owned),
             (Control::Landlock, _) if self.landlock == 0 => Some("this kernel has no Landlock".to_owned()),
             (Control::MemoryLimit | Control::CpuLimit, _) | (Control::PidsLimit, Level::None) => limit(),
             (Control::PidsLimit, _) if self.privileged() => limit(),
@@ -223,7 +227,10 @@ impl Launcher {
             None => ProbeState::Works(self.mechanism(control)),
             Some(why) => ProbeState::Lacking { why, fix: step::fix(control).to_owned() },
         };
-        let controls = Control::ALL.into_iter().map(|control| Probed { control, state: state(control) }).collect();
+        // Where nobody has named a kernel, none is missed; the level says that it has none.
+        let shown = |control: &Control| *control != Control::OwnKernel || self.machines.are_wanted();
+        let all = Control::ALL.into_iter().filter(shown);
+        let controls = all.map(|control| Probed { control, state: state(control) }).collect();
         let levels = Level::ALL.into_iter().map(|level| ProbedLevel { level, lacking: self.lacks(level) }).collect();
         Host { controls, levels }
     }
@@ -232,9 +239,6 @@ impl Launcher {
         let whole = |why: &str, fix: &str| {
             vec![Lacking { control: None, why: why.to_owned(), fix: fix.to_owned(), may_be_allowed: false }]
         };
-        if level::walls(level).is_none() {
-            return whole("this version does not have it", "use the level sandbox, the strongest that it has");
-        }
         if let Some(why) = self.missing(level) {
             return whole(why, step::FIX_NAMESPACES);
         }
@@ -276,6 +280,7 @@ impl Launcher {
                 self.cgroups.place(control).unwrap_or_else(|_| "RLIMIT_NPROC in a user namespace of its own".to_owned())
             }
             Control::WholeKill => "the end of the PID namespace's init".to_owned(),
+            Control::OwnKernel => self.machines.mechanism(),
             Control::DiesWithLauncher => "parent-death signal of the PID namespace's init".to_owned(),
         }
     }

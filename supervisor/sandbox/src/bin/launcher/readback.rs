@@ -15,7 +15,7 @@ use crate::{
     creds::Identity,
     kernel,
     launch::{CORE_BYTES, Launcher, Running, asked},
-    level::{Calls, Keeper},
+    level::{Calls, Keeper, Kernel},
     step,
 };
 
@@ -112,6 +112,7 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Control::NoNewPrivs => ("no_new_privs".into(), process.status_is("NoNewPrivs", "1")),
         Control::Seccomp => {
             let list = match running.walls.calls {
+                Some(Calls::Machine) => "the allow-list of SANDBOX, and what a machine needs",
                 Some(Calls::Only) => "the allow-list of SANDBOX",
                 Some(Calls::Listed) | None => "the deny-list of PROCESS",
             };
@@ -134,7 +135,12 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Control::SingleExec => {
             let (filtered, from) = process.seccomp();
             let held = filtered.filter(|_| running.executing && running.listener.is_none());
-            let held = held.map(|_| "one exec was let pass, and the listener is closed".to_owned());
+            let held = held.map(|_| match running.walls.kernel {
+                Kernel::Host => "one exec was let pass, and the listener is closed".to_owned(),
+                Kernel::Own => {
+                    "the monitor's exec and the emulator's were let pass, and the listener is closed".to_owned()
+                }
+            });
             ("no exec after the first".into(), (held, format!("the filter's listener, and {from}")))
         }
         Control::Rlimits => {
@@ -176,6 +182,7 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
             };
             ("all processes end together".into(), read)
         }
+        Control::OwnKernel => ("a kernel of its own, in a machine".into(), own_kernel(launcher, running)),
         Control::DiesWithLauncher => ("dies with the launcher".into(), dies_with_launcher(running)),
     };
     let (enforced, read_from) = read;
@@ -229,6 +236,22 @@ fn dies_with_launcher(running: &Running) -> (Option<String>, String) {
             (held, format!("PPid in /proc/{init}/status, and {file}"))
         }
     }
+}
+
+/// The emulator is the monitor's one child.
+fn own_kernel(launcher: &Launcher, running: &Running) -> (Option<String>, String) {
+    let monitor = running.program_pid().unwrap_or(-1);
+    let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap_or_default();
+    let Some(child) = children.split_whitespace().next() else {
+        return (None, format!("/proc/{monitor}/task/{monitor}/children"));
+    };
+    let path = format!("/proc/{child}/exe");
+    let wanted = launcher.machines.emulator().and_then(|emulator| fs::canonicalize(emulator).ok());
+    let runs = fs::read_link(&path).ok().filter(|program| Some(program) == wanted.as_ref());
+    (
+        runs.map(|program| format!("process {child} is {}, by {}", program.display(), launcher.machines.accelerator())),
+        path,
+    )
 }
 
 fn parent(pid: i32) -> Option<i32> {

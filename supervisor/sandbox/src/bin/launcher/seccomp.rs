@@ -17,6 +17,7 @@ use crate::{
 
 const PROCESS: &str = include_str!("../../../policy/process.toml");
 const SANDBOX: &str = include_str!("../../../policy/sandbox.toml");
+const MACHINE: &str = include_str!("../../../policy/vm.toml");
 
 /// The compiled filters, one for each list and set of grants that lift rules.
 pub(crate) struct Filters {
@@ -38,12 +39,22 @@ impl Filters {
             programs.push((Calls::Listed, lifted.clone(), deny_list(&denied, &lifted)?));
             programs.push((Calls::Only, lifted.clone(), allow_list(&denied, &allowed, &lifted)?));
         }
+        let mut machine: MachineFile = toml::from_str(MACHINE).map_err(|error| format!("policy/vm.toml: {error}"))?;
+        allowed.allow.append(&mut machine.allow);
+        allowed.rule.append(&mut machine.rule);
+        for lifted in Granted::machines() {
+            let program = allow_list(&denied, &allowed, &lifted).map_err(|error| format!("policy/vm.toml: {error}"))?;
+            programs.push((Calls::Machine, lifted, program));
+        }
         Ok(Self { programs })
     }
 
-    /// The filter for a plugin with these grants.
-    pub(crate) fn of(&self, calls: Calls, grants: &[Grant]) -> Option<&BpfProgram> {
-        let lifted = Granted::of(grants);
+    /// The filter for a plugin with these grants, or for a machine's monitor and emulator, by a device or not.
+    pub(crate) fn of(&self, calls: Calls, grants: &[Grant], device: bool) -> Option<&BpfProgram> {
+        let lifted = match calls {
+            Calls::Listed | Calls::Only => Granted::of(grants),
+            Calls::Machine => Granted::machine(grants.contains(&Grant::Egress), device),
+        };
         let found = self.programs.iter().find(|(list, lifts, _)| *list == calls && *lifts == lifted);
         found.map(|(_, _, program)| program)
     }
@@ -62,6 +73,14 @@ struct AllowFile {
     newest: u32,
     allow: Vec<Calling>,
     once: Vec<Calling>,
+    rule: Vec<Rule>,
+}
+
+/// What a machine needs beyond SANDBOX.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MachineFile {
+    allow: Vec<Calling>,
     rule: Vec<Rule>,
 }
 
@@ -127,21 +146,39 @@ enum Action {
 enum Granted {
     SpawnChild,
     Egress,
+    /// Not a plugin's: what a machine is made by.
+    Machine,
+    /// The same by a device of the host.
+    MachineDevice,
 }
 
 impl Granted {
     const ALL: [Self; 2] = [Self::SpawnChild, Self::Egress];
 
-    const fn grant(self) -> Grant {
+    const fn grant(self) -> Option<Grant> {
         match self {
-            Self::SpawnChild => Grant::SpawnChild,
-            Self::Egress => Grant::Egress,
+            Self::SpawnChild => Some(Grant::SpawnChild),
+            Self::Egress => Some(Grant::Egress),
+            Self::Machine | Self::MachineDevice => None,
         }
+    }
+
+    /// Those of a machine. Its monitor starts the emulator.
+    fn machine(egress: bool, device: bool) -> Vec<Self> {
+        let all =
+            [(Self::SpawnChild, true), (Self::Egress, egress), (Self::Machine, true), (Self::MachineDevice, device)];
+        all.into_iter().filter(|(_, has)| *has).map(|(lift, _)| lift).collect()
+    }
+
+    /// Every set that a machine may have.
+    fn machines() -> [Vec<Self>; 4] {
+        [(false, false), (false, true), (true, false), (true, true)]
+            .map(|(egress, device)| Self::machine(egress, device))
     }
 
     /// Those of a plugin with these grants, in order.
     fn of(grants: &[Grant]) -> Vec<Self> {
-        Self::ALL.into_iter().filter(|lift| grants.contains(&lift.grant())).collect()
+        Self::ALL.into_iter().filter(|lift| lift.grant().is_some_and(|grant| grants.contains(&grant))).collect()
     }
 
     /// Every set that a plugin may have.
@@ -314,7 +351,7 @@ mod tests {
     fn the_data_file_compiles_and_stays_small() {
         let filters = Filters::compile(&[]).expect("the data files");
         for (calls, most) in [(Calls::Listed, 320), (Calls::Only, 512)] {
-            let length = |grants| filters.of(calls, grants).expect("a program").len();
+            let length = |grants| filters.of(calls, grants, false).expect("a program").len();
             let (plain, spawn, egress) = (length(&[]), length(&[Grant::SpawnChild]), length(&[Grant::Egress]));
             // The kernel takes 4096 instructions; each costs launch time.
             println!("{calls:?}: {plain} instructions, {spawn} with process:spawn-child, {egress} with egress");

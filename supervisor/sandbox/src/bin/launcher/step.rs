@@ -58,6 +58,7 @@ steps! {
     WriteExec = 37, "refusing it memory that is written and executed";
     Listener = 38, "installing the filter that lets one exec pass";
     HostTree = 39, "showing it the host's files";
+    Machine = 40, "mounting the kernel of its machine";
 }
 
 impl Step {
@@ -85,6 +86,7 @@ impl Step {
             Self::Listener => Some(Control::SingleExec),
             Self::Trial
             | Self::Cgroup
+            | Self::Machine
             | Self::HostTree
             | Self::Session
             | Self::Network
@@ -186,6 +188,10 @@ pub(crate) const fn fix(control: Control) -> &'static str {
         Control::SingleExec => {
             "boot a kernel of 5.0 or newer with CONFIG_SECCOMP_FILTER, and start plugvisord where no other program \
              listens to seccomp notifications (some container managers do), or run the plugin at the level container"
+        }
+        Control::OwnKernel => {
+            "apt install qemu-system-x86 linux-image-cloud-amd64, and name the kernel (kernel = \"/boot/vmlinuz-…\") in [vm] \
+             of the launcher's policy file; or run the plugin at the level sandbox"
         }
         Control::NoCapabilities | Control::NoNewPrivs | Control::Rlimits => {
             "this kernel is older than Plugvisor supports; 5.14 or newer is needed"

@@ -194,6 +194,7 @@ pub(crate) fn number(name: &str) -> Result<Option<i64>, ()> {
         "sched_getparam" => libc::SYS_sched_getparam,
         "sched_getscheduler" => libc::SYS_sched_getscheduler,
         "sched_getattr" => libc::SYS_sched_getattr,
+        "seccomp" => libc::SYS_seccomp,
         "sched_get_priority_max" => libc::SYS_sched_get_priority_max,
         "sched_get_priority_min" => libc::SYS_sched_get_priority_min,
         "sched_rr_get_interval" => libc::SYS_sched_rr_get_interval,

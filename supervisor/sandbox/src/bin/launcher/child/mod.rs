@@ -17,7 +17,7 @@ use std::{
     ffi::{CStr, CString},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, SocketMode};
@@ -40,8 +40,8 @@ use crate::{
     creds::{self, Identity},
     kernel::{self, Strings},
     landlock,
-    level::{Calls, Walls},
-    mounts,
+    level::{Calls, Kernel, Walls},
+    machine, mounts,
     report::{self, Message},
     seccomp::Filters,
     step::Step,
@@ -99,6 +99,8 @@ pub(crate) struct Order {
     pub(crate) socket: SocketMode,
     /// The size of /tmp in bytes, when the plugin has one.
     pub(crate) temp: Option<u64>,
+    /// The device that runs its machine, if one does.
+    pub(crate) device: Option<String>,
     pub(crate) grants: Vec<Grant>,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
@@ -131,6 +133,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) bundle: BorrowedFd<'a>,
     /// The directory with this launch's sockets, in the launcher's directory.
     pub(crate) sockets: &'a str,
+    /// What its machine is made of, at the level that has one.
+    pub(crate) machine: &'a [PathBuf],
     pub(crate) ends: Ends<'a>,
 }
 
@@ -188,7 +192,10 @@ fn build(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Re
     network(kit, order)?;
     let tree = order.walls.tree;
     mounts::separate(tree)?;
-    let own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
+    let mut own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
+    if order.walls.kernel == Kernel::Own {
+        own = own.with_machine(plan.machine, order.device.as_deref())?;
+    }
     let common = mounts::Common::enter(tree)?;
     common.complete(own, order.socket, order.temp)?;
     marks.done(Part::Tree);
@@ -258,7 +265,7 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     marks.done(Part::Descriptors);
     if walls.landlock && kit.landlock > 0 {
         let egress = order.grants.contains(&Grant::Egress);
-        landlock::restrict(kit.landlock, walls.tree, order.socket, order.temp.is_some(), egress)?;
+        landlock::restrict(kit.landlock, walls, order.socket, order.temp.is_some(), egress, order.device.as_deref())?;
     }
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match order.socket {
@@ -299,6 +306,7 @@ fn tie_to(kit: &Kit<'_>) -> Result<(), Failure> {
 struct Last<'a> {
     filter: Option<(Calls, &'a BpfProgram)>,
     no_write_exec: bool,
+    kernel: Kernel,
     /// Where the program is, or else behind `ENTRY`.
     path: Option<&'a CStr>,
     argv: Strings<'a>,
@@ -318,7 +326,7 @@ impl<'a> Last<'a> {
         let filter = match order.walls.calls {
             None => None,
             Some(calls) => {
-                let program = kit.filters.of(calls, &order.grants);
+                let program = kit.filters.of(calls, &order.grants, order.device.is_some());
                 let program = program.ok_or(Failure::new(Step::Seccomp, Errno::INVAL))?;
                 // Without that control its filter asks nobody.
                 let asks = !order.walls.without.has(Control::SingleExec);
@@ -328,6 +336,7 @@ impl<'a> Last<'a> {
         Ok(Self {
             filter,
             no_write_exec: order.walls.no_write_exec,
+            kernel: order.walls.kernel,
             path: match entry {
                 Entry::InBundle => order.argv.first().map(CString::as_c_str),
                 Entry::Sealed(_) => None,
@@ -375,7 +384,18 @@ fn execute(last: &Last<'_>) -> Failure {
     // no time for would hold it open.
     match report::receive_descriptor(report) {
         // Never closed by hand: the launcher must hear of a failure first.
-        Ok(exec) => drop(exec.into_raw_fd()),
+        Ok(exec) => {
+            let exec = exec.into_raw_fd();
+            // A monitor hands it on: what the launcher is to see is the emulator's exec.
+            if last.kernel == Kernel::Own
+                && let Err(error) = kernel::place(exec, LIFTED, false).and_then(|()| {
+                    kernel::close(exec);
+                    kernel::place(LIFTED, machine::EXECUTED, true)
+                })
+            {
+                return Failure::io(Step::Descriptors, &error);
+            }
+        }
         Err(error) => return Failure::io(Step::Exec, &error),
     }
     // Limits and uid are the launcher's to see to, which it does while this child sets itself up.
@@ -426,7 +446,7 @@ fn filter_calls(calls: Calls, filter: &BpfProgram) -> Result<(), Failure> {
     match calls {
         Calls::Listed => kernel::filter_calls(filter).map_err(|error| Failure::io(Step::Seccomp, &error)),
         // The exec waits until the launcher, which gets the listener, lets it pass; nobody else ever has it.
-        Calls::Only => kernel::filter_calls_with_listener(filter)
+        Calls::Only | Calls::Machine => kernel::filter_calls_with_listener(filter)
             .and_then(|listener| report::send(kernel::fixed(REPORT), &Message::Asks, Some(listener.as_fd())))
             .map_err(|error| Failure::io(Step::Listener, &error)),
     }

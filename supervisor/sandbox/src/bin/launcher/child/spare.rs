@@ -119,6 +119,6 @@ fn receive(line: BorrowedFd<'_>) -> std::io::Result<Option<(Order, Sent)>> {
     let mut descriptors = descriptors.into_iter();
     let mut next = || descriptors.next().ok_or_else(|| std::io::Error::from(Errno::BADF));
     let (stdout, stderr) = (next()?, next()?);
-    let own = mounts::Own { bundle: next()?, broker: next()?, worker: next()? };
+    let own = mounts::Own { bundle: next()?, broker: next()?, worker: next()?, machine: Vec::new() };
     Ok(Some((order, Sent { stdout, stderr, own, worker: descriptors.next() })))
 }

@@ -26,6 +26,7 @@ use crate::{
     check::{self, refuse},
     kernel::{self, Cloned},
     launch::Running,
+    level::Kernel,
     readback,
 };
 
@@ -210,6 +211,10 @@ fn check_change(running: &Running, limits: &Limits) -> Result<(), Refusal> {
     let Limits { memory_bytes, cpu_percent, pids, file_size_bytes, open_files } = limits;
     if file_size_bytes.is_some() || open_files.is_some() {
         return refuse(RefusalCode::Policy, unchanged("the limits on files are set when it is launched; reload it"));
+    }
+    if running.walls.kernel == Kernel::Own && (memory_bytes.is_some() || pids.is_some()) {
+        let why = "those on memory and processes are its guest's, and are set when its machine is started; reload it";
+        return refuse(RefusalCode::Policy, unchanged(why));
     }
     // The resource limit that backs this one up was set at the launch.
     let most = running.limits.pids.map(|pids| (pids.saturating_add(1)).saturating_mul(4).saturating_sub(1));

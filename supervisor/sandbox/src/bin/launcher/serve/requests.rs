@@ -17,6 +17,7 @@ use crate::{
     check::{self, refuse},
     child::Entry,
     launch::{Program, Running, SETUP_TIME},
+    level::Kernel,
     readback,
 };
 
@@ -49,7 +50,10 @@ impl Server {
                     hello.version
                 ),
             ),
-            Request::Probe => Reply::Probe(self.launcher.probed()),
+            Request::Probe => {
+                self.launcher.look_for_machines();
+                Reply::Probe(self.launcher.probed())
+            }
             Request::Launch(launch) => match self.launch(id, &launch, arrived) {
                 Ok(()) => return None,
                 Err(refusal) => Reply::Refused(refusal),
@@ -121,10 +125,28 @@ impl Server {
                 ),
             );
         }
+        if walls.kernel == Kernel::Own {
+            self.launcher.look_for_machines();
+        }
         self.launcher.require(request)?;
-        let Admitted { directory, path, checked } = self.launcher.admit(request, &plugin, walls)?;
-        let program = Program { directory: directory.as_fd(), path: &path, entry: Entry::InBundle, identity: None };
-        let running = self.launcher.start(request, &checked, &program, arrived)?;
+        let Admitted { directory, path, checked, bytes, files } = self.launcher.admit(request, &plugin, walls)?;
+        let bundle = Program {
+            directory: directory.as_fd(),
+            path: &path,
+            entry: Entry::InBundle,
+            identity: None,
+            machine: &[],
+            device: None,
+        };
+        let running = match walls.kernel {
+            Kernel::Host => self.launcher.start(request, &checked, &bundle, arrived)?,
+            Kernel::Own => {
+                let machine = self.launcher.prepare_machine(request, checked, bytes, files)?;
+                let entry = Entry::Sealed(machine.monitor.as_fd());
+                let monitor = Program { entry, machine: &machine.files, device: machine.device, ..bundle };
+                self.launcher.start(&machine.request, &machine.checked, &monitor, arrived)?
+            }
+        };
         let number = running.id.0;
         let slot = Slot {
             running,

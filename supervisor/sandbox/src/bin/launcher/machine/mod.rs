@@ -1,0 +1,57 @@
+//! The level VM: a kernel of the plugin's own, in a machine that QEMU makes behind the walls of SANDBOX.
+//!
+//! ```text
+//! launcher ── init ── monitor (this program, behind the walls) ── QEMU ┊ kernel ── guest's init ── plugin
+//!                       │ broker, worker, egress: the plugin's own     ┊
+//!                       └────────────── frames over virtio-serial ─────┊──────────┘
+//! ```
+//!
+//! What the launcher does for it is what it does for any level: it starts one program behind walls. That program is the
+//! `monitor`. It packs the bundle into an archive (`archive`, `libraries`), starts the emulator (`emulator`) with it, and
+//! carries the plugin's connections between the guest and the sockets that a plugin of any level has, so that the
+//! supervisor, the broker and the egress proxy see no difference. Kernel and emulator are named by the administrator's
+//! policy file (`settings`) and by nobody else. The guest's side is in `guest/`.
+
+mod accelerator;
+mod archive;
+mod emulator;
+mod libraries;
+mod monitor;
+mod pace;
+mod prepare;
+mod settings;
+mod size;
+
+// The same files as in the guest.
+#[path = "../../../../guest/link.rs"]
+#[allow(dead_code, reason = "each side uses its half")]
+mod link;
+#[path = "../../../../guest/plan.rs"]
+#[allow(dead_code, reason = "each side uses its half")]
+mod plan;
+#[path = "../../../../guest/relay.rs"]
+#[allow(dead_code, reason = "each side uses its half")]
+mod relay;
+
+pub(crate) use self::{
+    accelerator::Accelerator,
+    monitor::{MONITOR, run as run_monitor},
+    prepare::Machines,
+    relay::Poll,
+    settings::Settings,
+};
+
+/// The guest's first process; empty where it could not be built.
+pub(crate) const GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest"));
+
+/// Where the monitor finds the kernel and, by their numbers from 1 on, its modules.
+pub(crate) const PLACE: &str = "/machine";
+
+/// The number of the descriptor whose closing shows the launcher that the emulator is executed.
+pub(crate) const EXECUTED: i32 = 6;
+
+/// Execs of a launch: the monitor's and the emulator's.
+pub(crate) const EXECS: u8 = 2;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,303 @@
+//! The program of a launch at VM, behind the walls: it packs the archive, starts the emulator, and relays.
+//!
+//! It is the launcher's own program, started with [`MONITOR`]. It has no privileges, and its end is that of the machine: it
+//! is the plugin to its init and to the supervisor. A signal for it goes to the plugin in the guest, and it ends as the
+//! plugin did.
+
+use std::{
+    ffi::{CString, OsString},
+    fs::File,
+    io::{self, BufWriter, Seek, Write},
+    net::TcpStream,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::{
+            ffi::OsStringExt,
+            net::{UnixListener, UnixStream},
+            process::ExitStatusExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+};
+
+use plugvisor_sandbox::protocol::EGRESS;
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    io::{FdFlags, fcntl_setfd},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Accelerator, EXECUTED, GUEST, PLACE,
+    archive::{Contents, Node},
+    emulator, libraries,
+    link::{Frame, Target, VERSION},
+    pace::Pace,
+    plan::{self, Plan},
+    relay::{Broken, Event, IN, Poll, Relay, Side, Socket},
+};
+use crate::{
+    kernel,
+    level::Tree,
+    mounts::{self, BUNDLE},
+};
+
+/// The first argument with which the launcher's program is this one.
+pub(crate) const MONITOR: &str = "--machine";
+
+/// Signals that are for the plugin. What ends a monitor otherwise ends the machine.
+const FORWARDED: [i32; 5] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1, libc::SIGUSR2];
+
+/// How it ends when the machine did, and not the plugin: an internal software error, by sysexits.h.
+const BROKEN: i32 = 70;
+
+/// What the launcher wants: the second argument, as JSON. The plugin's own arguments follow, and its variables are this
+/// process's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Orders {
+    pub(crate) emulator: PathBuf,
+    pub(crate) accelerator: Accelerator,
+    /// The guest's memory.
+    pub(crate) guest_bytes: u64,
+    /// The most that the archive may have.
+    pub(crate) archive_bytes: u64,
+    pub(crate) modules: u64,
+    pub(crate) libraries: Vec<PathBuf>,
+    pub(crate) runtime: Vec<PathBuf>,
+    /// Otherwise the plugin binds its worker socket.
+    pub(crate) inherits: bool,
+    pub(crate) egress: bool,
+    pub(crate) temp: Option<u64>,
+    pub(crate) memory: Option<u64>,
+    pub(crate) pids: Option<u64>,
+    pub(crate) open_files: u64,
+    pub(crate) file_size: Option<u64>,
+}
+
+/// How the machine ended.
+enum End {
+    Code(i32),
+    Signal(i32),
+}
+
+/// Runs it with the arguments after [`MONITOR`]. Does not return.
+pub(crate) fn run(mut args: impl Iterator<Item = OsString>) -> ! {
+    let orders = args.next().and_then(|text| serde_json::from_str(text.to_str()?).ok());
+    let end = match orders {
+        Some(orders) => watch(&orders, args.collect()).unwrap_or_else(|(doing, error)| {
+            eprintln!("plugvisor: the machine was ended: {doing} failed: {error}");
+            End::Code(BROKEN)
+        }),
+        None => End::Code(64),
+    };
+    match end {
+        End::Code(code) => kernel::exit_now(code),
+        End::Signal(number) => kernel::end_by(number),
+    }
+}
+
+type Step<T> = Result<T, (&'static str, io::Error)>;
+
+fn doing<T, E: Into<io::Error>>(what: &'static str, result: Result<T, E>) -> Step<T> {
+    result.map_err(|error| (what, error.into()))
+}
+
+fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
+    // The emulator alone closes it, by its exec.
+    let executed = doing("taking its descriptors", take(EXECUTED))?;
+    let signals = doing("waiting for signals", kernel::signalfd(&FORWARDED))?;
+    let worker = if orders.inherits { Some(doing("taking its worker socket", take(WORKER))?) } else { None };
+    let pace = Pace::begin();
+    let archive = doing("packing its archive", pack(orders, argv))?;
+    let khz = pace.khz();
+    let (link, its_link) = doing("making a pair of sockets", UnixStream::pair())?;
+    doing("making a pair of sockets", link.set_nonblocking(true))?;
+    let machine = Machine(doing("starting the emulator", start(orders, khz, &archive, &its_link))?);
+    // The emulator alone has them from here on: its end is that of the link.
+    drop((archive, its_link));
+    drop(executed);
+    Monitor { machine, relay: Relay::new(Side::Host, link), worker: worker.map(UnixListener::from) }
+        .serve(&signals, orders)
+}
+
+/// The number under which the launcher leaves the worker socket.
+const WORKER: RawFd = 3;
+
+/// Takes a descriptor that the launcher left open under this number, for this process alone.
+fn take(number: RawFd) -> io::Result<OwnedFd> {
+    kernel::inherited(number)
+}
+
+/// Makes the archive, in memory.
+fn pack(orders: &Orders, argv: Vec<OsString>) -> io::Result<File> {
+    let mut contents = Contents::default();
+    contents.put(Path::new("/init"), Node::Init(GUEST));
+    // What the first process prints goes there.
+    contents.put(Path::new("/dev/console"), Node::Device { major: 5, minor: 1 });
+    for number in 0..orders.modules {
+        let from = Path::new(PLACE).join((number + 1).to_string());
+        contents.put_tree(&from, &Path::new(plan::MODULES).join(number.to_string()))?;
+    }
+    let texts = |all: Vec<OsString>| -> io::Result<Vec<CString>> {
+        all.into_iter().map(|text| CString::new(text.into_vec()).map_err(io::Error::other)).collect()
+    };
+    let envp = std::env::vars_os().filter(|(name, _)| name != "LISTEN_PID").map(|(mut name, value)| {
+        name.push("=");
+        name.push(value);
+        name
+    });
+    let plan = Plan {
+        argv: texts(argv)?,
+        envp: texts(envp.collect())?,
+        inherits: orders.inherits,
+        egress: orders.egress,
+        modules: orders.modules,
+        temp: orders.temp,
+        memory: orders.memory,
+        pids: orders.pids,
+        open_files: orders.open_files,
+        file_size: orders.file_size,
+    };
+    contents.put(Path::new(plan::PATH), Node::Bytes(plan.write()));
+    contents.put_tree(Path::new(BUNDLE), Path::new(plan::BUNDLE))?;
+    for path in &orders.runtime {
+        contents.put_tree(path, path).map_err(|error| {
+            io::Error::other(format!("{}, which [vm] runtime of the launcher's policy names: {error}", path.display()))
+        })?;
+    }
+    libraries::complete(&mut contents, &orders.libraries);
+    let mut archive = File::from(memfd_create(c"archive", MemfdFlags::CLOEXEC)?);
+    let mut writer = BufWriter::with_capacity(1 << 20, &mut archive);
+    contents.write(&mut writer, orders.archive_bytes)?;
+    writer.flush()?;
+    drop(writer);
+    archive.rewind()?;
+    Ok(archive)
+}
+
+/// Executes the emulator. Its standard error and its console are this process's standard error: what a guest's kernel says
+/// before its end is told with what the plugin printed.
+fn start(orders: &Orders, khz: u64, archive: &File, link: &UnixStream) -> io::Result<Child> {
+    for fd in [archive.as_fd(), link.as_fd()] {
+        fcntl_setfd(fd, FdFlags::empty())?;
+    }
+    let console = io::stderr().as_fd().try_clone_to_owned()?;
+    let machine = emulator::Machine { accelerator: orders.accelerator, bytes: orders.guest_bytes, khz };
+    emulator::command(&orders.emulator, machine, archive.as_raw_fd(), link.as_raw_fd())
+        .stdin(Stdio::null())
+        .stdout(console)
+        .spawn()
+}
+
+/// The emulator, which ends with this.
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Our own child; of one that was waited for, this does nothing.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Monitor {
+    machine: Machine,
+    relay: Relay<UnixStream>,
+    worker: Option<UnixListener>,
+}
+
+impl Monitor {
+    fn serve(mut self, signals: &OwnedFd, orders: &Orders) -> Step<End> {
+        let mut listens = false;
+        let mut ended = None;
+        let mut polls = Vec::new();
+        loop {
+            if let Some(end) = ended.take_if(|_| self.relay.has_printed_all()) {
+                return Ok(end);
+            }
+            polls.clear();
+            polls.push(Poll::new(signals, IN));
+            let accepts = listens && self.relay.has_room();
+            polls.push(match &self.worker {
+                Some(worker) if accepts => Poll::new(worker, IN),
+                Some(_) | None => Poll { fd: -1, events: 0, found: 0 },
+            });
+            self.relay.interests(&mut polls);
+            doing("waiting", kernel::wait(&mut polls))?;
+            let (own, rest) = polls.split_at(2);
+            let egress = orders.egress;
+            let events = match self.relay.turn(rest, |target| connect(target, egress)) {
+                Ok(events) => events,
+                Err(broken) => return Ok(self.broken(&broken)),
+            };
+            for event in events {
+                match event {
+                    Event::Hello { version: VERSION } if !listens => {
+                        listens = true;
+                        if self.worker.is_none() {
+                            self.worker = Some(doing("binding its worker socket", bind())?);
+                        }
+                        if let Some(worker) = &self.worker {
+                            doing("listening", worker.set_nonblocking(true))?;
+                        }
+                    }
+                    Event::OutOfMemory => eprintln!(
+                        "plugvisor: the kernel of its machine killed the plugin for memory; raise maxMemory, or make it use less"
+                    ),
+                    Event::Ended { signal: false, value } => ended = Some(End::Code(value & 0xff)),
+                    Event::Ended { signal: true, value } => ended = Some(End::Signal(value)),
+                    Event::Hello { .. } | Event::Signal { .. } => {
+                        return Ok(self.broken(&Broken::Unexpected("a second greeting, or another version's")));
+                    }
+                }
+            }
+            if own[0].is_readable() {
+                for number in kernel::signals_of(signals) {
+                    self.relay.tell(Frame::Signal { number });
+                }
+            }
+            if let Some(worker) = self.worker.as_ref().filter(|_| own[1].is_readable()) {
+                // Whoever gave up meanwhile, or came when no descriptor was left, sees it closed.
+                if let Ok((socket, _)) = worker.accept() {
+                    drop(self.relay.begin(Target::Worker, Socket::Unix(socket)));
+                }
+            }
+        }
+    }
+
+    /// The machine is of no more use. How that is told.
+    fn broken(&mut self, broken: &Broken) -> End {
+        let why = match broken {
+            Broken::Gone => match self.machine.0.wait().map(|status| (status.code(), status.signal())) {
+                Ok((Some(0), _)) => {
+                    "its kernel ended without saying how the plugin did; what it said last is above".to_owned()
+                }
+                Ok((_, Some(signal))) => format!("the emulator was killed by signal {signal}"),
+                Ok((code, None)) => format!("the emulator ended with {}", code.unwrap_or_default()),
+                Err(error) => format!("the emulator cannot be waited for: {error}"),
+            },
+            Broken::Link(error) => format!("its port cannot be used: {error}"),
+            Broken::Malformed(what) => format!("its guest sent what is no message: {what:?}"),
+            Broken::Unexpected(what) => format!("its guest sent {what}"),
+        };
+        eprintln!("plugvisor: the machine was ended: {why}");
+        End::Code(BROKEN)
+    }
+}
+
+/// Where a plugin that binds its worker socket does so at other levels.
+fn bind() -> io::Result<UnixListener> {
+    UnixListener::bind(mounts::worker(Tree::Own, plugvisor_sandbox::protocol::SocketMode::Bind))
+}
+
+/// For the guest: to what a plugin of any level reaches.
+fn connect(target: Target, egress: bool) -> io::Result<Socket> {
+    match target {
+        Target::Broker => UnixStream::connect(mounts::broker(Tree::Own)).map(Socket::Unix),
+        Target::Egress if egress => TcpStream::connect(EGRESS).map(Socket::Tcp),
+        Target::Stdout => io::stdout().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
+        Target::Stderr => io::stderr().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
+        Target::Egress | Target::Worker => Err(io::ErrorKind::PermissionDenied.into()),
+    }
+}

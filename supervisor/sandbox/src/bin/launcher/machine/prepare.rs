@@ -1,0 +1,210 @@
+//! The launcher's side: what this host has for machines, and what a launch at VM becomes: one of the monitor.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use plugvisor_sandbox::protocol::{Grant, Launch, Refusal, RefusalCode, SocketMode};
+
+use super::{
+    Accelerator, GUEST, accelerator,
+    monitor::{MONITOR, Orders},
+    settings::{Parts, Settings},
+    size::Size,
+};
+use crate::{
+    check::{Checked, refuse},
+    launch::{Launcher, OPEN_FILES, TEMP_BYTES},
+    own_program,
+};
+
+/// The most files that `runtime` may name altogether.
+const MOST_FILES: usize = 20_000;
+
+/// What machines are made of here.
+#[derive(Debug)]
+pub(crate) struct Machines {
+    /// By what the policy file said last.
+    settings: Option<Settings>,
+    found: Result<Found, String>,
+    /// Whether KVM runs guests, or why not; tried once, when machines are first asked for.
+    kvm: Option<Result<(), String>>,
+    /// The launcher's own program, which is the monitor.
+    monitor: Option<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Found {
+    parts: Parts,
+    /// What `runtime` has in bytes.
+    runtime: u64,
+}
+
+impl Default for Machines {
+    fn default() -> Self {
+        Self { settings: None, found: Err("nobody has looked yet".to_owned()), kvm: None, monitor: None }
+    }
+}
+
+impl Machines {
+    /// Why there are none.
+    pub(crate) fn lacking(&self) -> Option<&str> {
+        self.found.as_ref().err().map(String::as_str)
+    }
+
+    /// Whether the administrator wants some.
+    pub(crate) const fn are_wanted(&self) -> bool {
+        self.settings.is_some()
+    }
+
+    /// What makes them.
+    pub(crate) fn accelerator(&self) -> Accelerator {
+        match &self.kvm {
+            Some(Ok(())) => Accelerator::Kvm,
+            Some(Err(_)) | None => Accelerator::Emulation,
+        }
+    }
+
+    /// The same in words.
+    pub(crate) fn mechanism(&self) -> String {
+        let emulator =
+            self.found.as_ref().map_or_else(|_| String::new(), |found| found.parts.emulator.display().to_string());
+        match &self.kvm {
+            Some(Ok(())) => format!("{emulator}, by KVM"),
+            Some(Err(why)) => format!("{emulator}, by emulation: {why}"),
+            None => format!("{emulator}, by emulation"),
+        }
+    }
+
+    /// The emulator, as the policy names it.
+    pub(crate) fn emulator(&self) -> Option<&Path> {
+        self.found.as_ref().ok().map(|found| found.parts.emulator.as_path())
+    }
+
+    fn look(&mut self, settings: Option<Settings>) {
+        let Some(wanted) = settings else {
+            self.found = Err("the launcher's policy file has no table [vm], or there is no such file".to_owned());
+            self.settings = None;
+            return;
+        };
+        if GUEST.is_empty() {
+            self.found =
+                Err("this launcher was built without a static C library, and so without a guest's first process"
+                    .to_owned());
+            return;
+        }
+        let runtime = match (&self.found, self.settings.as_ref() == Some(&wanted)) {
+            (Ok(found), true) => Ok(found.runtime),
+            _ => wanted.parts().and_then(|parts| size_of(&parts.runtime)),
+        };
+        self.found = runtime.and_then(|runtime| wanted.parts().map(|parts| Found { parts, runtime }));
+        self.settings = Some(wanted);
+        self.kvm.get_or_insert_with(accelerator::find);
+    }
+
+    fn monitor(&mut self) -> io::Result<OwnedFd> {
+        match &self.monitor {
+            Some(monitor) => monitor.try_clone(),
+            None => self.monitor.insert(own_program::sealed()?).try_clone(),
+        }
+    }
+}
+
+/// What these files and directories have in bytes.
+fn size_of(paths: &[PathBuf]) -> Result<u64, String> {
+    let (mut left, mut bytes, mut files) = (paths.to_vec(), 0_u64, 0_usize);
+    while let Some(path) = left.pop() {
+        let wrong = |error: io::Error| format!("[vm] runtime: {}: {error}", path.display());
+        let found = fs::symlink_metadata(&path).map_err(wrong)?;
+        files += 1;
+        if files > MOST_FILES {
+            return Err(format!("[vm] runtime names more than {MOST_FILES} files"));
+        }
+        if found.is_dir() {
+            for entry in fs::read_dir(&path).map_err(wrong)? {
+                left.push(entry.map_err(wrong)?.path());
+            }
+        }
+        // And its head in the archive.
+        bytes = bytes.saturating_add(found.len()).saturating_add(512);
+    }
+    Ok(bytes)
+}
+
+/// A launch of the monitor in place of a plugin's.
+pub(crate) struct Prepared {
+    /// What is asked of the host.
+    pub(crate) request: Launch,
+    pub(crate) checked: Checked,
+    pub(crate) monitor: OwnedFd,
+    /// The kernel and its modules.
+    pub(crate) files: Vec<PathBuf>,
+    pub(crate) device: Option<&'static str>,
+}
+
+impl Launcher {
+    /// Looks for what machines are made of, as the policy file says now.
+    pub(crate) fn look_for_machines(&mut self) {
+        match self.policy.machine() {
+            Ok(settings) => self.machines.look(settings),
+            Err(refusal) => self.machines.found = Err(refusal.message),
+        }
+    }
+
+    /// Makes a launch at VM one of its monitor. `bundle` is the size of its bundle in bytes, and `files` how many it has.
+    pub(crate) fn prepare_machine(
+        &mut self,
+        request: &Launch,
+        checked: Checked,
+        bundle: u64,
+        files: usize,
+    ) -> Result<Prepared, Refusal> {
+        let plugin = &request.plugin;
+        let not_started = |why: String| Refusal {
+            code: RefusalCode::ControlUnavailable,
+            message: format!("{plugin} was not started: {why}"),
+        };
+        let failed = |error: io::Error| Refusal {
+            code: RefusalCode::Kernel,
+            message: format!("{plugin} was not started: copying the launcher's own program failed: {error}"),
+        };
+        let monitor = self.machines.monitor().map_err(failed)?;
+        let accelerator = self.machines.accelerator();
+        let Found { parts, runtime } = self.machines.found.as_ref().map_err(|why| not_started(why.clone()))?;
+        let heads = u64::try_from(files).unwrap_or(u64::MAX).saturating_mul(512);
+        let size = Size::of(&request.limits, bundle.saturating_add(heads), *runtime);
+        let limits = &request.limits;
+        let orders = Orders {
+            emulator: parts.emulator.clone(),
+            accelerator,
+            guest_bytes: size.guest,
+            archive_bytes: size.archive,
+            modules: u64::try_from(parts.files.len().saturating_sub(1)).unwrap_or(0),
+            libraries: parts.libraries.clone(),
+            runtime: parts.runtime.clone(),
+            inherits: checked.socket == SocketMode::Inherit,
+            egress: request.grants.contains(&Grant::Egress),
+            temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
+            memory: limits.memory_bytes,
+            pids: limits.pids.map(u64::from),
+            open_files: limits.open_files.map_or(OPEN_FILES, u64::from),
+            file_size: limits.file_size_bytes,
+        };
+        let orders = serde_json::to_string(&orders).ok().and_then(|text| CString::new(text).ok());
+        let Some(orders) = orders else {
+            return refuse(RefusalCode::Policy, format!("{plugin} was not started: a path of [vm] is not text"));
+        };
+        let first = [c"plugvisor-launcher".to_owned(), CString::new(MONITOR).unwrap_or_default(), orders];
+        let argv = first.into_iter().chain(checked.argv).collect();
+        Ok(Prepared {
+            request: Launch { limits: size.outside(limits), ..request.clone() },
+            checked: Checked { argv, ..checked },
+            monitor,
+            files: parts.files.clone(),
+            device: (accelerator == Accelerator::Kvm).then_some(accelerator::DEVICE),
+        })
+    }
+}

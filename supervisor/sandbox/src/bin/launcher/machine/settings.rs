@@ -1,0 +1,165 @@
+//! What the administrator's policy file says of machines: `[vm]`.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+use crate::mounts::HOST_DIRECTORIES;
+
+/// What a machine needs of a kernel that has no virtio built in, in the order in which they are loaded, below
+/// `/lib/modules/VERSION/kernel/drivers`.
+const VIRTIO: [&str; 4] =
+    ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
+
+const MOST_MODULES: usize = 16;
+
+/// The largest kernel, in bytes.
+const MOST_KERNEL: u64 = 256 << 20;
+
+/// The table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Settings {
+    /// A kernel for x86-64 as QEMU loads it: Debian's `/boot/vmlinuz-…-cloud-amd64`.
+    kernel: PathBuf,
+    /// Its modules for virtio, in the order in which they are loaded. By default those of `/lib/modules/VERSION` that a
+    /// kernel called `vmlinuz-VERSION` has.
+    modules: Option<Vec<PathBuf>>,
+    /// QEMU.
+    #[serde(default = "emulator")]
+    emulator: PathBuf,
+    /// Where the libraries lie that programs of bundles need.
+    #[serde(default = "libraries")]
+    libraries: Vec<PathBuf>,
+    /// Files and directories of the host that every guest gets whole, such as `/usr/lib/python3.11`.
+    #[serde(default)]
+    runtime: Vec<PathBuf>,
+}
+
+fn emulator() -> PathBuf {
+    "/usr/bin/qemu-system-x86_64".into()
+}
+
+fn libraries() -> Vec<PathBuf> {
+    let places = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"];
+    places.map(PathBuf::from).to_vec()
+}
+
+/// What the settings name, and is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Parts {
+    /// The kernel, then its modules.
+    pub(crate) files: Vec<PathBuf>,
+    pub(crate) emulator: PathBuf,
+    pub(crate) libraries: Vec<PathBuf>,
+    pub(crate) runtime: Vec<PathBuf>,
+}
+
+impl Settings {
+    /// Why the text of a path cannot be, if so; for whoever reads the file.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let named = [&self.kernel, &self.emulator].into_iter();
+        let mut all = named.chain(&self.libraries).chain(&self.runtime).chain(self.modules.iter().flatten());
+        if let Some(relative) = all.find(|path| !path.is_absolute()) {
+            return Err(format!("[vm]: {} is not absolute", relative.display()));
+        }
+        if self.modules.as_ref().is_some_and(|modules| modules.len() > MOST_MODULES) {
+            return Err(format!("[vm]: modules has more than {MOST_MODULES} entries"));
+        }
+        Ok(())
+    }
+
+    /// Looks at everything that is named, and says what is not as it must be.
+    pub(crate) fn parts(&self) -> Result<Parts, String> {
+        // The plugin's tree has no other directory of the host.
+        if !HOST_DIRECTORIES.iter().any(|directory| self.emulator.starts_with(directory)) {
+            let places = HOST_DIRECTORIES.join(", ");
+            return Err(format!("[vm] emulator: {} lies in none of {places}", self.emulator.display()));
+        }
+        ours("emulator", &self.emulator, u64::MAX)?;
+        ours("kernel", &self.kernel, MOST_KERNEL)?;
+        let modules = self.modules.clone().unwrap_or_else(|| virtio_of(&self.kernel));
+        modules.iter().try_for_each(|module| ours("modules", module, MOST_KERNEL))?;
+        Ok(Parts {
+            files: [self.kernel.clone()].into_iter().chain(modules).collect(),
+            emulator: self.emulator.clone(),
+            libraries: self.libraries.clone(),
+            runtime: self.runtime.clone(),
+        })
+    }
+}
+
+/// The modules that belong to a kernel of this name, as far as it has them as files: what is missing is built in, or a
+/// guest without it says so.
+fn virtio_of(kernel: &Path) -> Vec<PathBuf> {
+    let Some(version) = kernel.file_name().and_then(|name| name.to_str()?.strip_prefix("vmlinuz-")) else {
+        return Vec::new();
+    };
+    let drivers = Path::new("/lib/modules").join(version).join("kernel/drivers");
+    VIRTIO.iter().map(|module| drivers.join(module)).filter(|path| path.is_file()).collect()
+}
+
+/// Whether this is a file that, where the launcher is root, only root can change. An ordinary user's launcher runs what its
+/// user names, and in its user namespace sees whose file it is of none but its own.
+fn ours(key: &str, path: &Path, most: u64) -> Result<(), String> {
+    let found = fs::metadata(path).map_err(|error| format!("[vm] {key}: {}: {error}", path.display()))?;
+    if !found.is_file() || found.len() > most {
+        return Err(format!("[vm] {key}: {} is not a file, or too long for one", path.display()));
+    }
+    let root = rustix::process::geteuid().is_root();
+    if root && (found.uid() != 0 || found.mode() & 0o022 != 0) {
+        return Err(format!("[vm] {key}: {} can be changed by others than root", path.display()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Settings, String> {
+        let settings: Settings = toml::from_str(text).map_err(|error| error.to_string())?;
+        settings.check().map(|()| settings)
+    }
+
+    #[test]
+    fn what_is_named_wrongly_is_said() {
+        let many: Vec<String> = (0..=MOST_MODULES).map(|number| format!("\"/m/{number}\"")).collect();
+        for (text, named) in [
+            ("emulator = \"/usr/bin/true\"".to_owned(), "kernel"),
+            ("kernel = \"boot/vmlinuz\"".to_owned(), "boot/vmlinuz is not absolute"),
+            ("kernel = \"/k\"\nruntime = [\"lib\"]".to_owned(), "lib is not absolute"),
+            ("kernel = \"/k\"\nqemu = \"/q\"".to_owned(), "qemu"),
+            (format!("kernel = \"/k\"\nmodules = [{}]", many.join(",")), "modules has more than"),
+        ] {
+            let why = parse(&text).map(|_| ()).expect_err(&text);
+            assert!(why.contains(named), "{text}: {why}");
+        }
+        for (text, named) in [
+            ("kernel = \"/k\"\nemulator = \"/opt/qemu\"", "/opt/qemu lies in none of /usr"),
+            ("kernel = \"/k\"\nemulator = \"/usr/bin/no-such-emulator\"", "emulator: /usr/bin/no-such-emulator"),
+            ("kernel = \"/\"\nemulator = \"/usr/bin/env\"", "kernel: / is not a file"),
+            (
+                "kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"\nmodules = [\"/no/module\"]",
+                "modules: /no/module",
+            ),
+        ] {
+            let why = parse(text).expect("it can be read").parts().map(|_| ()).expect_err(text);
+            assert!(why.contains(named), "{text}: {why}");
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_found_with_the_kernel_first() {
+        let text = "kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"\nmodules = [\"/usr/bin/head\"]";
+        let parts = parse(text).expect("it can be read").parts().expect("all is there");
+        assert_eq!(parts.files, ["/usr/bin/env", "/usr/bin/head"].map(PathBuf::from));
+        // Of a kernel whose name tells no version, none are looked for.
+        let parts = parse("kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"").expect("it can be read").parts();
+        assert_eq!(parts.expect("all is there").files, [PathBuf::from("/usr/bin/env")]);
+    }
+}

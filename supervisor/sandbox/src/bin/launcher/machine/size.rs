@@ -1,0 +1,73 @@
+//! How large a machine is. Pure.
+//!
+//! The plugin's limit is held by its guest's kernel, as a cgroup's. Around it the guest has memory for its kernel and for
+//! the archive, once packed and once unpacked; and around that a cgroup of the host holds what the emulator may take
+//! altogether: measured, see ADR 12.
+
+use plugvisor_sandbox::protocol::Limits;
+
+const MIB: u64 = 1 << 20;
+
+/// What a plugin may use that has no limit.
+const PLUGIN: u64 = 256 * MIB;
+/// What a guest's kernel and first process take.
+const KERNEL: u64 = 96 * MIB;
+/// What the libraries of the host may take in an archive, and a guest's first process and modules.
+const LIBRARIES: u64 = 48 * MIB;
+/// What the emulator and the monitor take beside the guest's memory, translated code included.
+const EMULATOR: u64 = 192 * MIB;
+/// Threads of the emulator, the monitor, and its init.
+const THREADS: u32 = 64;
+
+/// The size of one machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    /// The most that the archive may have.
+    pub(crate) archive: u64,
+    /// The guest's memory: whole MiB.
+    pub(crate) guest: u64,
+}
+
+impl Size {
+    /// Of a machine for a bundle of so many bytes.
+    pub(crate) fn of(limits: &Limits, bundle: u64, runtime: u64) -> Self {
+        let archive = bundle.saturating_add(runtime).saturating_add(LIBRARIES);
+        let plugin = limits.memory_bytes.unwrap_or(PLUGIN);
+        let guest = plugin.saturating_add(KERNEL).saturating_add(archive.saturating_mul(2));
+        Self { archive, guest: guest.div_ceil(MIB).saturating_mul(MIB) }
+    }
+
+    /// What the host holds of a launch whose plugin has these limits.
+    pub(crate) fn outside(&self, limits: &Limits) -> Limits {
+        let Limits { memory_bytes, cpu_percent, pids, file_size_bytes: _, open_files: _ } = limits;
+        let whole = self.guest.saturating_add(self.archive).saturating_add(EMULATOR);
+        Limits {
+            memory_bytes: memory_bytes.map(|_| whole),
+            cpu_percent: *cpu_percent,
+            pids: pids.map(|_| THREADS),
+            // Of files and of descriptors the plugin's limits are its guest's: the archive is a file, too.
+            file_size_bytes: None,
+            open_files: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_holds_its_plugin_its_kernel_and_its_archive_twice() {
+        let limits = Limits { memory_bytes: Some(64 * MIB), pids: Some(8), ..Limits::default() };
+        let size = Size::of(&limits, 10 * MIB, 0);
+        assert_eq!(size.guest, 64 * MIB + KERNEL + 2 * (10 * MIB + LIBRARIES));
+        let outside = size.outside(&limits);
+        assert_eq!(outside.memory_bytes, Some(size.guest + size.archive + EMULATOR));
+        assert_eq!((outside.pids, outside.file_size_bytes), (Some(THREADS), None));
+        assert_eq!(size.outside(&Limits::default()), Limits::default());
+        assert_eq!(Size::of(&Limits::default(), 1, 1).guest % MIB, 0);
+        // Whatever is asked for.
+        let most = Limits { memory_bytes: Some(u64::MAX), ..Limits::default() };
+        assert!(Size::of(&most, u64::MAX, u64::MAX).guest > 1 << 60);
+    }
+}

@@ -1,0 +1,233 @@
+//! The link between a guest and its host: what honest sides carry, and what a hostile guest may say.
+
+use std::{
+    ffi::CString,
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+};
+
+use proptest::prelude::*;
+
+use super::{
+    Poll,
+    link::{self, Frame, HEAD, MOST_DATA, Target, WINDOW},
+    plan::Plan,
+    relay::{Broken, Event, Relay, Side, Socket},
+};
+use crate::kernel;
+
+fn nobody(_: Target) -> io::Result<Socket> {
+    Err(io::ErrorKind::ConnectionRefused.into())
+}
+
+fn pair() -> (UnixStream, UnixStream) {
+    let pair = UnixStream::pair().expect("a pair");
+    for end in [&pair.0, &pair.1] {
+        end.set_nonblocking(true).expect("it does not wait");
+    }
+    pair
+}
+
+/// One turn of one side, without waiting when there is nothing.
+fn turn(relay: &mut Relay<UnixStream>, open: impl FnMut(Target) -> io::Result<Socket>) -> Result<Vec<Event>, Broken> {
+    let mut polls = Vec::new();
+    relay.interests(&mut polls);
+    // What is always ready ends the waiting.
+    let (always, _other) = pair();
+    polls.push(Poll::new(&always, super::relay::OUT));
+    kernel::wait(&mut polls).expect("polls");
+    polls.pop();
+    relay.turn(&polls, open)
+}
+
+/// A host's side, and the other end of its link.
+fn host() -> (Relay<UnixStream>, UnixStream) {
+    let (link, guest) = pair();
+    (Relay::new(Side::Host, link), guest)
+}
+
+/// What a host makes of these bytes.
+fn said(bytes: &[u8]) -> Result<Vec<Event>, Broken> {
+    let (mut relay, mut guest) = host();
+    guest.write_all(bytes).expect("it fits");
+    turn(&mut relay, nobody)
+}
+
+fn frames(all: &[Frame<'_>]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    all.iter().for_each(|frame| frame.write(&mut bytes));
+    bytes
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let data = [7; MOST_DATA];
+    let all = [
+        Frame::Hello { version: 1 },
+        Frame::Open { stream: 3, target: Target::Egress },
+        Frame::Data { stream: 3, bytes: &data },
+        Frame::End { stream: 3 },
+        Frame::Reset { stream: u32::MAX },
+        Frame::Credit { stream: 3, bytes: WINDOW },
+        Frame::Signal { number: 15 },
+        Frame::OutOfMemory,
+        Frame::Ended { signal: true, value: 9 },
+        Frame::Ended { signal: false, value: -1 },
+    ];
+    let bytes = frames(&all);
+    let mut at = 0;
+    for frame in all {
+        let (read, length) = link::read(&bytes[at..]).expect("well formed").expect("whole");
+        assert_eq!(read, frame);
+        // And no piece of it is one.
+        for cut in [0, 1, HEAD - 1, length - 1] {
+            assert_eq!(link::read(&bytes[at..at + cut]), Ok(None), "{frame:?} cut to {cut}");
+        }
+        at += length;
+    }
+    assert_eq!(at, bytes.len());
+}
+
+#[test]
+fn a_plan_is_read_as_it_was_written() {
+    let text = |text: &str| CString::new(text).expect("text");
+    let plan = Plan {
+        argv: vec![text("/plugin/bin/a"), text("")],
+        envp: vec![text("A=b\nc")],
+        inherits: true,
+        egress: false,
+        modules: 4,
+        temp: Some(64 << 20),
+        memory: Some(u64::MAX),
+        pids: None,
+        open_files: 1024,
+        file_size: Some(0),
+    };
+    let bytes = plan.write();
+    assert_eq!(Plan::read(&bytes), Some(plan));
+    assert_eq!(Plan::read(&bytes[..bytes.len() - 1]), None);
+}
+
+#[test]
+fn a_guest_that_says_what_it_may_not_ends_its_machine() {
+    let data = [0; MOST_DATA];
+    let too_much: Vec<Frame<'_>> = (0..5).map(|_| Frame::Data { stream: 1, bytes: &data }).collect();
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("another kind", vec![99, 0, 0, 0, 0, 0, 0, 0]),
+        ("an unknown target", vec![2, 9, 0, 0, 1, 0, 0, 0]),
+        ("too long", vec![3, 0, 0xff, 0xff, 1, 0, 0, 0]),
+        ("an end with bytes", vec![4, 0, 1, 0, 1, 0, 0, 0]),
+        ("the host's number", frames(&[Frame::Open { stream: 2, target: Target::Broker }])),
+        ("to its own socket", frames(&[Frame::Open { stream: 1, target: Target::Worker }])),
+        ("a signal", frames(&[Frame::Signal { number: 9 }])),
+    ];
+    for (what, bytes) in cases {
+        let answer = said(&bytes);
+        assert!(matches!(answer, Err(Broken::Malformed(_) | Broken::Unexpected(_))), "{what}: {answer:?}");
+    }
+
+    // With a connection that is there.
+    let (mut relay, mut guest) = host();
+    let (plugin, _broker) = pair();
+    let mut opened = Some(plugin);
+    let mut open = |_: Target| opened.take().map(Socket::Unix).ok_or_else(|| io::ErrorKind::NotFound.into());
+    guest.write_all(&frames(&[Frame::Open { stream: 1, target: Target::Broker }])).expect("it fits");
+    turn(&mut relay, &mut open).expect("it may");
+    for (what, bytes) in [
+        ("the same number", frames(&[Frame::Open { stream: 1, target: Target::Broker }])),
+        ("more credit than a window", frames(&[Frame::Credit { stream: 1, bytes: 1 }])),
+    ] {
+        let (link, mut guest) = pair();
+        let (plugin, _broker) = pair();
+        let mut relay = Relay::new(Side::Host, link);
+        let mut opened = Some(plugin);
+        let mut open = |_: Target| opened.take().map(Socket::Unix).ok_or_else(|| io::ErrorKind::NotFound.into());
+        let mut all = frames(&[Frame::Open { stream: 1, target: Target::Broker }]);
+        all.extend(bytes);
+        guest.write_all(&all).expect("it fits");
+        assert!(matches!(turn(&mut relay, &mut open), Err(Broken::Unexpected(_))), "{what}");
+    }
+    // Nobody reads at the other end of the connection, which takes some of it by itself.
+    let mut broke = false;
+    for _ in 0..64 {
+        let bytes = frames(&too_much);
+        let mut at = 0;
+        while at < bytes.len() && !broke {
+            match guest.write(&bytes[at..]) {
+                Ok(count) => at += count,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+            broke = matches!(turn(&mut relay, nobody), Err(Broken::Unexpected(_)));
+        }
+    }
+    assert!(broke, "more than a window was taken");
+}
+
+#[test]
+fn what_comes_of_a_connection_that_is_over_is_passed_over() {
+    let bytes = frames(&[
+        Frame::Data { stream: 5, bytes: b"late" },
+        Frame::Credit { stream: 5, bytes: 1 },
+        Frame::End { stream: 5 },
+        Frame::Reset { stream: 5 },
+        Frame::Hello { version: 1 },
+    ]);
+    assert_eq!(said(&bytes).expect("well formed"), [Event::Hello { version: 1 }]);
+}
+
+/// Bytes in both directions, more than any window, with both ends closed at the end.
+#[test]
+fn connections_are_carried_whole() {
+    let (link, other) = pair();
+    let (mut host, mut guest) = (Relay::new(Side::Host, link), Relay::new(Side::Guest, other));
+    let ((near, inner), (far, outer)) = (pair(), pair());
+    host.begin(Target::Worker, Socket::Unix(inner)).expect("begins");
+    let mut outer = Some(outer);
+    let text: Vec<u8> = (0..500_000_u32).map(|number| number.to_le_bytes()[0]).collect();
+    let (mut sent, mut got, mut back, mut answered) = (0, Vec::new(), 0, Vec::new());
+    let (mut near_ended, mut far_ended) = (false, false);
+    let mut buffer = vec![0; 64 << 10];
+    let write = |to: &UnixStream, at: &mut usize| {
+        if let Ok(count) = (&*to).write(&text[*at..]) {
+            *at += count;
+            if *at == text.len() {
+                to.shutdown(std::net::Shutdown::Write).expect("it ends");
+            }
+        }
+    };
+    let mut read = |from: &UnixStream, to: &mut Vec<u8>, ended: &mut bool| match (&*from).read(&mut buffer) {
+        Ok(0) => *ended = true,
+        Ok(count) => to.extend_from_slice(&buffer[..count]),
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+    };
+    for _ in 0..100_000 {
+        if near_ended && far_ended {
+            break;
+        }
+        if sent < text.len() {
+            write(&near, &mut sent);
+        }
+        if back < text.len() {
+            write(&far, &mut back);
+        }
+        turn(&mut host, nobody).expect("it goes on");
+        let open = |_: Target| outer.take().map(Socket::Unix).ok_or_else(|| io::ErrorKind::NotFound.into());
+        turn(&mut guest, open).expect("it goes on");
+        read(&far, &mut got, &mut far_ended);
+        read(&near, &mut answered, &mut near_ended);
+    }
+    assert!(near_ended && far_ended, "{} and {} bytes", got.len(), answered.len());
+    assert!(got == text && answered == text);
+}
+
+proptest! {
+    /// Whatever comes, and however it is cut, is read without a panic, and what is read is whole.
+    #[test]
+    fn any_bytes_are_frames_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        if let Ok(Some((_, length))) = link::read(&bytes) {
+            prop_assert!(length <= bytes.len());
+        }
+        drop(said(&bytes));
+        drop(Plan::read(&bytes));
+    }
+}

@@ -1,0 +1,276 @@
+//! The level VM, with a real kernel in a real emulator: what is refused without one, what runs in one, how it ends, and
+//! what is left.
+//!
+//! A kernel is needed. `PLUGVISOR_TEST_GUEST` names a directory with `boot/vmlinuz-VERSION` and `lib/modules/VERSION` in it,
+//! as `cargo xtask test` makes one; without it the host's own `/boot` is looked at.
+#![allow(missing_docs, reason = "tests")]
+
+#[path = "harness/guest.rs"]
+mod guest;
+mod harness;
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
+    time::{Duration, Instant},
+};
+
+use harness::{As, Harness, Manner, Plugin, patience, read_all, wait_readable};
+use plugvisor_sandbox::protocol::{
+    Control, Exit, Grant, Launch, Level, Limits, RefusalCode, Reply, Request, SocketMode, Tier,
+};
+
+/// A launcher that has machines, and to which plugins are the operator's own.
+fn start(as_: As) -> Option<Harness> {
+    let machine = guest::settings()?;
+    let harness = Harness::start_with_store(as_, |options| {
+        for root in &mut options.bundle_roots {
+            root.tier = Tier::Internal;
+        }
+    });
+    harness.write_policy(&format!("version = 1\n{machine}"));
+    Some(harness)
+}
+
+fn in_machine(harness: &Harness, manner: &Manner) -> Launch {
+    let mut request = harness.request_at_in(Level::Vm, manner);
+    request.limits = Limits { memory_bytes: Some(64 << 20), pids: Some(16), ..Limits::default() };
+    request
+}
+
+/// Waits until it has printed this; what it has printed by then.
+fn read_until(plugin: &mut Plugin, wanted: &str) -> String {
+    let deadline = Instant::now() + patience();
+    let mut said = String::new();
+    while !said.contains(wanted) {
+        assert!(wait_readable(plugin.stdout.as_fd(), deadline), "it says {wanted:?}, and not {said:?}");
+        let mut bytes = [0; 64];
+        let read = plugin.stdout.read(&mut bytes).expect("a piece");
+        assert!(read > 0, "it ended with {said:?}: {}", read_all(&mut plugin.stderr));
+        said.push_str(&String::from_utf8_lossy(&bytes[..read]));
+    }
+    said
+}
+
+/// All that it printed, when it has ended.
+fn whole(harness: &mut Harness, plugin: &mut Plugin) -> (String, String, Exit) {
+    let said = read_all(&mut plugin.stdout);
+    let errors = read_all(&mut plugin.stderr);
+    let (exit, _) = harness.exit_of(plugin.launched.launch);
+    (said, errors, exit)
+}
+
+#[test]
+fn without_a_kernel_it_is_refused_and_the_fix_is_said() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start_trusting(as_);
+        let request = harness.request_at(Level::Vm, &["pause"]);
+        let refusal = harness.try_launch(request).map(|_| ()).expect_err("there is no [vm]");
+        assert_eq!(refusal.code, RefusalCode::ControlUnavailable, "{refusal:?}");
+        for word in ["own-kernel", "[vm]", "kernel = ", "qemu-system-x86"] {
+            assert!(refusal.message.contains(word), "{word}: {}", refusal.message);
+        }
+        // Nobody may allow it to be missing.
+        let mut request = harness.request_at(Level::Vm, &["pause"]);
+        request.allow_degraded = Control::ALL.to_vec();
+        assert!(harness.try_launch(request).is_err());
+        let Reply::Probe(host) = harness.ask(&Request::Probe, &[]).0 else { panic!("no probe") };
+        let vm = host.levels.into_iter().find(|level| level.level == Level::Vm).expect("the level");
+        assert!(vm.lacking.iter().any(|lacking| lacking.control == Some(Control::OwnKernel)), "{vm:?}");
+    }
+}
+
+#[test]
+fn what_is_named_and_wrong_is_said() {
+    let mut harness = Harness::start_with_store(As::possible()[0], |_| ());
+    harness.write_policy("version = 1\n[vm]\nkernel = \"/nowhere/vmlinuz\"\n");
+    let Reply::Probe(host) = harness.ask(&Request::Probe, &[]).0 else { panic!("no probe") };
+    let vm = host.levels.into_iter().find(|level| level.level == Level::Vm).expect("the level");
+    let told = vm.lacking.iter().find(|lacking| lacking.control == Some(Control::OwnKernel)).expect("it is lacking");
+    assert!(told.why.contains("/nowhere/vmlinuz") && !told.may_be_allowed, "{told:?}");
+}
+
+#[test]
+fn a_plugin_runs_on_its_own_kernel_and_the_walls_around_it_are_confirmed() {
+    for as_ in As::possible() {
+        let Some(mut harness) = start(as_) else { return };
+        let begun = Instant::now();
+        let args = ["cat", "/proc/version", "cat", "/proc/self/status", "list", "/plugin", "env", "exit", "7"];
+        let request = in_machine(&harness, &Manner::of(&args));
+        let mut plugin = harness.launch(request);
+        for state in &plugin.launched.controls {
+            println!("{as_:?} {:18} {:?} from {}", state.control.as_str(), state.enforced, state.read_from);
+        }
+        let names: Vec<Control> = plugin.launched.controls.iter().map(|state| state.control).collect();
+        assert!(names.contains(&Control::OwnKernel) && names.contains(&Control::SingleExec), "{names:?}");
+        let (said, errors, exit) = whole(&mut harness, &mut plugin);
+        println!("{as_:?}: from the request to its end {:?}", begun.elapsed());
+        assert_eq!(exit, Exit::Code(7), "{said}{errors}");
+        let own = fs::read_to_string("/proc/version").expect("a version");
+        let lines: Vec<&str> = said.lines().filter_map(|line| Some(line.split_once(' ')?.1)).collect();
+        assert!(lines[0].contains("Linux version") && lines[0] != own.trim(), "{said}");
+        assert!(lines[1].contains("Uid:\t60000") && lines[1].contains("CapEff:\t0000000000000000"), "{said}");
+        assert_eq!(lines[2], "bin,plugin.json");
+        assert!(lines[3].contains("COLOUR=blue") && lines[3].contains("PLUGVISOR_BROKER=/run/plugvisor/broker.sock"));
+    }
+}
+
+#[test]
+fn it_serves_on_both_kinds_of_socket_and_reaches_its_broker() {
+    for as_ in As::possible() {
+        let Some(mut harness) = start(as_) else { return };
+        for socket in [SocketMode::Inherit, SocketMode::Bind] {
+            let broker = "/run/plugvisor/broker.sock";
+            let args = match socket {
+                SocketMode::Inherit => vec!["unix", broker, "accept"],
+                SocketMode::Bind => vec!["unix", broker, "bind-accept", "/run/plugvisor/worker/worker.sock"],
+            };
+            let request = in_machine(&harness, &Manner { socket, ..Manner::of(&args) });
+            let mut plugin = harness.launch(request);
+            let path = match socket {
+                SocketMode::Inherit => format!("/proc/self/fd/{}", plugin.worker.as_raw_fd()),
+                SocketMode::Bind => {
+                    read_until(&mut plugin, "bound\n");
+                    format!("/proc/self/fd/{}/worker.sock", plugin.worker.as_raw_fd())
+                }
+            };
+            let mut worker = UnixStream::connect(path).expect("the worker socket");
+            worker.write_all(b"ping").expect("write");
+            let mut answer = [0; 4];
+            worker.read_exact(&mut answer).unwrap_or_else(|error| panic!("{as_:?} {socket:?}: {error}"));
+            assert_eq!(&answer, b"ping", "{as_:?} {socket:?}");
+            let (said, errors, exit) = whole(&mut harness, &mut plugin);
+            assert!(said.ends_with("accept ok\n"), "{as_:?} {socket:?}: {said}{errors}");
+            assert_eq!(exit, Exit::Code(0));
+        }
+    }
+}
+
+#[test]
+fn it_ends_as_the_plugin_does_and_nothing_is_left() {
+    for as_ in As::possible() {
+        let Some(mut harness) = start(as_) else { return };
+        let request = in_machine(&harness, &Manner::of(&["abort"]));
+        let mut plugin = harness.launch(request);
+        let (said, errors, exit) = whole(&mut harness, &mut plugin);
+        assert_eq!(exit, Exit::Signal(6), "{said}{errors}");
+
+        // A signal for the plugin goes to the plugin.
+        let request = in_machine(&harness, &Manner::of(&["cat", "/proc/self/comm", "pause"]));
+        let mut plugin = harness.launch(request);
+        read_until(&mut plugin, "cat");
+        let launch = plugin.launched.launch;
+        println!("{as_:?}: {:?}", harness.ask(&Request::Stats { launch }, &[]).0);
+        assert_eq!(harness.ask(&Request::Signal { launch, signal: 15 }, &[]).0, Reply::Done);
+        assert_eq!(harness.exit_of(launch), (Exit::Signal(15), false));
+
+        // Its memory is its guest's to hold.
+        let manner = Manner::of(&["eat", "134217728"]);
+        let request = in_machine(&harness, &manner);
+        let mut plugin = harness.launch(request);
+        let (said, errors, exit) = whole(&mut harness, &mut plugin);
+        assert_eq!(exit, Exit::Signal(9), "{said}{errors}");
+        assert!(errors.contains("maxMemory"), "{errors}");
+
+        let request = in_machine(&harness, &Manner::of(&["pause"]));
+        let plugin = harness.launch(request);
+        let launch = plugin.launched.launch;
+        assert_eq!(harness.ask(&Request::Kill { launch }, &[]).0, Reply::Done);
+        assert_eq!(harness.exit_of(launch), (Exit::Signal(9), false));
+        let left = harness.cgroups().into_iter().filter(|path| path.to_string_lossy().contains("walled")).count();
+        assert_eq!(left, 0, "{:?}", harness.cgroups());
+    }
+}
+
+/// Its deadlines are worth nothing otherwise.
+#[test]
+fn its_time_runs_as_fast_as_the_hosts() {
+    let Some(mut harness) = start(As::possible()[0]) else { return };
+    let request = in_machine(&harness, &Manner::of(&["cat", "/proc/uptime", "accept", "cat", "/proc/uptime"]));
+    let mut plugin = harness.launch(request);
+    let first = read_until(&mut plugin, "\n");
+    let begun = Instant::now();
+    // Time itself is what is measured here.
+    std::thread::sleep(Duration::from_secs(3));
+    let path = format!("/proc/self/fd/{}", plugin.worker.as_raw_fd());
+    UnixStream::connect(path).and_then(|mut worker| worker.write_all(b"go")).expect("the worker socket");
+    let said = read_all(&mut plugin.stdout);
+    let ours = begun.elapsed().as_secs_f64();
+    assert_eq!(harness.exit_of(plugin.launched.launch), (Exit::Code(0), false), "{said}");
+    // The time since it booted, and how much of it was idle.
+    let uptime = |line: &str| line.split_whitespace().nth(1).and_then(|text| text.parse::<f64>().ok());
+    let theirs = said.lines().last().and_then(uptime).zip(uptime(&first)).map(|(last, first)| last - first);
+    let theirs = theirs.unwrap_or_else(|| panic!("{first}{said}"));
+    println!("{ours:.2} s here, {theirs:.2} s there");
+    // What was said is on its way for some part of a second.
+    assert!((theirs - ours).abs() < 0.1 * ours + 0.5, "{ours:.2} s here, {theirs:.2} s there");
+}
+
+/// Rows of the escape suite whose column for VM is G: what it finds, stops or opens is its guest's.
+#[test]
+fn a_hostile_plugin_touches_its_guest_only() {
+    let Some(mut harness) = start(As::possible()[0]) else { return };
+    let secret = harness.path("secret");
+    fs::write(&secret, "key").expect("a secret");
+    let (foreign, own) = (harness.path("foreign.sock"), std::process::id().to_string());
+    let _foreign = std::os::unix::net::UnixListener::bind(&foreign).expect("a socket");
+    let local = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = local.local_addr().expect("an address").to_string();
+    let (secret, foreign) = (secret.display().to_string(), foreign.display().to_string());
+    let environment = format!("/proc/{own}/environ");
+    let args = [
+        // 1, 4, 5, 9, 13, 16, 12, 31, 34
+        "read",
+        &secret,
+        "list",
+        "/proc/1/root",
+        "read",
+        &environment,
+        "kill",
+        &own,
+        "unix",
+        &foreign,
+        "tcp",
+        &address,
+        "list",
+        "/proc/self/fd",
+        "append",
+        "/proc/sys/kernel/core_pattern",
+        "append",
+        "/dev/vport0p1",
+        "append",
+        "/plugin/plugin.json",
+    ];
+    let request = in_machine(&harness, &Manner::of(&args));
+    let mut plugin = harness.launch(request);
+    let (said, errors, exit) = whole(&mut harness, &mut plugin);
+    assert_eq!(exit, Exit::Code(0), "{said}{errors}");
+    let found: Vec<&str> = said.lines().filter_map(|line| Some(line.split_once(' ')?.1)).collect();
+    // Not there; not shown to it; nobody of that number; nothing there; refused by its own kernel; no more than it was
+    // given; not its to change.
+    assert_eq!(found[0], "2", "the secret: {said}");
+    assert!(["2", "13"].contains(&found[1]), "the first process's root: {said}");
+    assert!(["2", "13"].contains(&found[2]), "the environment of this process: {said}");
+    assert_eq!(found[3], "3", "this process: {said}");
+    assert_eq!(found[4], "2", "a socket of the host: {said}");
+    assert_eq!(found[5], "111", "the host's loopback: {said}");
+    assert_eq!(found[6], "0,1,2,3,4", "descriptors: {said}");
+    assert_eq!(found[7..], ["13", "13", "13"], "what is its kernel's: {said}");
+}
+
+#[test]
+fn it_reaches_the_egress_proxy_and_nothing_else() {
+    let Some(mut harness) = start(As::possible()[0]) else { return };
+    let mut request =
+        in_machine(&harness, &Manner::of(&["tcp", "127.0.0.1:3128", "tcp", "192.0.2.1:80", "socket", "17", "3"]));
+    request.grants = vec![Grant::Egress];
+    let mut plugin = harness.launch(request);
+    assert!(plugin.egress.is_some(), "the proxy's socket");
+    let (said, errors, exit) = whole(&mut harness, &mut plugin);
+    assert_eq!(exit, Exit::Code(0), "{said}{errors}");
+    assert_eq!(said, "tcp ok\ntcp 101\nsocket 1\n", "{errors}");
+}

@@ -1,0 +1,82 @@
+//! Plugins at the level VM, through the whole product: they serve, call each other, are restarted, and leave nothing.
+
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use plugvisor_proto::admin::v1::PluginState;
+use plugvisor_tests::{
+    BundleBuilder, Daemon, Lane, World,
+    contract::{SayRequest, act_request::Deed},
+    events, guest, scenarios,
+};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::says;
+
+const ECHO: &str = "/plugvisor.test.v1.EchoService/Say";
+
+/// A plugin in a machine beside one that is in none; `None` where there is no kernel for one.
+fn inside(lane: Lane) -> anyhow::Result<Option<World>> {
+    let Some(machine) = guest::settings() else { return Ok(None) };
+    let bundle = BundleBuilder::hostile("inside", &["echo"]).capabilities(&["api:internal-calls"]);
+    let world = World::new(lane)?.tier("internal").grants(&["api:internal-calls"]);
+    let world = world.plugin(&BundleBuilder::echo("echo"))?;
+    let world = world.plugin(&bundle.set("/security/sandbox/isolationLevel", "vm"))?;
+    Ok(Some(world.launcher_policy(&format!("version = 1\n{machine}"))?))
+}
+
+async fn calls(daemon: &Daemon) -> anyhow::Result<()> {
+    let said = daemon.act("inside", Deed::Call(ECHO.to_owned())).await?.text;
+    ensure!(said == "ok caller=inside", "{said}\n{}", daemon.account());
+    Ok(())
+}
+
+/// It is called through the broker and calls through it; what it is in is shown; killed, it comes again; unloaded, nothing
+/// of it is left.
+async fn a_plugin_in_a_machine_is_like_any_other(lane: Lane) -> anyhow::Result<()> {
+    let Some(world) = inside(lane)? else { return Ok(()) };
+    let daemon = world.start().await?;
+    let begun = Instant::now();
+    let first = daemon.loaded("inside").await?;
+    println!("{lane:?}: in a machine, loaded {:?} after the daemon answered", begun.elapsed());
+    daemon.loaded("echo").await?;
+    calls(&daemon).await?;
+    let shown = daemon.describe("inside").await?;
+    ensure!(shown.status.clone().unwrap_or_default().isolation_level == "vm", "{:?}", shown.status);
+    let own = shown.controls.iter().find(|control| control.name == "own-kernel").context("no own kernel")?;
+    ensure!(own.enforced.contains("qemu"), "{own:?}");
+    let doctor = daemon.cli(&["doctor"]).await?;
+    says("doctor", &doctor.stdout, &["own-kernel", "qemu-system-x86_64"])?;
+
+    // Many windows of its connection.
+    let answer = daemon.act("inside", Deed::AnswerBytes(3 << 20)).await?;
+    ensure!(answer.ballast.len() == 3 << 20, "{} bytes", answer.ballast.len());
+
+    let pid = i32::try_from(first.pid).ok().and_then(Pid::from_raw).context("a number")?;
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    pidfd_send_signal(&process, Signal::KILL)?;
+    let ended = |event: &plugvisor_proto::event::v1::Event| events::is(event, "plugin.exited", "inside");
+    daemon.events().wait("the end of its machine", ended).await.with_context(|| daemon.printed())?;
+    let again = daemon.loaded("inside").await?;
+    ensure!(again.pid != first.pid, "{again:?}");
+    calls(&daemon).await?;
+    let unload = daemon.cli(&["unload", "inside"]).await?;
+    ensure!(unload.code == Some(0), "{unload:?}");
+    let said = daemon.echo().say(SayRequest { text: "still here".to_owned() }).await?.into_inner();
+    ensure!(said.text == "still here", "{said:?}");
+    daemon.stop().await
+}
+
+/// Without a kernel nothing is started, and the error says what to install and what to write.
+async fn without_a_kernel_it_is_refused(lane: Lane) -> anyhow::Result<()> {
+    let bundle = BundleBuilder::hostile("inside", &["echo"]).set("/security/sandbox/isolationLevel", "vm");
+    let daemon = World::new(lane)?.plugin(&bundle)?.launcher_policy("version = 1\n")?.start().await?;
+    let status = daemon.in_state("inside", PluginState::Failed).await?;
+    says("the error", &status.last_error, &["own-kernel", "[vm]", "linux-image-cloud-amd64"])?;
+    ensure!(status.pid == 0, "{status:?}");
+    let doctor = daemon.cli(&["doctor"]).await?;
+    says("doctor", &doctor.stdout, &["vm", "qemu-system-x86", "kernel ="])?;
+    daemon.stop().await
+}
+
+scenarios!(a_plugin_in_a_machine_is_like_any_other, without_a_kernel_it_is_refused);
