@@ -1,8 +1,8 @@
 //! Whether the host's processor runs guests, found by running one: a device that opens proves nothing, and a guest that is
 //! never run neither.
 //!
-//! The trial is made by a child with a time limit, because where it fails it may as well hang. It runs one instruction,
-//! `hlt`, in a machine with one page of memory, and expects to be told of it.
+//! The trial is made by a child with a time limit, because where it fails it may as well hang. It runs a
+//! loop that ends in `hlt` in a machine with one page of memory, and expects to be told of that in time.
 
 use std::{
     fmt, fs, io,
@@ -24,7 +24,7 @@ use crate::kernel::{self, Cloned};
 /// The device.
 pub(crate) const DEVICE: &str = "/dev/kvm";
 
-/// How long one instruction may take.
+/// How long the loop may take: a processor needs a small part of it.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What makes a machine.
