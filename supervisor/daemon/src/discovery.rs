@@ -15,7 +15,10 @@ use std::{
 
 use plugvisor_core::{CapabilitySet, Code, Error};
 use plugvisor_package::{Approval, Bundle, BundleError, BundleLimits, Capability, Manifest, PluginName, TrustTier};
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::{
+    fs::{AtFlags, Dir, FileType, Mode, OFlags},
+    io::Errno,
+};
 
 use crate::config::DirectoryConfig;
 
@@ -33,11 +36,25 @@ pub struct PluginDirectory {
 
 /// Why a configured directory cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the plugin directory {}: {source}; create it, or correct its [[directory]] path", path.display())]
+#[error("cannot open the plugin directory {}: {source}; {}", path.display(), self.fix())]
 pub struct DirectoryError {
     path: PathBuf,
     #[source]
     source: std::io::Error,
+}
+
+impl DirectoryError {
+    /// What to do about it.
+    #[must_use]
+    pub fn fix(&self) -> &'static str {
+        match self.source.kind() {
+            std::io::ErrorKind::PermissionDenied => {
+                "let the supervisor's user read it and pass the directories above it (chmod o+rx), or name another user in \
+                 [supervisor] user"
+            }
+            _ => "create it, or correct its [[directory]] path",
+        }
+    }
 }
 
 /// Where one bundle lies; enough to open it again.
@@ -71,10 +88,19 @@ impl PluginDirectory {
         &self.path
     }
 
-    /// The subdirectories that have a manifest, sorted by name.
+    /// The subdirectories that have a manifest, or of which that cannot be told, sorted by name.
     pub fn candidates(self: &Arc<Self>) -> Result<Vec<Source>, DirectoryError> {
-        let failed = |error: rustix::io::Errno| DirectoryError { path: self.path.clone(), source: error.into() };
-        let mut names = BTreeSet::new();
+        Ok(self.look()?.0)
+    }
+
+    /// The names of the subdirectories without a manifest, which somebody may take for bundles.
+    pub fn strays(self: &Arc<Self>) -> Vec<String> {
+        self.look().map(|(_, strays)| strays).unwrap_or_default()
+    }
+
+    fn look(self: &Arc<Self>) -> Result<(Vec<Source>, Vec<String>), DirectoryError> {
+        let failed = |error: Errno| DirectoryError { path: self.path.clone(), source: error.into() };
+        let (mut names, mut strays) = (BTreeSet::new(), BTreeSet::new());
         for entry in Dir::read_from(&self.descriptor).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let Ok(name) = entry.file_name().to_str() else { continue };
@@ -82,15 +108,22 @@ impl PluginDirectory {
                 continue;
             }
             let manifest = format!("{name}/{}", Manifest::FILE_NAME);
-            if rustix::fs::statat(&self.descriptor, &manifest, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-                names.insert(name.to_owned());
+            match rustix::fs::statat(&self.descriptor, &manifest, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) if strays.len() < MAX_BUNDLES => {
+                    strays.insert(name.to_owned());
+                }
+                Err(Errno::NOTDIR | Errno::NOENT) => {}
+                // One that may not be looked into is shown with the reason, and not as if it were not there.
+                Ok(_) | Err(_) => {
+                    names.insert(name.to_owned());
+                }
             }
             if names.len() >= MAX_BUNDLES {
                 tracing::warn!(directory = %self.path.display(), "only the first {MAX_BUNDLES} bundles are read");
                 break;
             }
         }
-        Ok(names.into_iter().map(|name| self.source(name)).collect())
+        Ok((names.into_iter().map(|name| self.source(name)).collect(), strays.into_iter().collect()))
     }
 
     /// The tier that the operator gave it.
@@ -134,7 +167,7 @@ impl Source {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let opened = match rustix::fs::openat(&directory.descriptor, &file, flags, Mode::empty()) {
             Ok(opened) => std::fs::File::from(opened),
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(wrong(&errno)),
         };
         let found = opened.metadata().map_err(|error| wrong(&error))?;

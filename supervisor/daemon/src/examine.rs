@@ -258,22 +258,18 @@ pub fn report(config: &Config, features: &Host, uid: u32, owner: Option<Owner>, 
     }
     for directory in &config.directories {
         let opened = PluginDirectory::open(directory).map(std::sync::Arc::new);
-        places.push(match opened.and_then(|opened| opened.candidates()) {
-            Ok(found) => {
+        places.push(match opened.and_then(|opened| Ok((opened.candidates()?, opened.strays()))) {
+            Ok((found, strays)) => {
                 let bundles = if found.len() == 1 { "bundle" } else { "bundles" };
-                place(
-                    "plugin directory",
-                    &directory.path,
-                    &format!("{} {bundles}, tier {}", found.len(), directory.tier),
-                    None,
-                )
+                let mut detail = format!("{} {bundles}, tier {}", found.len(), directory.tier);
+                if !strays.is_empty() {
+                    detail.push_str(&format!("; without a plugin.json, and so no bundles: {}", strays.join(", ")));
+                }
+                place("plugin directory", &directory.path, &detail, None)
             }
-            Err(error) => place(
-                "plugin directory",
-                &directory.path,
-                "",
-                Some((error.to_string(), "create it, or correct its [[directory]] path".into())),
-            ),
+            Err(error) => {
+                place("plugin directory", &directory.path, "", Some((error.to_string(), error.fix().to_owned())))
+            }
         });
     }
     let system = rustix::system::uname();

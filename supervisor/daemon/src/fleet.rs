@@ -100,6 +100,10 @@ impl Fleet {
                 Ok(found) => sources.extend(found),
                 Err(error) => tracing::error!(%error, "a plugin directory cannot be read"),
             }
+            for stray in directory.strays() {
+                let path = directory.path().join(stray);
+                tracing::warn!(path = %path.display(), "no bundle: it has no plugin.json");
+            }
         }
         // Reading and hashing block, and bundles do not wait for one another.
         let read = sources.into_iter().map(|source| {
@@ -364,7 +368,8 @@ impl Fleet {
     /// A bundle that was put there after the start.
     fn source_named(&self, name: &str) -> Result<Source, Error> {
         let candidates = self.directories.iter().filter_map(|directory| directory.candidates().ok()).flatten();
-        candidates.into_iter().find(|source| source.name() == name).ok_or_else(|| not_found(name))
+        let found = candidates.into_iter().find(|source| source.name() == name);
+        found.ok_or_else(|| self.find(name).err().unwrap_or_else(|| not_found(name)))
     }
 
     fn add(&self, source: Source, bundle: Result<Bundle, Rejection>) -> Result<PluginHandle, Rejection> {

@@ -77,7 +77,7 @@ fn supervise(args: Args) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("plugvisord: {error}");
-            ExitCode::from(HOST)
+            ExitCode::from(error.exit_code())
         }
     }
 }

@@ -93,10 +93,42 @@ pub enum RunError {
     /// The sockets that others know.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The launcher does not start with what it was given.
+    #[error(
+        "the launcher refused how it was started: correct what it says above, in the line that begins with \
+         plugvisor-launcher, then start plugvisord again"
+    )]
+    LauncherConfiguration,
+    /// The launcher could not start.
+    #[error(
+        "the launcher did not start ({0}): see what it says above; if it says nothing, install plugvisord and \
+         plugvisor-launcher together"
+    )]
+    LauncherStart(String),
     /// The launcher ended by itself, and every plugin with it.
     #[error("the launcher ended: {0}; every plugin has ended with it; start plugvisord again and report this as a bug")]
     LauncherLost(String),
 }
+
+impl RunError {
+    /// The exit status: 78 when a configuration must be changed, 74 when the host refused something.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::LauncherConfiguration => 78,
+            Self::Io(_)
+            | Self::Launcher(_)
+            | Self::Broker(_)
+            | Self::Traces(_)
+            | Self::Listen(_)
+            | Self::LauncherStart(_)
+            | Self::LauncherLost(_) => 74,
+        }
+    }
+}
+
+/// The launcher's exit status for what it was started with (EX_CONFIG of sysexits.h).
+const LAUNCHER_CONFIGURATION: i32 = 78;
 
 /// Runs until it is asked to stop or cannot go on. Leaves no process, cgroup, socket or file behind, unless the launcher
 /// was started elsewhere: then plugins run on, and the sockets stay for the next supervisor.
@@ -120,7 +152,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         let config = Arc::new(config);
         let client = Launcher::start(connection)
             .await
-            .map_err(|error| RunError::LauncherLost(format!("it did not answer the first request: {error}")))?;
+            .map_err(|error| RunError::LauncherStart(format!("it did not answer the first request: {error}")))?;
         let inventory = match holding {
             Holding::Held => client.inventory().await?,
             Holding::NotHeld => Inventory::default(),
@@ -302,12 +334,19 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
     // sockets, and plugins if there are any; any other ends by itself.
     let ended = match &result {
         Ok(()) => tie.ends_with_us(),
-        Err(RunError::LauncherLost(_)) => true,
+        Err(RunError::LauncherLost(_) | RunError::LauncherStart(_)) => true,
         Err(_) => holding == Holding::NotHeld,
     };
+    let mut result = result;
     let removed = if ended {
         match tokio::task::spawn_blocking(move || tie.wait(LAUNCHER_PATIENCE)).await {
             Ok(Ok(None)) => {}
+            Ok(Ok(Some(status)))
+                if status.code() == Some(LAUNCHER_CONFIGURATION)
+                    && matches!(result, Err(RunError::LauncherStart(_))) =>
+            {
+                result = Err(RunError::LauncherConfiguration);
+            }
             Ok(Ok(Some(status))) => tracing::warn!(%status, "the launcher did not end cleanly"),
             Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {
                 tracing::error!("the launcher still runs; see its messages above");

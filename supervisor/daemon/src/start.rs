@@ -83,6 +83,7 @@ impl StartError {
             | Self::State(StateError::Incompatible { .. })
             | Self::Logs(_)
             | Self::Privileges(PrivilegeError::NoUser(_) | PrivilegeError::Root(_)) => 78,
+            Self::Config(ConfigError::Unreadable { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => 78,
             Self::Config(ConfigError::Unreadable { .. })
             | Self::Runtime(_)
             | Self::StateDirectory(
@@ -161,7 +162,9 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
             let own = launcher::Own {
                 store: (surroundings.uid == 0).then(|| beside(&config.supervisor.state_directory)),
-                policy: launcher_policy.or_else(|| default_policy(surroundings.uid)),
+                policy: launcher_policy
+                    .map(|path| std::path::absolute(&path).unwrap_or(path))
+                    .or_else(|| default_policy(surroundings.uid)),
                 variables: variables(&config),
             };
             Ok(Link::embedded(&program, &path, roots, *linger, own)?)

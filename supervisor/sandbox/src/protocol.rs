@@ -592,6 +592,8 @@ pub enum RefusalCode {
     /// The walls are too weak for the bundle's tier, and the directory that it came from gives none: somebody else can
     /// write it, or not all of the bundle came from there.
     Directory,
+    /// The approval that came with the launch does not hold.
+    Approval,
 }
 
 /// What the launcher tells unasked.

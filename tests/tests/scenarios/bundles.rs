@@ -205,7 +205,38 @@ async fn a_signed_approval_gives_a_bundle_its_tier(lane: Lane) -> anyhow::Result
     daemon.stop().await
 }
 
+/// What is wrong with the launcher's policy file is the operator's to correct, and no bug.
+async fn a_policy_file_that_does_not_hold_is_named(lane: Lane) -> anyhow::Result<()> {
+    for (policy, words) in
+        [("version = 2\n", ["version", "launcher.toml"]), ("[[key]]\nid = \"ops\"\n", ["[[key]]", "launcher.toml"])]
+    {
+        let refused = world(lane)?.launcher_policy(policy)?.start_refused().await?;
+        ensure!(refused.code == Some(78), "{refused:?}");
+        says("the refusal", &refused.stderr, &words)?;
+        says("the refusal", &refused.stderr, &["plugvisor-launcher: ", "the launcher refused how it was started"])?;
+        ensure!(!refused.stderr.contains("bug"), "{refused:?}");
+    }
+    Ok(())
+}
+
+/// A bundle that may not be read is shown with the reason; a directory without a manifest is told.
+async fn what_cannot_be_looked_into_is_shown(lane: Lane) -> anyhow::Result<()> {
+    let world = world(lane)?.plugin(&BundleBuilder::hostile("closed", &[]))?;
+    std::fs::create_dir(world.plugins().join("stray"))?;
+    let closed = world.plugins().join("closed");
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o000))?;
+    let daemon = world.start().await?;
+    daemon.loaded("echo").await?;
+    let status = daemon.in_state("closed", PluginState::Failed).await?;
+    says("the error", &status.last_error, &["closed", "ermission"])?;
+    daemon.prints(&["stray", "no plugin.json"]).await?;
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o755))?;
+    daemon.stop().await
+}
+
 scenarios!(
+    a_policy_file_that_does_not_hold_is_named,
+    what_cannot_be_looked_into_is_shown,
     each_wrong_bundle_is_named,
     a_tier_that_never_runs_is_refused,
     a_name_that_is_taken_is_refused,

@@ -41,7 +41,8 @@ fn print(output: &Output, answer: &GetStatusResponse) -> Result<(), Failure> {
     output.line(&Line::default())?;
     if answer.plugins.is_empty() {
         return output.line(&Line::new(
-            "No plugins. Name the directory of bundles as a [[directory]] in plugvisor.toml, and restart plugvisord.",
+            "No plugins: no [[directory]] of plugvisor.toml has a subdirectory with a plugin.json, or there is none. \
+             `plugvisor doctor` shows each; put a bundle there and `plugvisor load` it.",
         ));
     }
     let mut titles =

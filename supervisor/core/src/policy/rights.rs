@@ -92,7 +92,10 @@ impl Lack {
             self.not_asked.then(|| format!("add {capability} to security.capabilities in the plugin.json of {plugin}")),
             tier,
             self.not_granted.then(|| {
-                format!("add {capability} to the grants of [plugin.{plugin}] or of its [[directory]] in plugvisor.toml")
+                format!(
+                    "add {capability} to the grants of its [[directory]] in plugvisor.toml, or of [plugin.{plugin}], which \
+                     stand in place of the directory's"
+                )
             }),
         ];
         joined(halves)
@@ -123,7 +126,7 @@ mod tests {
                     for (missing, word, fix) in [
                         (asked.is_empty(), "manifest", "plugin.json"),
                         (by_tier.is_empty(), "community", "higher tier"),
-                        (by_operator.is_empty(), "operator", "grants of [plugin.gallery]"),
+                        (by_operator.is_empty(), "operator", "or of [plugin.gallery]"),
                     ] {
                         assert_eq!(why.contains(word), missing, "{why}");
                         assert_eq!(hint.contains(fix), missing, "{hint}");

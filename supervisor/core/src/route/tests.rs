@@ -229,7 +229,7 @@ fn a_denied_call_to_the_host_says_which_half_is_missing() {
             for (half, fix) in [
                 ("its manifest", "security.capabilities"),
                 ("plugins of the tier", "higher tier"),
-                ("the operator", "grants of [plugin.gamma]"),
+                ("the operator", "or of [plugin.gamma]"),
             ] {
                 let named = missing.iter().any(|missing| missing.starts_with(half));
                 assert_eq!(refusal.hint.contains(fix), named, "{service}: {}", refusal.hint);

@@ -232,6 +232,11 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
             Permanence::Permanent,
             "the launcher's policy is set when plugvisord starts: correct the plugin, or plugvisor.toml",
         ),
+        RefusalCode::Approval => (
+            Code::LaunchRefused,
+            Permanence::Permanent,
+            "do what the launcher says of its approval, then `plugvisor load`",
+        ),
         RefusalCode::Directory => (
             Code::LaunchRefused,
             Permanence::Permanent,

@@ -406,28 +406,42 @@ fn signed(
     now: SystemTime,
 ) -> Result<Tier, Refusal> {
     let Approval { tier, key, signature } = approval;
-    let wrong = |why: &str| {
+    let wrong = |why: &str, fix: &str| {
         let key: String = key.chars().take(64).collect();
         refuse(
-            RefusalCode::Policy,
-            format!("{name} was not started: its approval by the key {key:?} does not hold: {why}; approve it again"),
+            RefusalCode::Approval,
+            format!(
+                "{name} was not started: its approval by the key {key:?} does not hold: {why}; {fix}, or remove \
+                 {name}.approval.json beside the bundle to run it by its directory's tier"
+            ),
         )
     };
     let Some(known) = rules.key.iter().find(|known| known.id == *key) else {
-        return wrong("the launcher's policy file names no such key");
+        return wrong(
+            "the launcher's policy file names no such key",
+            "put its [[key]] entry there and start plugvisord again, or approve the bundle by another key",
+        );
     };
     if !holds(known.expires, now) {
-        return wrong("the key has expired in the launcher's policy file");
+        return wrong(
+            "the key has expired in the launcher's policy file",
+            "give it another expires there and start plugvisord again, or approve the bundle by another key",
+        );
     }
-    let Ok(signature) = Signature::from_slice(signature) else { return wrong("it is no Ed25519 signature") };
+    let Ok(signature) = Signature::from_slice(signature) else {
+        return wrong("it is no Ed25519 signature", "approve it again");
+    };
     // What the supervisor grants, it grants by the tier that was signed: the lower one of the two would not do.
     if *tier > known.tier.into() {
-        return wrong(&format!("this key may give {} at most", known.tier));
+        return wrong(
+            &format!("this key may give {} at most", known.tier),
+            &format!("approve it with --tier {}, or by another key", known.tier),
+        );
     }
     let text = approval_text(name.as_str(), *tier, bundle);
     match known.public_key.verify_strict(text.as_bytes(), &signature) {
         Ok(()) => Ok(*tier),
-        Err(_) => wrong("the signature is over another name, tier or content, or by another key"),
+        Err(_) => wrong("the signature is over another name, tier or content, or by another key", "approve it again"),
     }
 }
 
