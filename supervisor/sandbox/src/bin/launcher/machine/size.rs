@@ -2,7 +2,7 @@
 //!
 //! The plugin's limit is held by its guest's kernel, as a cgroup's. Around it the guest has memory for its kernel and for
 //! the archive, once packed and once unpacked; and around that a cgroup of the host holds what the emulator may take
-//! altogether: measured, see ADR 12.
+//! altogether: measured, see ADR 13.
 
 use plugvisor_sandbox::protocol::Limits;
 
