@@ -1,10 +1,7 @@
 //! The start, while the process has one thread and perhaps root: everything is read, checked, opened, bound and
 //! started; then privileges are given up, for good.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, path::PathBuf};
 
 use clap::Parser;
 use plugvisor_package::{PluginName, VariableName};
@@ -106,14 +103,6 @@ fn default_policy(uid: u32) -> Option<PathBuf> {
     Some(PathBuf::from(POLICY)).filter(|path| uid == 0 && path.exists())
 }
 
-/// The launcher's store: beside the state and not in it, because that directory is the supervisor's own, and nobody but
-/// root may write on the way to a store.
-fn beside(state_directory: &Path) -> PathBuf {
-    let mut name = state_directory.file_name().unwrap_or("plugvisor".as_ref()).to_owned();
-    name.push("-launcher");
-    state_directory.with_file_name(name)
-}
-
 /// The variables that the operator gives to plugins, by their names.
 fn variables(config: &Config) -> Vec<Variable> {
     let of = |(plugin, settings): (&PluginName, &PluginConfig)| {
@@ -161,10 +150,12 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
             let path = runtime_directory.path();
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
             let own = launcher::Own {
-                store: (surroundings.uid == 0).then(|| beside(&config.supervisor.state_directory)),
+                store: (surroundings.uid == 0).then(|| config.launcher_store()),
                 policy: launcher_policy
                     .map(|path| std::path::absolute(&path).unwrap_or(path))
                     .or_else(|| default_policy(surroundings.uid)),
+                config_root: Some(config.config_root.clone()),
+                data_root: Some(config.data_root()),
                 variables: variables(&config),
             };
             Ok(Link::embedded(&program, &path, roots, *linger, own)?)

@@ -51,6 +51,11 @@ pub struct Options {
     /// `--policy FILE`: what the administrator approved, see `docs/adr/0004`. It must belong to the launcher's user, and
     /// nobody else may write it. Read anew when it changes.
     pub policy: Option<PathBuf>,
+    /// `--config-root DIR`: where plugins' configuration directories are, `DIR/NAME`. As root it, and all on the way to it,
+    /// must be root's alone.
+    pub config_root: Option<PathBuf>,
+    /// `--data-root DIR`: where plugins' data directories are, `DIR/NAME`, made when they are needed. The same holds.
+    pub data_root: Option<PathBuf>,
     /// `--env PLUGIN=NAME`, repeatable: a variable of the operator's that this plugin may be given. Its value comes with the
     /// launch.
     pub variables: Vec<Variable>,
@@ -127,7 +132,7 @@ pub enum Linger {
 pub enum OptionsError {
     /// A flag that does not exist.
     #[error(
-        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --env, --max-plugins, --spares and --runtime-directory"
+        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --config-root, --data-root, --env, --max-plugins, --spares and --runtime-directory"
     )]
     Unknown(String),
     /// A flag without its value.
@@ -168,6 +173,8 @@ const STORE_BYTES: &str = "--store-bytes";
 const STORE_BUNDLES: &str = "--store-bundles";
 const IMPORT: &str = "--import-seconds";
 const POLICY: &str = "--policy";
+const CONFIG: &str = "--config-root";
+const DATA: &str = "--data-root";
 const ENV: &str = "--env";
 const MAX: &str = "--max-plugins";
 /// See [`Options::spares`].
@@ -193,6 +200,8 @@ impl Options {
             store_bundles: DEFAULT_STORE_BUNDLES,
             import_time: DEFAULT_IMPORT_TIME,
             policy: None,
+            config_root: None,
+            data_root: None,
             variables: Vec::new(),
             max_plugins: 64,
             spares: DEFAULT_SPARES,
@@ -223,6 +232,8 @@ impl Options {
             store_bundles,
             import_time,
             policy,
+            config_root,
+            data_root,
             variables,
             max_plugins,
             spares,
@@ -265,6 +276,11 @@ impl Options {
         if let Some(policy) = policy {
             push(POLICY, policy.as_os_str());
         }
+        for (flag, root) in [(CONFIG, config_root), (DATA, data_root)] {
+            if let Some(root) = root {
+                push(flag, root.as_os_str());
+            }
+        }
         for Variable { plugin, name } in variables {
             push(ENV, format!("{plugin}={name}").as_ref());
         }
@@ -285,6 +301,7 @@ impl Options {
         let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
         let (mut uids, mut cgroup, mut max, mut spares, mut runtime) = (None, None, None, None, None);
         let (mut bundle_roots, mut variables, mut without) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut config_root, mut data_root) = (None, None);
         let (mut store, mut store_bytes, mut store_bundles, mut import, mut policy) = (None, None, None, None, None);
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
@@ -306,6 +323,8 @@ impl Options {
                 }
                 IMPORT => once(IMPORT, &mut import, parse_number::<u32>(IMPORT, &value(IMPORT)?)?)?,
                 POLICY => once(POLICY, &mut policy, parse_dir(POLICY, &value(POLICY)?)?)?,
+                CONFIG => once(CONFIG, &mut config_root, parse_dir(CONFIG, &value(CONFIG)?)?)?,
+                DATA => once(DATA, &mut data_root, parse_dir(DATA, &value(DATA)?)?)?,
                 ENV => variables.push(parse_variable(&value(ENV)?)?),
                 WITHOUT if development => without.push(parse_control(&value(WITHOUT)?)?),
                 _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
@@ -333,6 +352,8 @@ impl Options {
             store_bundles: store_bundles.unwrap_or(DEFAULT_STORE_BUNDLES),
             import_time: import.map_or(DEFAULT_IMPORT_TIME, |seconds| Duration::from_secs(seconds.into())),
             policy,
+            config_root,
+            data_root,
             variables,
             max_plugins: max.unwrap_or(64),
             spares: spares.unwrap_or(DEFAULT_SPARES),
@@ -490,6 +511,8 @@ mod tests {
             store_bundles: 7,
             import_time: Duration::from_secs(9),
             policy: Some("/etc/p.toml".into()),
+            config_root: Some("/etc/c".into()),
+            data_root: Some("/var/d".into()),
             variables: vec![Variable { plugin: "a".parse().expect("a name"), name: "TZ".parse().expect("one") }],
             ..Options::new(
                 9,
@@ -551,6 +574,8 @@ mod tests {
             (["--store-bundles", "-1"], "--store-bundles"),
             (["--import-seconds", "soon"], "--import-seconds"),
             (["--policy", "p.toml"], "--policy"),
+            (["--config-root", "c"], "--config-root"),
+            (["--data-root", "/a/../b"], "--data-root"),
             (["--env", "TZ"], "--env"),
             (["--env", "A=TZ"], "--env"),
             (["--env", "a=LD_PRELOAD"], "--env"),

@@ -273,11 +273,28 @@ pub enum Grant {
     Egress,
     /// The operator's variables.
     AccessEnv,
+    /// Signals to others in its own PID namespace: its children.
+    SignalHandling,
+    /// Its configuration directory, read-only.
+    ReadConfig,
+    /// Its data directory, read-only.
+    ReadData,
+    /// Its data directory.
+    WriteData,
 }
 
 impl Grant {
     /// Every grant.
-    pub const ALL: [Self; 4] = [Self::WriteTemp, Self::SpawnChild, Self::Egress, Self::AccessEnv];
+    pub const ALL: [Self; 8] = [
+        Self::WriteTemp,
+        Self::SpawnChild,
+        Self::Egress,
+        Self::AccessEnv,
+        Self::SignalHandling,
+        Self::ReadConfig,
+        Self::ReadData,
+        Self::WriteData,
+    ];
 
     /// What a capability opens in the kernel; `None` for those that the supervisor holds alone.
     #[must_use]
@@ -287,6 +304,10 @@ impl Grant {
             Capability::SpawnChild => Some(Self::SpawnChild),
             Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve => Some(Self::Egress),
             Capability::AccessEnv => Some(Self::AccessEnv),
+            Capability::SignalHandling => Some(Self::SignalHandling),
+            Capability::ReadConfig => Some(Self::ReadConfig),
+            Capability::ReadData => Some(Self::ReadData),
+            Capability::WriteData => Some(Self::WriteData),
             _ => None,
         }
     }
@@ -296,8 +317,8 @@ impl Grant {
     #[must_use]
     pub const fn is_of_name(self) -> bool {
         match self {
-            Self::AccessEnv => true,
-            Self::WriteTemp | Self::SpawnChild | Self::Egress => false,
+            Self::AccessEnv | Self::ReadConfig | Self::ReadData | Self::WriteData => true,
+            Self::WriteTemp | Self::SpawnChild | Self::Egress | Self::SignalHandling => false,
         }
     }
 
@@ -524,6 +545,8 @@ pub struct Launched {
     pub uid: u32,
     /// Every control asked for, as read back from the kernel after it was set.
     pub controls: Vec<ControlState>,
+    /// The directories that its grants opened, as its mounts show them.
+    pub directories: Vec<DirectoryState>,
     /// The cgroup directories of the launch; empty when there is none.
     pub cgroups: Vec<String>,
     /// Nanoseconds from the request's arrival to the exec, by the launcher's clock.
@@ -545,6 +568,19 @@ pub struct ControlState {
     pub read_from: String,
     /// Why it is not enforced, and the fix; empty when it is.
     pub unavailable: String,
+}
+
+/// A directory that a grant opened, as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectoryState {
+    /// Where the plugin sees it.
+    pub place: String,
+    /// What of the host it is, and what may be done with it.
+    pub requested: String,
+    /// The mount's options and file system as they were read back; `None` when they are not what they must be.
+    pub enforced: Option<String>,
+    /// The file that was read.
+    pub read_from: String,
 }
 
 /// Why a request was refused.

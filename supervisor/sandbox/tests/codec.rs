@@ -4,10 +4,10 @@
 use plugvisor_sandbox::{
     codec::{self, DecodeError, FromLauncher, HEADER_LEN},
     protocol::{
-        Approval, Condition, Control, ControlState, Exit, Grant, Hello, Host, Import, ImportBegin, ImportFile, Kept,
-        Known, Lacking, Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over, ProbeState,
-        Probed, ProbedLevel, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request, Stats, Stored, Tier,
-        VERSION,
+        Approval, Condition, Control, ControlState, DirectoryState, Exit, Grant, Hello, Host, Import, ImportBegin,
+        ImportFile, Kept, Known, Lacking, Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over,
+        ProbeState, Probed, ProbedLevel, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request, Stats,
+        Stored, Tier, VERSION,
     },
 };
 use proptest::prelude::*;
@@ -132,11 +132,18 @@ fn answers_survive() {
         unavailable: String::new(),
     };
     let lacking = ProbeState::Lacking { why: "w".into(), fix: "f".into() };
+    let directory = DirectoryState {
+        place: "/plugvisor/data".into(),
+        requested: "r".into(),
+        enforced: Some("e".into()),
+        read_from: "f".into(),
+    };
     let launched = Launched {
         launch: LaunchId(3),
         pid: 4,
         uid: 5,
         controls: vec![state.clone()],
+        directories: vec![directory],
         cgroups: vec!["/x".into()],
         launch_exec_nanos: 6,
         parts: vec![("tree".to_owned(), 7)],

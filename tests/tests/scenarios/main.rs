@@ -9,6 +9,7 @@ mod calls;
 mod egress;
 mod faults;
 mod floods;
+mod grants;
 mod levels;
 mod life;
 mod looks;

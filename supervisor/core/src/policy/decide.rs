@@ -89,13 +89,7 @@ impl WhyNot {
 
 /// The capabilities whose mechanism this version has: the kernel's part of it, or the decision whether a call to the host
 /// is let through. What is missing refuses the load of whoever would be granted it.
-pub const IMPLEMENTED: CapabilitySet = CapabilitySet::ALL.minus(CapabilitySet::of(&[
-    Capability::TcpServer,
-    Capability::ReadConfig,
-    Capability::ReadData,
-    Capability::WriteData,
-    Capability::SignalHandling,
-]));
+pub const IMPLEMENTED: CapabilitySet = CapabilitySet::ALL.minus(CapabilitySet::of(&[Capability::TcpServer]));
 
 impl Policy {
     /// What a plugin may do, whether it may run at all or not.

@@ -19,7 +19,7 @@ use plugvisor_proto::{
     },
     event::v1::{Event, Severity as WireSeverity},
 };
-use plugvisor_sandbox::protocol::{ControlState, ProbeState, Probed};
+use plugvisor_sandbox::protocol::{ControlState, DirectoryState, ProbeState, Probed};
 use tokio::time::Instant;
 
 use super::wire;
@@ -178,6 +178,7 @@ pub(super) fn describe(
         if let Some(bundle) = bundle.filter(|_| !controls.is_empty()) {
             controls.extend(proxied(&bundle.manifest, verdict));
             controls.extend(environment(config, verdict));
+            controls.extend(view.process.iter().flat_map(|process| &process.directories).map(directory));
         }
         note_limits(&mut controls, verdict);
     }
@@ -241,6 +242,18 @@ fn control(state: &ControlState) -> Control {
         enforced: enforced.clone().unwrap_or_default(),
         read_from: read_from.clone(),
         unavailable: unavailable.clone(),
+    }
+}
+
+/// A directory of its name.
+fn directory(state: &DirectoryState) -> Control {
+    let DirectoryState { place, requested, enforced, read_from } = state;
+    Control {
+        name: place.trim_start_matches('/').replace('/', "-"),
+        requested: requested.clone(),
+        enforced: enforced.clone().unwrap_or_default(),
+        read_from: read_from.clone(),
+        unavailable: String::new(),
     }
 }
 

@@ -8,6 +8,8 @@ use std::{
 
 /// The configuration file of root.
 pub const ROOT_CONFIG_FILE: &str = "/etc/plugvisor/plugvisor.toml";
+/// Where plugins' configuration directories are, as root.
+pub const ROOT_CONFIG_ROOT: &str = "/etc/plugvisor/plugins";
 /// The longest configuration file.
 pub const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// The runtime directory of root.

@@ -47,6 +47,10 @@ pub struct Config {
     pub supervisor: SupervisorConfig,
     /// The plugins' parent.
     pub launcher: LauncherConfig,
+    /// Where plugins' configuration directories are, for a launcher that plugvisord starts. Absolute.
+    pub config_root: PathBuf,
+    /// Where their data directories are; `None` stands for a directory beside the state directory.
+    data_root: Option<PathBuf>,
     /// What is kept of what plugins print.
     pub logs: LogsConfig,
     /// Where traces of calls are sent; `None` sends none.
@@ -253,6 +257,8 @@ impl Config {
                 allow_degraded: BTreeSet::new(),
             },
             launcher: LauncherConfig::Embedded { linger: defaults::LINGER },
+            config_root: surroundings.config_root(),
+            data_root: None,
             logs: LogsConfig { directory: None, files: FileLimits::default(), lines: LogLimits::default() },
             traces: None,
             directories: Vec::new(),
@@ -299,6 +305,18 @@ impl Config {
         self.logs.directory.clone().unwrap_or_else(|| self.supervisor.state_directory.join("logs"))
     }
 
+    /// Where plugins' data directories are. Beside the state directory and not in it: that one is the supervisor's own.
+    #[must_use]
+    pub fn data_root(&self) -> PathBuf {
+        self.data_root.clone().unwrap_or_else(|| beside(&self.supervisor.state_directory, "-data"))
+    }
+
+    /// Where the launcher that plugvisord starts keeps its store, which is nobody's but root's on the whole way.
+    #[must_use]
+    pub fn launcher_store(&self) -> PathBuf {
+        beside(&self.supervisor.state_directory, "-launcher")
+    }
+
     /// Notes that a flag has set a key.
     pub fn note_flag(&mut self, key: &'static str, flag: &'static str) {
         self.flags.insert(key, flag);
@@ -309,6 +327,13 @@ impl Config {
     pub fn plugin(&self, name: &PluginName) -> PluginConfig {
         self.plugins.get(name).cloned().unwrap_or_default()
     }
+}
+
+/// The directory beside this one whose name ends so.
+fn beside(directory: &Path, end: &str) -> PathBuf {
+    let mut name = directory.file_name().unwrap_or("plugvisor".as_ref()).to_owned();
+    name.push(end);
+    directory.with_file_name(name)
 }
 
 /// What the process was started with and the defaults depend on.
@@ -359,6 +384,17 @@ impl Surroundings {
             _ if self.uid == 0 => PathBuf::from(defaults::ROOT_STATE_DIRECTORY),
             Some(directory) => directory.join("plugvisor"),
             None => PathBuf::from(format!("/var/tmp/plugvisor-{}", self.uid)),
+        }
+    }
+
+    /// The default place of plugins' configuration directories: `/etc/plugvisor/plugins` as root,
+    /// `$XDG_CONFIG_HOME/plugvisor/plugins`; without a home, the same below `/var/tmp/plugvisor-<uid>`.
+    #[must_use]
+    pub fn config_root(&self) -> PathBuf {
+        match &self.xdg_config_home {
+            _ if self.uid == 0 => PathBuf::from(defaults::ROOT_CONFIG_ROOT),
+            Some(directory) => directory.join("plugvisor/plugins"),
+            None => PathBuf::from(format!("/var/tmp/plugvisor-{}/plugins", self.uid)),
         }
     }
 

@@ -33,6 +33,12 @@ pub(super) struct Launcher {
     /// Socket of a launcher that was started elsewhere, such as by systemd; its plugins outlive this supervisor.
     /// Default: plugvisord starts a launcher of its own.
     pub(super) socket: Option<PathBuf>,
+    /// Directory of the plugins' configuration directories, one of each plugin's name, for filesystem:read-config. Default:
+    /// /etc/plugvisor/plugins as root, else $XDG_CONFIG_HOME/plugvisor/plugins.
+    pub(super) config_root: Option<PathBuf>,
+    /// Directory of the plugins' data directories, which are made when they are needed, for filesystem:read-data and
+    /// write-data. Default: beside the state directory, /var/lib/plugvisor-data as root.
+    pub(super) data_root: Option<PathBuf>,
     /// How long the launcher that plugvisord starts keeps plugins running when plugvisord dies, so that a new plugvisord
     /// finds them again: whole seconds, such as "30s", "5m" or "1h". Default: "0s", plugins end with plugvisord.
     pub(super) linger: Option<String>,

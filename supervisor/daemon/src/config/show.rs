@@ -100,7 +100,11 @@ impl Config {
         add("supervisor.parallel_starts", parallel_starts.to_string());
         add("supervisor.allow_degraded", list(allow_degraded.iter().map(|control| control.as_str())));
         match &self.launcher {
-            LauncherConfig::Embedded { linger } => add("launcher.linger", quoted(format!("{}s", linger.as_secs()))),
+            LauncherConfig::Embedded { linger } => {
+                add("launcher.linger", quoted(format!("{}s", linger.as_secs())));
+                add("launcher.config_root", quoted(&self.config_root));
+                add("launcher.data_root", quoted(self.data_root()));
+            }
             LauncherConfig::External { socket } => add("launcher.socket", quoted(socket)),
         }
         let LogsConfig { directory: _, files, lines } = &self.logs;

@@ -108,7 +108,19 @@ fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config
 }
 
 fn launcher(table: &Section<raw::Launcher>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
-    let raw::Launcher { socket, linger } = &table.value;
+    let raw::Launcher { socket, config_root, data_root, linger } = &table.value;
+    for (key, root) in [("config_root", config_root), ("data_root", data_root)] {
+        if root.is_some() && socket.is_some() {
+            let message = "is set where that launcher is started (--config-root, --data-root), when socket names one";
+            problems.add(table.at(key), table.key(key), message);
+        }
+    }
+    if let Some(path) = config_root {
+        config.config_root = absolute(base, path);
+    }
+    if let Some(path) = data_root {
+        config.data_root = Some(absolute(base, path));
+    }
     let time = linger.as_ref().and_then(|text| {
         let time = whole_seconds(text).filter(|time| *time <= LONGEST);
         if time.is_none() {

@@ -157,7 +157,14 @@ impl Driver {
             .map(|control| control.control.to_string())
             .collect();
         let (pid, launch) = (launched.pid, launched.launch);
-        let view = ProcessView { launch, pid, uid: launched.uid, controls: launched.controls, cgroups };
+        let view = ProcessView {
+            launch,
+            pid,
+            uid: launched.uid,
+            controls: launched.controls,
+            directories: launched.directories,
+            cgroups,
+        };
         let view = Arc::new(view);
         let Some(run) = self.of(generation) else { return missing };
         run.process = Some(Running {

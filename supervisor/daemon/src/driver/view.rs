@@ -14,7 +14,7 @@ use plugvisor_core::{
     policy::Verdict,
 };
 use plugvisor_package::{Digest, Manifest, Services, TrustTier};
-use plugvisor_sandbox::protocol::{ControlState, LaunchId};
+use plugvisor_sandbox::protocol::{ControlState, DirectoryState, LaunchId};
 use tokio::time::Instant;
 
 use crate::state::TransitionRecord;
@@ -84,6 +84,8 @@ pub struct ProcessView {
     pub uid: u32,
     /// As read back from the kernel when it was launched.
     pub controls: Vec<ControlState>,
+    /// The directories that its grants opened.
+    pub directories: Vec<DirectoryState>,
     /// Its cgroup directories.
     pub cgroups: Vec<PathBuf>,
 }

@@ -474,6 +474,7 @@ mod tests {
             pid: 1,
             uid: 2,
             controls,
+            directories: Vec::new(),
             cgroups,
             launch_exec_nanos: 3,
             parts: Vec::new(),

@@ -49,6 +49,10 @@ pub struct Own {
     pub store: Option<PathBuf>,
     /// What the administrator approved.
     pub policy: Option<PathBuf>,
+    /// Where plugins' configuration directories are.
+    pub config_root: Option<PathBuf>,
+    /// Where their data directories are.
+    pub data_root: Option<PathBuf>,
     /// The variables that plugins may be given.
     pub variables: Vec<Variable>,
 }
@@ -123,8 +127,9 @@ impl Link {
             make_door(&directory, own).map_err(|source| LinkError::Door { path: directory, source })?;
         }
         let spawned = spawn(program, |socket| {
-            let Own { store, policy, variables } = files;
-            let mut options = Options { store, policy, variables, ..Options::new(socket, runtime.to_owned(), roots) };
+            let Own { store, policy, config_root, data_root, variables } = files;
+            let usual = Options::new(socket, runtime.to_owned(), roots);
+            let mut options = Options { store, policy, config_root, data_root, variables, ..usual };
             if !linger.is_zero() {
                 let listen = Listen { path, first: Some(socket), uid: own, linger: Linger::For(linger) };
                 options.supervisor = Supervisor::Listen(listen);

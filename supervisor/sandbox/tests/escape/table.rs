@@ -94,6 +94,10 @@ pub(crate) enum Act {
 enum Granted {
     WriteTemp,
     SpawnChild,
+    SignalHandling,
+    ReadConfig,
+    ReadData,
+    WriteData,
     /// From PROCESS up: at NONE nothing needs it.
     Egress,
 }
@@ -187,6 +191,10 @@ impl Row {
         let grant = |granted: &Granted| match granted {
             Granted::WriteTemp => Some(Grant::WriteTemp),
             Granted::SpawnChild => Some(Grant::SpawnChild),
+            Granted::SignalHandling => Some(Grant::SignalHandling),
+            Granted::ReadConfig => Some(Grant::ReadConfig),
+            Granted::ReadData => Some(Grant::ReadData),
+            Granted::WriteData => Some(Grant::WriteData),
             Granted::Egress => (level != Level::None).then_some(Grant::Egress),
         };
         self.grants.iter().filter_map(grant).collect()

@@ -17,7 +17,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use plugvisor_sandbox::protocol::{Control, Exit, Level};
+use plugvisor_sandbox::protocol::{Control, Exit, Grant, Level};
 
 use super::{
     harness::{As, Harness, ORDINARY, Plugin, is_root, read_all},
@@ -89,6 +89,7 @@ impl World {
         let mut bystander = |plugin: &str| {
             let mut request = harness.request_at(Level::Process, &["pause"]);
             request.plugin = plugin.to_owned();
+            request.grants = vec![Grant::WriteData];
             harness.launch(request)
         };
         let (sibling, generation) = (bystander("walled-sibling"), bystander("walled"));
@@ -176,6 +177,7 @@ impl World {
             "temp" | "memory-files" if own_tree => "/tmp".to_owned(),
             "scratch" | "temp" => path("scratch"),
             "memory-files" => "/dev/shm".to_owned(),
+            "data" => path("data"),
             "set-uid" => path("set-uid"),
             "socket" => path("service.sock"),
             "run" => path("run"),

@@ -120,7 +120,10 @@ impl Default for Manner {
             args: Vec::new(),
             env: vec![("COLOUR".to_owned(), "blue".to_owned())],
             socket: SocketMode::Inherit,
-            security: serde_json::json!({ "capabilities": ["filesystem:write-temp", "process:spawn-child", "network:http-client"] }),
+            security: serde_json::json!({ "capabilities": [
+                "filesystem:write-temp", "filesystem:read-config", "filesystem:read-data", "filesystem:write-data",
+                "process:spawn-child", "process:signal-handling", "network:http-client"
+            ] }),
         }
     }
 }
@@ -184,9 +187,20 @@ impl Harness {
         })
     }
 
+    /// The same, with directories for plugins, and a store in which uids last.
+    pub fn start_with_directories(as_: As) -> Self {
+        Self::start_with(as_, |options| {
+            with_directories(as_, options);
+            for root in &mut options.bundle_roots {
+                root.tier = Tier::Internal;
+            }
+        })
+    }
+
     /// The same, with walls left out of every launch.
     pub fn start_trusting_without(as_: As, without: &[Control]) -> Self {
         Self::start_with(as_, |options| {
+            with_directories(as_, options);
             options.without = without.to_vec();
             if !without.is_empty() {
                 options.spares = 0;
@@ -775,6 +789,25 @@ impl Drop for Harness {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
+}
+
+/// Gives a launcher its store and the roots of plugins' directories: `config`, with a directory of the plugin `walled` in
+/// it, and `data`.
+pub fn with_directories(as_: As, options: &mut Options) {
+    let place = options.runtime_directory.parent().expect("it is in a directory").to_owned();
+    options.store = (as_ == As::Root).then(|| place.join("store"));
+    let (config, data) = (place.join("config"), place.join("data"));
+    fs::create_dir_all(config.join("walled")).expect("a configuration");
+    fs::write(config.join("walled/greeting"), "hello").expect("a file");
+    fs::create_dir(&data).expect("the data");
+    let owner = (as_ == As::Ordinary && is_root()).then_some(ORDINARY);
+    for (path, mode) in
+        [(&config, 0o700), (&config.join("walled"), 0o755), (&config.join("walled/greeting"), 0o644), (&data, 0o700)]
+    {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+        std::os::unix::fs::chown(path, owner, owner).expect("chown");
+    }
+    (options.config_root, options.data_root) = (Some(config), Some(data));
 }
 
 /// Kills what is in this group, which is the test's own: known by its pidfd, and still there when it was opened.

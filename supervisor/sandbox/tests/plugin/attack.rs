@@ -141,6 +141,9 @@ pub(crate) fn attempt(name: &str, next: &mut dyn FnMut() -> String) -> Option<St
             let told = super::int80();
             if told == std::process::id().to_string() { "ok".to_owned() } else { told }
         }
+        "signal-child" => signal_child(&next()),
+        "signal-self" => signal_self(&next()),
+        "handle-signal" => handle_signal(),
         "daemon" => daemon(),
         "deaf" => {
             for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
@@ -152,6 +155,87 @@ pub(crate) fn attempt(name: &str, next: &mut dyn FnMut() -> String) -> Option<St
         _ => return None,
     };
     Some(told)
+}
+
+/// Sends SIGTERM to a child of its own in one of several ways; `ok` when the child ended by it.
+fn signal_child(way: &str) -> String {
+    // SAFETY: this program has one thread.
+    let child = unsafe { libc::fork() };
+    match child {
+        0 => loop {
+            sys(libc::SYS_pause, [0; 6]);
+        },
+        -1 => return told::<()>(Err(io::Error::last_os_error())),
+        _ => {}
+    }
+    let (pid, signal) = (i64::from(child), i64::from(libc::SIGTERM));
+    // siginfo_t with SI_QUEUE, which one may send to others.
+    let mut info = [0_i32; 32];
+    (info[0], info[2]) = (libc::SIGTERM, -1);
+    let info = at(info.as_ptr());
+    let sent = match way {
+        "kill" => call(libc::SYS_kill, [pid, signal, 0, 0, 0, 0]),
+        "tgkill" => call(libc::SYS_tgkill, [pid, pid, signal, 0, 0, 0]),
+        "tkill" => call(libc::SYS_tkill, [pid, signal, 0, 0, 0, 0]),
+        "queue" => call(libc::SYS_rt_sigqueueinfo, [pid, signal, info, 0, 0, 0]),
+        "queue-thread" => call(libc::SYS_rt_tgsigqueueinfo, [pid, pid, signal, info, 0, 0]),
+        "pidfd" => call(libc::SYS_pidfd_open, [pid, 0, 0, 0, 0, 0])
+            .and_then(|process| call(libc::SYS_pidfd_send_signal, [process, signal, 0, 0, 0, 0])),
+        "owner" => owner_signal(pid, signal),
+        other => panic!("no way {other}"),
+    };
+    if sent.is_err() {
+        return told(sent);
+    }
+    let mut status = 0_i32;
+    let waited = call(libc::SYS_wait4, [pid, at(&raw mut status), 0, 0, 0, 0]);
+    match waited {
+        Ok(_) if libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTERM => "ok".to_owned(),
+        Ok(_) => format!("the child ended with {status}"),
+        Err(_) => told(waited),
+    }
+}
+
+/// Has a socket's readiness send the signal.
+fn owner_signal(pid: i64, signal: i64) -> io::Result<i64> {
+    let (ours, mut theirs) = UnixStream::pair()?;
+    let fd = i64::from(ours.as_raw_fd());
+    let control = |command: i32, value: i64| call(libc::SYS_fcntl, [fd, command.into(), value, 0, 0, 0]);
+    // F_SETSIG.
+    control(10, signal)?;
+    control(libc::F_SETOWN, pid)?;
+    control(libc::F_SETFL, (libc::O_ASYNC | libc::O_NONBLOCK).into())?;
+    theirs.write_all(b"x")?;
+    Ok(0)
+}
+
+/// Sends signal 0 to itself in one of several ways.
+fn signal_self(way: &str) -> String {
+    let pid = i64::from(std::process::id());
+    let thread = call(libc::SYS_gettid, [0; 6]).expect("its number");
+    match way {
+        "kill" => sys(libc::SYS_kill, [pid, 0, 0, 0, 0, 0]),
+        "tgkill" => sys(libc::SYS_tgkill, [pid, thread, 0, 0, 0, 0]),
+        "tkill" => sys(libc::SYS_tkill, [thread, 0, 0, 0, 0, 0]),
+        "owner" => told(UnixStream::pair().and_then(|(ours, _)| {
+            call(libc::SYS_fcntl, [ours.as_raw_fd().into(), libc::F_SETOWN.into(), pid, 0, 0, 0])
+        })),
+        other => panic!("no way {other}"),
+    }
+}
+
+/// Raises a signal that it handles, as every runtime does.
+fn handle_signal() -> String {
+    static HANDLED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+    extern "C" fn handler(_: i32) {
+        HANDLED.store(true, std::sync::atomic::Ordering::SeqCst);
+    }
+    // SAFETY: the handler only stores to an atomic.
+    unsafe { libc::signal(libc::SIGUSR1, handler as *const () as libc::sighandler_t) };
+    // SAFETY: raise takes a number.
+    let raised = unsafe { libc::raise(libc::SIGUSR1) };
+    let handled = HANDLED.load(std::sync::atomic::Ordering::SeqCst);
+    if raised == 0 && handled { "ok".to_owned() } else { format!("raised {raised}, handled {handled}") }
 }
 
 /// Leaves a daemon behind that says its number: forked twice, in a session of its own.

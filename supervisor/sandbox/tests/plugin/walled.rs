@@ -29,6 +29,16 @@ fn main() {
             "append" => {
                 io(fs::OpenOptions::new().append(true).create(true).open(next()).and_then(|mut f| f.write_all(b"x")))
             }
+            "write" => {
+                let (path, text) = (next(), next());
+                io(fs::write(path, text))
+            }
+            "mkdir" => io(fs::create_dir(next())),
+            "rename" => {
+                let (from, to) = (next(), next());
+                io(fs::rename(from, to))
+            }
+            "remove" => io(fs::remove_file(next())),
             "list" => list(&next()),
             "cat" => fs::read_to_string(next()).map_or_else(|e| e.to_string(), |text| text.trim().replace('\n', "|")),
             "unix" => io(UnixStream::connect(next())),

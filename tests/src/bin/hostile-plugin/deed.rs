@@ -90,6 +90,8 @@ impl HostileService for Hostile {
                 Err(error) => Err(Status::internal(error.to_string())),
             },
             Some(Deed::Say(said)) => answer(say(&said.to, &said.text).await),
+            Some(Deed::Variable(name)) => answer(std::env::var(name).unwrap_or_else(|_| "unset".to_owned())),
+            Some(Deed::File(file)) => answer(keep(&file.path, &file.text)),
             Some(Deed::Escape(_)) => match escape() {
                 Ok(pid) => answer(pid),
                 Err(error) => Err(Status::internal(format!("{error:#}"))),
@@ -189,4 +191,12 @@ pub(crate) fn orphan() -> anyhow::Result<()> {
         .context("lingers")?;
     println!("{}", lingers.id());
     Ok(())
+}
+
+/// Writes a text, if there is one, and reads it back.
+fn keep(path: &str, text: &str) -> String {
+    let written = if text.is_empty() { Ok(()) } else { std::fs::write(path, text) };
+    written.and_then(|()| std::fs::read_to_string(path)).unwrap_or_else(|error| {
+        error.raw_os_error().map_or_else(|| error.to_string(), |errno| format!("errno {errno}"))
+    })
 }

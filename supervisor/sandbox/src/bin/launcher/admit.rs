@@ -8,6 +8,7 @@ use plugvisor_sandbox::protocol::{Launch, Refusal, RefusalCode, Tier};
 
 use crate::{
     check::{self, Asked, Checked, refuse},
+    directories::{self, Roots},
     launch::Launcher,
     level::Walls,
     store::{Asking, Bundle, WritableCode},
@@ -29,6 +30,7 @@ pub(crate) struct Admitted {
 impl Launcher {
     pub(crate) fn admit(&mut self, request: &Launch, plugin: &PluginName, walls: Walls) -> Result<Admitted, Refusal> {
         let named = Digest::from_bytes(request.bundle);
+        let lasting = !self.privileged() || self.uids.last();
         let bundle = self.store.use_bundle(&request.bundle)?;
         // The manifest is part of the digest: no content is launched under another plugin's name and uid.
         if bundle.name != *plugin {
@@ -45,6 +47,7 @@ impl Launcher {
         self.policy.check_level(plugin, named, tier, request.level, bundle.doubt.as_ref(), now)?;
         self.policy.check_tier(plugin, named, tier, request.tier, bundle.doubt.as_ref(), now)?;
         of_name(request, plugin, named, tier)?;
+        directories::check(request, Roots::of(&self.options), lasting)?;
         self.policy.check_environment(plugin, &request.environment)?;
         let checked = check::program(plugin, &Asked::of(request), &bundle.stated, walls)?;
         let (path, bytes, files) = (bundle.path().to_owned(), bundle.bytes, bundle.files.len());

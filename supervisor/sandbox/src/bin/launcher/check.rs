@@ -10,7 +10,8 @@ use plugvisor_package::{PluginName, VariableName};
 use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, Launch, Limits, Refusal, RefusalCode, SocketMode};
 
 use crate::{
-    level::{self, Keeper, Tree, Walls},
+    directories::Kind,
+    level::{self, Keeper, Kernel, Tree, Walls},
     mounts,
     store::Stated,
 };
@@ -49,6 +50,14 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
         return policy(format!(
             "{plugin} was not started: at the level {} it has the host's network, which no proxy holds; grant it no \
              network capability, or run it at the level process",
+            request.level.as_str()
+        ));
+    }
+    let outside = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData];
+    if let Some(grant) = outside.iter().find(|grant| walls.kernel == Kernel::Own && request.grants.contains(grant)) {
+        return policy(format!(
+            "{plugin} was not started: at the level {} it has a kernel of its own, and no directory of the host is in its \
+             machine; take {grant:?} back, or run it at the level sandbox",
             request.level.as_str()
         ));
     }
@@ -187,6 +196,11 @@ fn envp(plugin: &PluginName, asked: &Asked<'_>, stated: &Stated, walls: &Walls) 
         // Programs read one or the other. Nothing is to be reached without the proxy, so that no name is left out.
         all.extend(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"].map(|name| (name, proxy.as_str())));
         all.extend([("NO_PROXY", ""), ("no_proxy", "")]);
+    }
+    for kind in Kind::BOTH {
+        if kind.access(grants).is_some() {
+            all.push((kind.variable(), kind.place()));
+        }
     }
     for (name, value) in &stated.env {
         let reserved = ["PLUGVISOR_", "LISTEN_", "LD_", "GLIBC_TUNABLES"].iter().any(|prefix| name.starts_with(prefix));

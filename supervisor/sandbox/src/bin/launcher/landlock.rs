@@ -8,7 +8,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, NetPort, PathBeneath, PathFd, PathFdError,
     Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, Scope, make_bitflags,
 };
-use plugvisor_sandbox::protocol::{EGRESS, SocketMode};
+use plugvisor_sandbox::protocol::{EGRESS, Grant, SocketMode};
 use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
@@ -16,6 +16,7 @@ use rustix::{
 
 use crate::{
     child::Failure,
+    directories::{Kind, Reach},
     kernel,
     level::{Kernel, Walls},
     machine, mounts,
@@ -37,12 +38,11 @@ pub(crate) fn restrict(
     version: i32,
     walls: &Walls,
     socket: SocketMode,
-    temp: bool,
-    egress: bool,
+    grants: &[Grant],
     device: Option<&str>,
 ) -> Result<(), Failure> {
     let failure = |error: &RulesetError| Failure::new(Step::Landlock, errno(error));
-    apply(version, walls, socket, temp, egress, device).map_err(|error| match error {
+    apply(version, walls, socket, grants, device).map_err(|error| match error {
         Wrong::Rules(error) => failure(&error),
         Wrong::Path => Failure::new(Step::Landlock, Errno::NOENT),
     })?;
@@ -75,8 +75,7 @@ fn apply(
     version: i32,
     walls: &Walls,
     socket: SocketMode,
-    temp: bool,
-    egress: bool,
+    grants: &[Grant],
     machine_device: Option<&str>,
 ) -> Result<(), Wrong> {
     let tree = walls.tree;
@@ -121,11 +120,19 @@ fn apply(
     if socket == SocketMode::Bind {
         open(&mounts::worker_directory(tree), make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}))?;
     }
-    if temp {
-        let denied = make_bitflags!(AccessFs::{Execute | MakeSock | MakeChar | MakeBlock | IoctlDev});
-        open("/tmp", all & !denied)?;
+    // Where it writes, it executes nothing, and makes neither sockets nor devices.
+    let write = all & !make_bitflags!(AccessFs::{Execute | MakeSock | MakeChar | MakeBlock | IoctlDev});
+    if grants.contains(&Grant::WriteTemp) {
+        open("/tmp", write)?;
     }
-    if egress && version >= TCP {
+    for kind in Kind::BOTH {
+        match kind.access(grants) {
+            Some(Reach::Read) => open(kind.place(), read)?,
+            Some(Reach::Write) => open(kind.place(), write)?,
+            None => {}
+        }
+    }
+    if grants.contains(&Grant::Egress) && version >= TCP {
         // Nothing else is there to be reached: without this version, the empty namespace holds it alone.
         ruleset = ruleset.add_rule(NetPort::new(EGRESS.port(), AccessNet::ConnectTcp))?;
     }

@@ -30,6 +30,7 @@ use crate::{
     check::{Checked, refuse},
     child::{self, Ends, Entry, Failure, Kit, Order, Plan, Rlimits},
     creds::Identity,
+    directories::{self, Roots},
     kernel::{self, Cloned},
     landlock,
     level::{self, Keeper, Kernel, Walls},
@@ -97,6 +98,7 @@ pub(crate) struct Running {
     pub(crate) walls: Walls,
     pub(crate) identity: Identity,
     pub(crate) limits: Limits,
+    pub(crate) grants: Vec<Grant>,
     pub(crate) allow_degraded: Vec<Control>,
     pub(crate) arrived: Instant,
     /// The same by the clock of the marks.
@@ -253,6 +255,7 @@ impl Launcher {
                 walls: checked.walls,
                 identity,
                 limits: request.limits.clone(),
+                grants: request.grants.clone(),
                 allow_degraded: request.allow_degraded.clone(),
                 arrived,
                 began,
@@ -337,9 +340,9 @@ impl Launcher {
             worker: sockets.listener.as_ref().map(AsFd::as_fd),
         };
 
-        // A spare executes nothing from memory, and is the init of its namespace.
+        // A spare executes nothing from memory, is the init of its namespace, and no longer sees the host's tree.
         let spare = match (program.entry, walls.keeper) {
-            (Entry::InBundle, Keeper::Init) => self.spares.take(),
+            (Entry::InBundle, Keeper::Init) if !directories::any(&request.grants) => self.spares.take(),
             (Entry::InBundle | Entry::Sealed(_), _) => None,
         };
         let ready = spare.and_then(|mut spare| {
@@ -439,6 +442,7 @@ impl Launcher {
             entry: program.entry,
             bundle_path: program.path,
             bundle: program.directory,
+            roots: Roots::of(&self.options),
             sockets: &sockets,
             machine: program.machine,
             ends,

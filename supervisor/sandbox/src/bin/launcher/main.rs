@@ -18,6 +18,7 @@ mod check;
 mod child;
 mod closer;
 mod creds;
+mod directories;
 mod door;
 mod expiry;
 mod held;

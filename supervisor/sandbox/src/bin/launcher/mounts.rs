@@ -25,7 +25,7 @@ use rustix::{
     process::{chdir, pivot_root},
 };
 
-use crate::{child::Failure, kernel, level::Tree, machine, step::Step};
+use crate::{child::Failure, directories::Detached, kernel, level::Tree, machine, step::Step};
 
 /// Where the bundle is, and the working directory.
 pub(crate) const BUNDLE: &str = "/plugin";
@@ -212,7 +212,13 @@ impl Common {
 
     /// Puts in what is one plugin's, closes the tree for writing, and changes to the bundle. `temp` is the size of /tmp in
     /// bytes, when the plugin has one; the host's tree has its own.
-    pub(crate) fn complete(self, own: Own, socket: SocketMode, temp: Option<u64>) -> Result<(), Failure> {
+    pub(crate) fn complete(
+        self,
+        own: Own,
+        directories: Vec<Detached>,
+        socket: SocketMode,
+        temp: Option<u64>,
+    ) -> Result<(), Failure> {
         let Self { root, tree } = &self;
         let Own { bundle, broker: own_broker, worker: own_worker, machine } = own;
         attach(&bundle, root, &BUNDLE[1..]).map_err(at(Step::Bundle))?;
@@ -240,6 +246,19 @@ impl Common {
                 })
             };
             put().map_err(at(Step::Machine))?;
+        }
+        for Detached { kind, tree: directory } in directories {
+            let put = || {
+                let place = &kind.place()[1..];
+                for part in [sockets(Tree::Host).trim_start_matches('/'), place] {
+                    match mkdirat(root, part, Mode::from_raw_mode(0o755)) {
+                        Ok(()) | Err(Errno::EXIST) => {}
+                        Err(errno) => return Err(errno),
+                    }
+                }
+                attach(&directory, root, place)
+            };
+            put().map_err(at(kind.step()))?;
         }
         if let Some(size) = temp.filter(|_| *tree == Tree::Own) {
             let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
@@ -344,7 +363,7 @@ fn bind(source: &OwnedFd, root: &OwnedFd, inside: &str, attributes: u64) -> Resu
 
 /// A copy of the tree at the source, submounts included: leaving them out would uncover what they hide, which a user
 /// namespace rightly refuses. The attributes are set before the copy is attached, so no moment without them exists.
-fn detached(source: BorrowedFd<'_>, attributes: u64) -> Result<OwnedFd, Errno> {
+pub(crate) fn detached(source: BorrowedFd<'_>, attributes: u64) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH

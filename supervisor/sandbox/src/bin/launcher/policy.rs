@@ -59,6 +59,10 @@ struct Rules {
     uid_range: Option<String>,
     /// Replaces `--cgroup-root`; read at the start only.
     cgroup_root: Option<String>,
+    /// Replaces `--config-root`; read at the start only.
+    config_root: Option<PathBuf>,
+    /// Replaces `--data-root`; read at the start only.
+    data_root: Option<PathBuf>,
     #[serde(default)]
     weakest: Weakest,
     #[serde(default)]
@@ -195,6 +199,15 @@ impl Policy {
         }
         if let Some(group) = &rules.cgroup_root {
             options.cgroup_root = Options::group_name(group).ok_or("--policy: cgroup_root is not one plain name")?;
+        }
+        for (root, of_file) in
+            [(&mut options.config_root, &rules.config_root), (&mut options.data_root, &rules.data_root)]
+        {
+            if of_file.as_ref().is_some_and(|path| !path.is_absolute()) {
+                return Err("--policy: config_root and data_root are absolute paths".to_owned());
+            }
+            // Links on the way to it are the administrator's; from here on none is followed.
+            *root = of_file.as_ref().or(root.as_ref()).map(|path| resolved(path));
         }
         Ok(this)
     }
@@ -395,6 +408,15 @@ impl Policy {
         );
         refused(RefusalCode::Policy, &next)
     }
+}
+
+/// A path without links, as far as it is there: its last component may be missing.
+fn resolved(path: &Path) -> PathBuf {
+    let whole = fs::canonicalize(path);
+    whole.unwrap_or_else(|_| match (path.parent().map(fs::canonicalize), path.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => path.to_owned(),
+    })
 }
 
 /// The tier of a signed approval.

@@ -8,11 +8,12 @@
 
 use std::{fs, io};
 
-use plugvisor_sandbox::protocol::{Control, ControlState, Refusal, RefusalCode};
+use plugvisor_sandbox::protocol::{Control, ControlState, DirectoryState, Refusal, RefusalCode};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     creds::Identity,
+    directories::{self, Roots},
     kernel,
     launch::{CORE_BYTES, Launcher, Running, asked},
     level::{Calls, Keeper, Kernel},
@@ -37,6 +38,9 @@ pub(crate) fn judge(launcher: &Launcher, running: &Running) -> Judgement {
         .iter()
         .filter(|state| state.enforced.is_none() && !running.may_lack(state.control))
         .map(|state| format!("{} is not confirmed by {}: {}", state.control, state.read_from, state.unavailable))
+        .chain(directories(launcher, running).iter().filter(|state| state.enforced.is_none()).map(|state| {
+            format!("{} is not confirmed by {}: it should be {}", state.place, state.read_from, state.requested)
+        }))
         .collect();
     // Where the escape suite leaves a wall out, so does what rests on it; never in a release build.
     if unconfirmed.is_empty() || running.walls.without.anything() {
@@ -95,6 +99,12 @@ fn unconfirmed(running: &Running, control: Control, read_from: &str) -> String {
             step::fix_at(running.level, control)
         ),
     }
+}
+
+/// The directories of its name, read now.
+pub(crate) fn directories(launcher: &Launcher, running: &Running) -> Vec<DirectoryState> {
+    let pid = running.program_pid().unwrap_or(-1);
+    directories::read_back(Roots::of(&launcher.options), &running.plugin, &running.grants, pid)
 }
 
 /// Every control of this launch, read now.

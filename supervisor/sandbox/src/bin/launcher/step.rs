@@ -59,6 +59,11 @@ steps! {
     Listener = 38, "installing the filter that lets one exec pass";
     HostTree = 39, "showing it the host's files";
     Machine = 40, "mounting the kernel of its machine";
+    ConfigDirectory = 41, "mounting its configuration directory";
+    ConfigShared = 42, "mounting its configuration directory, which others can change";
+    DataDirectory = 43, "mounting its data directory";
+    DataShared = 44, "mounting its data directory, whose place others can change";
+    DataOwner = 45, "mounting its data directory, which has files of another user";
 }
 
 impl Step {
@@ -88,6 +93,11 @@ impl Step {
             | Self::Cgroup
             | Self::Machine
             | Self::HostTree
+            | Self::ConfigDirectory
+            | Self::ConfigShared
+            | Self::DataDirectory
+            | Self::DataShared
+            | Self::DataOwner
             | Self::Session
             | Self::Network
             | Self::Bundle

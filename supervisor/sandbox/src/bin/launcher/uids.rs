@@ -129,6 +129,11 @@ impl Uids {
         Ok(uid)
     }
 
+    /// Whether a name has its uid beyond the launcher's own life.
+    pub(crate) const fn last(&self) -> bool {
+        self.file.is_some()
+    }
+
     /// Whether this is on the disk.
     pub(crate) const fn is_saved(&self, unsaved: Unsaved) -> bool {
         unsaved.0 <= self.durable

@@ -38,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     creds::{self, Identity},
+    directories::{self, Roots},
     kernel::{self, Strings},
     landlock,
     level::{Calls, Kernel, Walls},
@@ -131,6 +132,8 @@ pub(crate) struct Plan<'a> {
     /// The bundle's directory, as the launcher checked it, and the device and inode that must be found there.
     pub(crate) bundle_path: &'a Path,
     pub(crate) bundle: BorrowedFd<'a>,
+    /// Where the directories of plugins are.
+    pub(crate) roots: Roots<'a>,
     /// The directory with this launch's sockets, in the launcher's directory.
     pub(crate) sockets: &'a str,
     /// What its machine is made of, at the level that has one.
@@ -196,8 +199,9 @@ fn build(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Re
     if order.walls.kernel == Kernel::Own {
         own = own.with_machine(plan.machine, order.device.as_deref())?;
     }
+    let directories = directories::open(plan.roots, &order.plugin, &order.grants, order.identity)?;
     let common = mounts::Common::enter(tree)?;
-    common.complete(own, order.socket, order.temp)?;
+    common.complete(own, directories, order.socket, order.temp)?;
     marks.done(Part::Tree);
     wall_in(kit, plan.entry, &plan.ends, order, marks)
 }
@@ -264,8 +268,7 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     arrange(kit, entry, ends).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     marks.done(Part::Descriptors);
     if walls.landlock && kit.landlock > 0 {
-        let egress = order.grants.contains(&Grant::Egress);
-        landlock::restrict(kit.landlock, walls, order.socket, order.temp.is_some(), egress, order.device.as_deref())?;
+        landlock::restrict(kit.landlock, walls, order.socket, &order.grants, order.device.as_deref())?;
     }
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match order.socket {

@@ -81,7 +81,8 @@ fn obey(kit: &Kit<'_>, common: Common) -> Result<(Order, Marks), Failure> {
     marks.done(Part::Started);
     kernel::set_name(NAME);
     network(kit, &order)?;
-    common.complete(sent.own, order.socket, order.temp)?;
+    // Whoever has directories of its name is not made from a spare: it no longer sees the host's tree.
+    common.complete(sent.own, Vec::new(), order.socket, order.temp)?;
     marks.done(Part::Tree);
     // Owned by nobody from here on: they are closed with all others when the descriptors are arranged.
     let lend = |fd: OwnedFd| kernel::fixed(fd.into_raw_fd());

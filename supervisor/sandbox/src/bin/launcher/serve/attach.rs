@@ -200,6 +200,7 @@ impl Server {
             pid: pid(running),
             uid: running.identity.uid(),
             controls,
+            directories: readback::directories(&self.launcher, running),
             cgroups: running.groups.directories(),
             launch_exec_nanos: nanos(origin.launch_exec),
             parts: running.marks.since(running.began),

@@ -15,6 +15,7 @@ use rustix::{
 
 use super::{Phase, Server, Source};
 use crate::{
+    directories::{self, Roots},
     launch::{Running, SETUP_TIME, remove_sockets},
     readback::{self, Judgement},
 };
@@ -57,7 +58,8 @@ impl Server {
         let Phase::Starting { request, .. } = slot.phase else { return };
         let running = &mut slot.running;
         if let Some(failure) = running.failure {
-            let refusal = failure.step.refusal(&running.plugin, failure.errno);
+            let of_directory = directories::refusal(Roots::of(&self.launcher.options), &running.plugin, failure);
+            let refusal = of_directory.unwrap_or_else(|| failure.step.refusal(&running.plugin, failure.errno));
             self.give_up(id, refusal);
         } else if running.exec.is_none() && running.executing && running.program.is_some() {
             let come_up = match readback::judge(&self.launcher, running) {

@@ -39,7 +39,7 @@ use self::{
     place::{Disk, MOST_ORIGINS, Memory, Place},
 };
 pub(crate) use self::{
-    origin::{Doubt, Owners, check_root},
+    origin::{Doubt, Owners, check_root, open_root},
     place::{only_ours, write_durable},
     stated::Stated,
     writable_code::{Asking, WritableCode},

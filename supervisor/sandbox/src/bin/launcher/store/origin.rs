@@ -127,6 +127,11 @@ pub(crate) fn check_root(root: &Path) -> Result<(), Doubt> {
     reach(root, 1, Owners::Root).map(drop)
 }
 
+/// Opens a directory that only its owner and root may change, from `/` on and through no link.
+pub(crate) fn open_root(root: &Path, owners: Owners) -> Result<OwnedFd, Doubt> {
+    reach(root, 1, owners)
+}
+
 /// The listing of the bundle in this directory, see [`Listing`], when nobody else can change it.
 pub(super) fn look(bundle: &Path, limits: &BundleLimits, owners: Owners) -> Result<[u8; 32], Doubt> {
     let directory = reach(bundle, 2, owners)?;
