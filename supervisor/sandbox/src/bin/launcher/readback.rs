@@ -136,9 +136,15 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
         Control::CgroupNamespace => ("its own cgroup as the root".into(), process.namespace("cgroup")),
         Control::NoWriteExec => {
             let (filtered, from) = process.seccomp();
-            let held = filtered.map(|_| match kernel::refuses_exec_gain() {
-                Some(_) => "PR_SET_MDWE, confirmed before exec, and the allow-list".to_owned(),
-                None => "the allow-list; this kernel has no PR_SET_MDWE".to_owned(),
+            let held = filtered.map(|_| {
+                let by = match kernel::refuses_exec_gain() {
+                    Some(_) => "PR_SET_MDWE, confirmed before exec, and the allow-list",
+                    None => "the allow-list; this kernel has no PR_SET_MDWE",
+                };
+                match running.walls.kernel {
+                    Kernel::Host => by.to_owned(),
+                    Kernel::Own => format!("{by}; but for memory files, which the emulator has"),
+                }
             });
             ("no memory that is written and executed".into(), (held, format!("PR_GET_MDWE inside, and {from}")))
         }

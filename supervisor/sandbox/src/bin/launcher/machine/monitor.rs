@@ -242,13 +242,14 @@ impl Monitor {
                             doing("listening", worker.set_nonblocking(true))?;
                         }
                     }
-                    Event::OutOfMemory => eprintln!(
-                        "plugvisor: the kernel of its machine killed the plugin for memory; raise maxMemory, or make it use less"
+                    Event::OutOfMemory => say(
+                        "the kernel of its machine killed the plugin for memory; raise maxMemory, or make it use less",
                     ),
                     Event::Ended { signal: false, value } => ended = Some(End::Code(value & 0xff)),
-                    Event::Ended { signal: true, value } => ended = Some(End::Signal(value)),
-                    Event::Hello { .. } | Event::Signal { .. } => {
-                        return Ok(self.broken(&Broken::Unexpected("a second greeting, or another version's")));
+                    Event::Ended { signal: true, value } if ends(value) => ended = Some(End::Signal(value)),
+                    Event::Hello { .. } | Event::Signal { .. } | Event::Ended { .. } => {
+                        let what = "a second greeting, another version's, or an end by a signal that ends nothing";
+                        return Ok(self.broken(&Broken::Unexpected(what)));
                     }
                 }
             }
@@ -281,9 +282,30 @@ impl Monitor {
             Broken::Malformed(what) => format!("its guest sent what is no message: {what:?}"),
             Broken::Unexpected(what) => format!("its guest sent {what}"),
         };
-        eprintln!("plugvisor: the machine was ended: {why}");
+        say(&format!("the machine was ended: {why}"));
         End::Code(BROKEN)
     }
+}
+
+/// Whether a program ends by this signal when it does nothing about it (signal(7)); this one will.
+fn ends(signal: i32) -> bool {
+    const OTHERS: [i32; 8] = [
+        libc::SIGCHLD,
+        libc::SIGCONT,
+        libc::SIGSTOP,
+        libc::SIGTSTP,
+        libc::SIGTTIN,
+        libc::SIGTTOU,
+        libc::SIGURG,
+        libc::SIGWINCH,
+    ];
+    (1..=libc::SIGRTMAX()).contains(&signal) && !OTHERS.contains(&signal)
+}
+
+/// For the plugin's log. Its pipe does not block once the emulator has it too, and is full when a guest floods it: then
+/// nobody reads this either, and nothing else ends for it.
+fn say(what: &str) {
+    let _ = writeln!(io::stderr(), "plugvisor: {what}");
 }
 
 /// Where a plugin that binds its worker socket does so at other levels.

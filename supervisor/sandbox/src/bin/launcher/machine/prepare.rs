@@ -176,6 +176,20 @@ impl Launcher {
         let Found { parts, runtime } = self.machines.found.as_ref().map_err(|why| not_started(why.clone()))?;
         let heads = u64::try_from(files).unwrap_or(u64::MAX).saturating_mul(512);
         let size = Size::of(&request.limits, bundle.saturating_add(heads), *runtime);
+        if size.whole() > parts.max_memory {
+            return refuse(
+                RefusalCode::Policy,
+                format!(
+                    "{plugin} was not started: its machine would have {} MiB of the host's memory ({} MiB of guest, of which \
+                     twice its archive of at most {} MiB), and [vm] max_memory of the launcher's policy file allows {}; give \
+                     it a smaller maxMemory or bundle, or raise max_memory",
+                    size.whole() >> 20,
+                    size.guest >> 20,
+                    size.archive >> 20,
+                    parts.max_memory >> 20
+                ),
+            );
+        }
         let limits = &request.limits;
         let orders = Orders {
             emulator: parts.emulator.clone(),

@@ -38,6 +38,14 @@ pub(crate) struct Settings {
     /// Files and directories of the host that every guest gets whole, such as `/usr/lib/python3.11`.
     #[serde(default)]
     runtime: Vec<PathBuf>,
+    /// The most memory of the host that one machine may have in bytes, with all that is around its plugin. A bundle decides
+    /// how large it is, and the archive of it is in memory.
+    #[serde(default = "max_memory")]
+    max_memory: u64,
+}
+
+const fn max_memory() -> u64 {
+    1 << 30
 }
 
 fn emulator() -> PathBuf {
@@ -57,6 +65,8 @@ pub(crate) struct Parts {
     pub(crate) emulator: PathBuf,
     pub(crate) libraries: Vec<PathBuf>,
     pub(crate) runtime: Vec<PathBuf>,
+    /// The most memory of the host, in bytes.
+    pub(crate) max_memory: u64,
 }
 
 impl Settings {
@@ -89,6 +99,7 @@ impl Settings {
             emulator: self.emulator.clone(),
             libraries: self.libraries.clone(),
             runtime: self.runtime.clone(),
+            max_memory: self.max_memory,
         })
     }
 }

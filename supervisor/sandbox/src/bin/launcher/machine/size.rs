@@ -37,12 +37,16 @@ impl Size {
         Self { archive, guest: guest.div_ceil(MIB).saturating_mul(MIB) }
     }
 
+    /// What of the host's memory it may take altogether, in bytes.
+    pub(crate) fn whole(&self) -> u64 {
+        self.guest.saturating_add(self.archive).saturating_add(EMULATOR)
+    }
+
     /// What the host holds of a launch whose plugin has these limits.
     pub(crate) fn outside(&self, limits: &Limits) -> Limits {
         let Limits { memory_bytes, cpu_percent, pids, file_size_bytes: _, open_files: _ } = limits;
-        let whole = self.guest.saturating_add(self.archive).saturating_add(EMULATOR);
         Limits {
-            memory_bytes: memory_bytes.map(|_| whole),
+            memory_bytes: memory_bytes.map(|_| self.whole()),
             cpu_percent: *cpu_percent,
             pids: pids.map(|_| THREADS),
             // Of files and of descriptors the plugin's limits are its guest's: the archive is a file, too.
