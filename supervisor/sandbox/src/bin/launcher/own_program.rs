@@ -12,8 +12,25 @@ use rustix::{
     io::Errno,
 };
 
+/// How many copies are made before it is given up.
+const COPIES: usize = 4;
+
 /// A copy, open for reading only: a second, writable opening would make exec fail with ETXTBSY.
+///
+/// The kernel refuses the seal against writing (EBUSY, fcntl(2)) while somebody holds a page of the file, as its own upkeep
+/// of memory does now and then for longer than it waits by itself. Another copy has other pages. Without this, a launcher
+/// would for all its life take SANDBOX for something that the host cannot do.
 pub(crate) fn sealed() -> io::Result<OwnedFd> {
+    for _ in 1..COPIES {
+        match copy() {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            other => return other,
+        }
+    }
+    copy()
+}
+
+fn copy() -> io::Result<OwnedFd> {
     let mut memory = File::from(memory_file()?);
     io::copy(&mut File::open("/proc/self/exe")?, &mut memory)?;
     let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
