@@ -31,9 +31,12 @@ impl Profile {
     }
 }
 
-/// The workspace's root directory.
+/// The workspace's root directory: that of the cargo that runs us, which may be another clone than the one that we were
+/// built in when the two share a target directory. Without cargo it is the latter.
 pub(crate) fn workspace_root() -> PathBuf {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let running =
+        std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from).filter(|path| path.ends_with("deploy/xtask"));
+    let manifest = running.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
     manifest.ancestors().nth(2).expect("xtask lives two directories below the root").to_path_buf()
 }
 

@@ -79,7 +79,7 @@ pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
         step("dependencies", "see deny.toml: remove the dependency, or state there why it may stay", deny)?;
     }
     if wanted(Check::Tests) || wanted(Check::Demo) {
-        let binaries = step("binaries", "fix what the compiler shows", || binaries(Profile::Dev))?;
+        let programs = step("binaries", "fix what the compiler shows", || binaries(Profile::Dev))?;
         if wanted(Check::Tests) {
             step("what the tests use", "run the command it names, then `cargo xtask test` again", setup::for_tests)?;
             step("tests", "repeat one with `cargo test -p CRATE NAME`", || tests(full))?;
@@ -88,7 +88,13 @@ pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
             }
         }
         if wanted(Check::Demo) {
-            demos(&binaries)?;
+            demos(&programs, "demo")?;
+            if full {
+                // As it is shipped: how much memory the two may have differs by profile.
+                let release =
+                    step("binaries for release", "fix what the compiler shows", || binaries(Profile::Release))?;
+                demos(&release, "demo of the release build")?;
+            }
         }
     }
     if wanted(Check::Documentation) {
@@ -106,11 +112,11 @@ pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn demos(binaries: &Path) -> anyhow::Result<()> {
+fn demos(binaries: &Path, name: &str) -> anyhow::Result<()> {
     let next = "see which line says FAILED; `cargo xtask test --only demo` repeats it";
-    step("demo", next, || run(&mut demo(&binaries.join("xtask"), binaries)))?;
+    step(name, next, || run(&mut demo(&binaries.join("xtask"), binaries)))?;
     if rustix::process::geteuid().is_root() {
-        step("demo as an ordinary user", next, || demo_as_stranger(binaries))?;
+        step(&format!("{name} as an ordinary user"), next, || demo_as_stranger(binaries))?;
     }
     Ok(())
 }
