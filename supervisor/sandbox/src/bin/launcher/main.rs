@@ -34,6 +34,7 @@ mod policy;
 mod probe;
 mod readback;
 mod report;
+mod resident;
 mod seccomp;
 mod serve;
 mod spares;
@@ -167,6 +168,9 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     let mut launcher = Launcher::new(options, filters, parts).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
     let mut server = Server::new(launcher, connection, door, signals, closer).map_err(system("making an epoll set"))?;
+    if let Err(error) = resident::let_go_of_code() {
+        eprintln!("plugvisor-launcher: what only its start needed stays in memory: {error}");
+    }
     tell("READY=1");
     let served = server.run();
     tell("STOPPING=1");
