@@ -35,6 +35,7 @@ mod probe;
 mod readback;
 mod report;
 mod resident;
+mod sealing;
 mod seccomp;
 mod serve;
 mod spares;

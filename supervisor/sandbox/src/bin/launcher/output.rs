@@ -22,6 +22,8 @@ use rustix::{
     io::Errno,
 };
 
+use crate::sealing;
+
 /// How much is kept of each stream.
 pub(crate) const ROOM: usize = 64 << 10;
 /// How much is read in one turn of the loop.
@@ -122,6 +124,13 @@ impl Output {
         if let Some(sealed) = &self.sealed {
             return Ok((kept, sealed.try_clone()?));
         }
+        let sealed = sealing::sealed(|| self.copy())?;
+        let copy = sealed.try_clone()?;
+        self.sealed = Some(sealed);
+        Ok((kept, copy))
+    }
+
+    fn copy(&self) -> io::Result<OwnedFd> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         // Kernels before 6.3 do not know the flag that says "never to be executed".
         let memory = memfd_create("plugvisor-output", flags | MemfdFlags::NOEXEC_SEAL)
@@ -131,10 +140,7 @@ impl Output {
         memory.write_all(first)?;
         memory.write_all(second)?;
         fcntl_add_seals(&memory, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-        let sealed = OwnedFd::from(memory);
-        let copy = sealed.try_clone()?;
-        self.sealed = Some(sealed);
-        Ok((kept, copy))
+        Ok(memory.into())
     }
 
     /// The supervisor has what was kept.

@@ -12,22 +12,11 @@ use rustix::{
     io::Errno,
 };
 
-/// How many copies are made before it is given up.
-const COPIES: usize = 4;
+use crate::sealing;
 
 /// A copy, open for reading only: a second, writable opening would make exec fail with ETXTBSY.
-///
-/// The kernel refuses the seal against writing (EBUSY, fcntl(2)) while somebody holds a page of the file, as its own upkeep
-/// of memory does now and then for longer than it waits by itself. Another copy has other pages. Without this, a launcher
-/// would for all its life take SANDBOX for something that the host cannot do.
 pub(crate) fn sealed() -> io::Result<OwnedFd> {
-    for _ in 1..COPIES {
-        match copy() {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            other => return other,
-        }
-    }
-    copy()
+    sealing::sealed(copy)
 }
 
 fn copy() -> io::Result<OwnedFd> {
