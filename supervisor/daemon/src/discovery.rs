@@ -30,6 +30,8 @@ const MAX_BUNDLES: usize = 1024;
 pub struct PluginDirectory {
     descriptor: OwnedFd,
     path: PathBuf,
+    /// As it was configured.
+    configured: PathBuf,
     tier: TrustTier,
     grants: CapabilitySet,
 }
@@ -57,6 +59,15 @@ impl DirectoryError {
     }
 }
 
+/// The subdirectories of a plugin directory.
+#[derive(Debug)]
+pub struct Found {
+    /// Those that have a manifest, or of which that cannot be told.
+    pub candidates: Vec<Source>,
+    /// The names of those without, which somebody may take for bundles.
+    pub strays: Vec<String>,
+}
+
 /// Where one bundle lies; enough to open it again.
 #[derive(Clone)]
 pub struct Source {
@@ -79,7 +90,14 @@ impl PluginDirectory {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let descriptor = rustix::fs::open(&path, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
         let grants: CapabilitySet = config.grants.iter().copied().collect::<Vec<Capability>>().into_iter().collect();
-        Ok(Self { descriptor, path, tier: config.tier, grants })
+        Ok(Self { descriptor, path, configured: config.path.clone(), tier: config.tier, grants })
+    }
+
+    /// Whether it was opened for this setting: its path is real and the setting's may lead there by links, so that the
+    /// latter is kept as it was.
+    #[must_use]
+    pub fn is(&self, config: &DirectoryConfig) -> bool {
+        self.configured == config.path
     }
 
     /// Its real path.
@@ -88,17 +106,8 @@ impl PluginDirectory {
         &self.path
     }
 
-    /// The subdirectories that have a manifest, or of which that cannot be told, sorted by name.
-    pub fn candidates(self: &Arc<Self>) -> Result<Vec<Source>, DirectoryError> {
-        Ok(self.look()?.0)
-    }
-
-    /// The names of the subdirectories without a manifest, which somebody may take for bundles.
-    pub fn strays(self: &Arc<Self>) -> Vec<String> {
-        self.look().map(|(_, strays)| strays).unwrap_or_default()
-    }
-
-    fn look(self: &Arc<Self>) -> Result<(Vec<Source>, Vec<String>), DirectoryError> {
+    /// Reads it once, sorted by name.
+    pub fn look(self: &Arc<Self>) -> Result<Found, DirectoryError> {
         let failed = |error: Errno| DirectoryError { path: self.path.clone(), source: error.into() };
         let (mut names, mut strays) = (BTreeSet::new(), BTreeSet::new());
         for entry in Dir::read_from(&self.descriptor).map_err(failed)? {
@@ -123,7 +132,8 @@ impl PluginDirectory {
                 break;
             }
         }
-        Ok((names.into_iter().map(|name| self.source(name)).collect(), strays.into_iter().collect()))
+        let candidates = names.into_iter().map(|name| self.source(name)).collect();
+        Ok(Found { candidates, strays: strays.into_iter().collect() })
     }
 
     /// The tier that the operator gave it.
@@ -260,7 +270,8 @@ mod tests {
             std::fs::write(parent.path().join(name).join("plugin.json"), "{").unwrap();
         }
         std::fs::write(parent.path().join("file"), "").unwrap();
-        let found = directory(parent.path()).candidates().unwrap();
+        let Found { candidates: found, strays } = directory(parent.path()).look().unwrap();
+        assert_eq!(strays, ["empty"]);
         assert_eq!(found.iter().map(Source::name).collect::<Vec<_>>(), ["a", "b"]);
         let rejection = found[0].open().expect_err("a broken manifest");
         assert_eq!(rejection.error.code, Code::ManifestInvalid);

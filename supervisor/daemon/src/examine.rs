@@ -9,6 +9,7 @@ use std::{
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use plugvisor_proto::admin::v1::{
@@ -22,8 +23,8 @@ use plugvisor_sandbox::{
 use prost::Message as _;
 
 use crate::{
-    config::{Config, ConfigError, Origin, Problem, Surroundings},
-    discovery::PluginDirectory,
+    config::{Config, ConfigError, Origin, Problem, Surroundings, nearest},
+    discovery::{Found, PluginDirectory, Source},
     launcher::{self, Launcher},
     privileges,
     runtime_directory::Owner,
@@ -84,12 +85,12 @@ fn check(args: &Args) -> ConfigurationCheck {
             return ConfigurationCheck {
                 file,
                 problems: problems.into_iter().map(problem).collect(),
-                configuration: None,
+                ..ConfigurationCheck::default()
             };
         }
         Err(error @ ConfigError::Unreadable { .. }) => {
             let unreadable = ConfigurationProblem { message: error.to_string(), ..ConfigurationProblem::default() };
-            return ConfigurationCheck { file, problems: vec![unreadable], configuration: None };
+            return ConfigurationCheck { file, problems: vec![unreadable], ..ConfigurationCheck::default() };
         }
     };
     // What only this host can say: the directories, and the user.
@@ -104,12 +105,23 @@ fn check(args: &Args) -> ConfigurationCheck {
         message,
         suggestion: String::new(),
     };
-    let mut problems = Vec::new();
+    let (mut problems, mut names) = (Vec::new(), BTreeSet::new());
     for (index, directory) in config.directories.iter().enumerate() {
-        if let Err(error) = PluginDirectory::open(directory) {
-            problems.push(here(format!("directory[{index}].path"), error.to_string()));
+        let found = PluginDirectory::open(directory).and_then(|directory| Arc::new(directory).look());
+        match found {
+            Ok(found) => names.extend(found.candidates.iter().map(plugin_name)),
+            Err(error) => problems.push(here(format!("directory[{index}].path"), error.to_string())),
         }
     }
+    let idle = config.plugins.keys().map(ToString::to_string).filter(|name| !names.contains(name));
+    let warnings = idle.map(|name| ConfigurationProblem {
+        suggestion: nearest(&name, names.iter().map(String::as_str)).unwrap_or_default().to_owned(),
+        ..here(
+            format!("plugin.{name}"),
+            "no plugin of this name is in a plugin directory, so it has no effect".to_owned(),
+        )
+    });
+    let warnings = warnings.collect();
     if surroundings.uid == 0
         && let Err(error) = privileges::find(&config.supervisor.user)
     {
@@ -120,7 +132,13 @@ fn check(args: &Args) -> ConfigurationCheck {
         file: config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default(),
         problems,
         configuration: shown,
+        warnings,
     }
+}
+
+/// As its manifest says, or its directory when that says nothing.
+fn plugin_name(source: &Source) -> String {
+    source.open().map_or_else(|_| source.name().to_owned(), |bundle| bundle.manifest.name.to_string())
 }
 
 fn problem(problem: Problem) -> ConfigurationProblem {
@@ -155,7 +173,7 @@ fn host(args: Args) -> ExamineHostResponse {
     let nothing = Host { controls: Vec::new(), levels: Vec::new() };
     let features = probed.as_ref().unwrap_or(&nothing);
     let owner = if surroundings.uid == 0 { privileges::find(&config.supervisor.user).ok() } else { None };
-    let mut report = report(&config, features, surroundings.uid, owner, false);
+    let mut report = report(&config, features, surroundings.uid, owner, None);
     if let Some(error) = trouble {
         let file = args.config.or_else(|| surroundings.config_file()).unwrap_or_default();
         report.places.insert(
@@ -224,8 +242,15 @@ impl Drop for Scratch {
     }
 }
 
-/// The report. `uid` starts the supervisor and `owner` is whom it becomes.
-pub fn report(config: &Config, features: &Host, uid: u32, owner: Option<Owner>, running: bool) -> ExamineHostResponse {
+/// The report. `uid` starts the supervisor and `owner` is whom it becomes. A supervisor that runs shows the plugin
+/// directories that it `holds`: it may not be allowed to reach them by their paths any more.
+pub fn report(
+    config: &Config,
+    features: &Host,
+    uid: u32,
+    owner: Option<Owner>,
+    holds: Option<&[Arc<PluginDirectory>]>,
+) -> ExamineHostResponse {
     let control = |probed: &Probed| {
         let (works, why, fix) = match &probed.state {
             ProbeState::Works(how) => (how.clone(), String::new(), String::new()),
@@ -246,7 +271,7 @@ pub fn report(config: &Config, features: &Host, uid: u32, owner: Option<Owner>, 
     }
     let runtime = &config.supervisor.runtime_directory;
     let used = [("runtime directory", runtime), ("state directory", &config.supervisor.state_directory)];
-    if running {
+    if holds.is_some() {
         places.extend(used.map(|(name, path)| place(name, path, "in use by this supervisor", None)));
         places.push(place("log directory", &config.log_directory(), "in use by this supervisor", None));
     } else {
@@ -257,11 +282,12 @@ pub fn report(config: &Config, features: &Host, uid: u32, owner: Option<Owner>, 
         }
     }
     for directory in &config.directories {
-        let opened = PluginDirectory::open(directory).map(std::sync::Arc::new);
-        places.push(match opened.and_then(|opened| Ok((opened.candidates()?, opened.strays()))) {
-            Ok((found, strays)) => {
-                let bundles = if found.len() == 1 { "bundle" } else { "bundles" };
-                let mut detail = format!("{} {bundles}, tier {}", found.len(), directory.tier);
+        let held = holds.iter().copied().flatten().find(|held| held.is(directory)).cloned();
+        let opened = held.map_or_else(|| PluginDirectory::open(directory).map(Arc::new), Ok);
+        places.push(match opened.and_then(|opened| opened.look()) {
+            Ok(Found { candidates, strays }) => {
+                let bundles = if candidates.len() == 1 { "bundle" } else { "bundles" };
+                let mut detail = format!("{} {bundles}, tier {}", candidates.len(), directory.tier);
                 if !strays.is_empty() {
                     detail.push_str(&format!("; without a plugin.json, and so no bundles: {}", strays.join(", ")));
                 }
@@ -280,7 +306,7 @@ pub fn report(config: &Config, features: &Host, uid: u32, owner: Option<Owner>, 
         controls: features.controls.iter().map(control).collect(),
         levels: features.levels.iter().map(level).collect(),
         places,
-        running,
+        running: holds.is_some(),
     }
 }
 

@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     config::{Config, nearest},
-    discovery::{PluginDirectory, Rejection, Source},
+    discovery::{Found, PluginDirectory, Rejection, Source},
     driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, graph},
     events::Subject,
     launcher::Inventory,
@@ -91,18 +91,25 @@ impl Fleet {
         }
     }
 
+    /// The plugin directories, held open since the start.
+    pub fn directories(&self) -> &[Arc<PluginDirectory>] {
+        &self.directories
+    }
+
     /// Finds every bundle, takes over what the launcher kept of an earlier supervisor's, and tells those to load that
     /// load by themselves. Returns the plugins that are being taken over, and their generations, when all are told.
     pub async fn discover(&self, inventory: Inventory) -> Vec<(String, Generation)> {
         let mut sources = Vec::new();
         for directory in &self.directories {
-            match directory.candidates() {
-                Ok(found) => sources.extend(found),
+            match directory.look() {
+                Ok(Found { candidates, strays }) => {
+                    sources.extend(candidates);
+                    for stray in strays {
+                        let path = directory.path().join(stray);
+                        tracing::warn!(path = %path.display(), "no bundle: it has no plugin.json");
+                    }
+                }
                 Err(error) => tracing::error!(%error, "a plugin directory cannot be read"),
-            }
-            for stray in directory.strays() {
-                let path = directory.path().join(stray);
-                tracing::warn!(path = %path.display(), "no bundle: it has no plugin.json");
             }
         }
         // Reading and hashing block, and bundles do not wait for one another.
@@ -367,7 +374,8 @@ impl Fleet {
 
     /// A bundle that was put there after the start.
     fn source_named(&self, name: &str) -> Result<Source, Error> {
-        let candidates = self.directories.iter().filter_map(|directory| directory.candidates().ok()).flatten();
+        let candidates =
+            self.directories.iter().filter_map(|directory| directory.look().ok()).flat_map(|found| found.candidates);
         let found = candidates.into_iter().find(|source| source.name() == name);
         found.ok_or_else(|| self.find(name).err().unwrap_or_else(|| not_found(name)))
     }

@@ -82,6 +82,12 @@ async fn a_configuration_is_judged_as_a_start_would(lane: Lane) -> anyhow::Resul
     let shown = daemon.cli(&["config", "show"]).await?;
     says("config show", &shown.stdout, &["supervisor.runtime_directory", &daemon.world().runtime().to_string_lossy()])?;
 
+    let idle = daemon.world().path().join("idle.toml");
+    fs::write(&idle, fs::read_to_string(file)? + "\n[plugin.ecko]\ngrants = []\n")?;
+    let warned = daemon.cli(&["config", "validate", idle.to_str().context("the path is text")?]).await?;
+    ensure!(warned.code == Some(0), "{warned:?}");
+    says("config validate", &warned.stdout, &["plugin.ecko", "no plugin of this name", "did you mean \"echo\""])?;
+
     let wrong = world(lane)?.toml("[plugin.echo.health]\nlivenes_misses = 3\ndrain_timeout_ms = \"soon\"");
     let file = wrong.path().join("plugvisor.toml");
     let file = file.to_str().context("the path is text")?.to_owned();

@@ -23,6 +23,7 @@ pub(crate) fn validate(output: &Output, file: Option<&Path>) -> Result<(), Failu
         Format::Table | Format::Wide | Format::Name if check.problems.is_empty() => {
             let what = if check.file.is_empty() { "no file: the defaults hold" } else { &check.file };
             output.line(&Line::default().add(Style::Good, "valid").add(Style::Plain, format!(": {what}")))?;
+            check.warnings.iter().try_for_each(|warning| output.line(&line(warning)))?;
         }
         Format::Table | Format::Wide | Format::Name => {
             for problem in &check.problems {

@@ -341,7 +341,7 @@ impl Admin for AdminService {
     }
 
     async fn examine_host(&self, _: Request<ExamineHostRequest>) -> Result<Response<ExamineHostResponse>, Status> {
-        let uid = rustix::process::geteuid().as_raw();
-        Ok(Response::new(examine::report(&self.state.config, &self.state.features, uid, None, true)))
+        let (uid, held) = (rustix::process::geteuid().as_raw(), self.state.fleet.directories());
+        Ok(Response::new(examine::report(&self.state.config, &self.state.features, uid, None, Some(held))))
     }
 }
