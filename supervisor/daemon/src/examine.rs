@@ -27,7 +27,7 @@ use crate::{
     discovery::{Found, PluginDirectory, Source},
     launcher::{self, Launcher},
     privileges,
-    runtime_directory::Owner,
+    runtime_directory::{self, Owner},
     start::Args,
 };
 
@@ -329,6 +329,10 @@ fn place(name: &str, path: &Path, detail: &str, trouble: Option<(String, String)
 /// The runtime directory: the starter's own. A sticky one that the user whom root becomes may write to is what an earlier
 /// start by root has left.
 fn runtime_place(path: &Path, uid: u32, owner: Option<Owner>) -> HostPlace {
+    if let Err(error) = runtime_directory::check_length(path) {
+        let fix = "set [supervisor] runtime_directory to a shorter path";
+        return place("runtime directory", path, "", Some((error.to_string(), fix.to_owned())));
+    }
     let left = fs::symlink_metadata(path)
         .is_ok_and(|found| found.mode() & 0o1000 != 0 && owner.is_some_and(|owner| owner.gid == found.gid()));
     writable("runtime directory", path, uid, if left { 0o002 } else { 0o022 }, "[supervisor] runtime_directory")

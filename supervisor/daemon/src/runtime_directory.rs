@@ -24,6 +24,10 @@ use crate::directory_lock::{self, LockError};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 4096;
+/// The longest path of a Unix socket, in bytes (unix(7): `sun_path` with its NUL).
+const MAX_SOCKET_PATH: usize = 107;
+/// The longest name of a socket in the directory, with the slash before it.
+const LONGEST: &str = "/reattach/launcher.sock";
 
 /// The directory, locked by this process.
 #[derive(Debug)]
@@ -69,6 +73,16 @@ pub enum RuntimeDirectoryError {
         /// What to do.
         fix: String,
     },
+    /// No socket in it could be connected to by its path.
+    #[error(
+        "{} cannot be the runtime directory: its path has {} bytes, and with more than {} those of its sockets are too long \
+         for the kernel (unix(7)); set [supervisor] runtime_directory to a shorter one, such as /run/plugvisor",
+        path.display(), path.as_os_str().len(), MAX_SOCKET_PATH - LONGEST.len()
+    )]
+    TooLong {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Another supervisor uses it.
     #[error(
         "another supervisor{} holds {}; stop it, or start this one with --runtime-directory and another metrics_address",
@@ -100,12 +114,21 @@ impl From<LockError> for RuntimeDirectoryError {
     }
 }
 
+/// Whether the sockets in such a directory can have paths.
+pub fn check_length(path: &Path) -> Result<(), RuntimeDirectoryError> {
+    if path.as_os_str().len() + LONGEST.len() > MAX_SOCKET_PATH {
+        return Err(RuntimeDirectoryError::TooLong { path: path.to_owned() });
+    }
+    Ok(())
+}
+
 impl RuntimeDirectory {
     /// Makes the directory if need be, checks who may change it, and takes its lock.
     ///
     /// With `owner` (the supervisor is root now and will be `owner` later) the directory stays root's and becomes
     /// sticky and writable for the owner's group: the owner can remove what is its own and nothing else.
     pub fn open(path: &Path, owner: Option<Owner>) -> Result<Self, RuntimeDirectoryError> {
+        check_length(path)?;
         let failed =
             |what, source: Errno| RuntimeDirectoryError::Io { what, path: path.to_owned(), source: source.into() };
         let mode = if owner.is_some() { 0o755 } else { 0o700 };
@@ -274,6 +297,18 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn sockets_in_the_longest_directory_can_be_bound() {
+        let parent = tempfile::tempdir().unwrap();
+        let longest =
+            parent.path().join("d".repeat(MAX_SOCKET_PATH - LONGEST.len() - parent.path().as_os_str().len() - 1));
+        check_length(&longest).unwrap();
+        std::fs::create_dir_all(longest.join("reattach")).unwrap();
+        UnixListener::bind(format!("{}{LONGEST}", longest.display())).unwrap();
+        let error = RuntimeDirectory::open(&longest.with_extension("e"), None).unwrap_err().to_string();
+        assert!(error.contains("has 86 bytes") && error.contains("more than 84"), "{error}");
+    }
 
     #[test]
     fn it_holds_sockets_and_leaves_nothing() {

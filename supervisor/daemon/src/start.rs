@@ -76,13 +76,19 @@ impl StartError {
         match self {
             Self::Config(ConfigError::Invalid { .. })
             | Self::Directory(_)
+            | Self::Runtime(RuntimeDirectoryError::TooLong { .. })
             | Self::StateDirectory(StateDirectoryError::Unsafe { .. })
             | Self::State(StateError::Incompatible { .. })
             | Self::Logs(_)
             | Self::Privileges(PrivilegeError::NoUser(_) | PrivilegeError::Root(_)) => 78,
             Self::Config(ConfigError::Unreadable { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => 78,
             Self::Config(ConfigError::Unreadable { .. })
-            | Self::Runtime(_)
+            | Self::Runtime(
+                RuntimeDirectoryError::Io { .. }
+                | RuntimeDirectoryError::Unsafe { .. }
+                | RuntimeDirectoryError::Locked { .. }
+                | RuntimeDirectoryError::InTheWay { .. },
+            )
             | Self::StateDirectory(
                 StateDirectoryError::Io { .. }
                 | StateDirectoryError::Locked { .. }
