@@ -57,6 +57,12 @@ const CODE_PREFIXES: &[&str] = &[
     "DOTNET_STARTUP",
     "CORECLR_",
     "COR_",
+    "GEM_",
+    "BUNDLE_",
+    "ERL_",
+    "ELIXIR_ERL_",
+    "GUILE_",
+    "JULIA_",
 ];
 
 /// Whole names, of the same sources.
@@ -118,6 +124,12 @@ const CODE: &[&str] = &[
     "JDK_JAVA_OPTIONS",
     "_JAVA_OPTIONS",
     "CLASSPATH",
+    "R_PROFILE",
+    "R_ENVIRON",
+    "GTK_MODULES",
+    "GTK_PATH",
+    "GIO_EXTRA_MODULES",
+    "QT_PLUGIN_PATH",
     "PHPRC",
     "PHP_INI_SCAN_DIR",
     "OPENSSL_CONF",
