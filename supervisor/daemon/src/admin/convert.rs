@@ -217,7 +217,11 @@ fn tier_reason(view: &PluginView) -> String {
         Ordering::Less => {
             format!("security.trustLevel of its plugin.json limits it to that; its directory gives {}", view.tier)
         }
-        Ordering::Greater => format!("by the approval beside its bundle; its directory gives {}", view.tier),
+        // The launcher has verified the approval of one that runs, and judges that of another when it is launched.
+        Ordering::Greater => {
+            let holds = if view.process.is_some() { "by" } else { "if the launcher accepts" };
+            format!("{holds} the approval beside its bundle; its directory gives {}", view.tier)
+        }
     }
 }
 
