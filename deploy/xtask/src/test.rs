@@ -49,12 +49,17 @@ pub(crate) enum Check {
 pub(crate) fn escape() -> anyhow::Result<()> {
     step("tools", "run the command it names, then try again", setup::for_build)?;
     step("escape", "see the lines that begin with WRONG; docs/escape.md says how to read the table", || {
-        run(cargo().args(["test", "--locked", "--workspace", "--all-features", "--test", "escape"]).args([
+        let mut command = cargo();
+        command.args(["test", "--locked", "--workspace", "--all-features", "--test", "escape"]).args([
             "--",
             "--nocapture",
             "--test-threads",
             "1",
-        ]))
+        ]);
+        if let Some(kernel) = guest::kernel() {
+            command.env(guest::VARIABLE, kernel);
+        }
+        run(&mut command)
     })
 }
 

@@ -136,6 +136,9 @@ fn load_modules(count: u64) -> io::Result<()> {
 /// The limits of the plugin alone. What the whole guest may use is the host's.
 fn limit(plan: &Plan) -> io::Result<()> {
     fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory +pids")?;
+    // A guest has little more memory than its plugin may use, and runtimes reserve more than they use: as on a larger host
+    // that is granted, and what is used is held.
+    fs::write("/proc/sys/vm/overcommit_memory", "1")?;
     fs::create_dir(GROUP)?;
     let group = Path::new(GROUP);
     if let Some(memory) = plan.memory {

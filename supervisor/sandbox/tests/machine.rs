@@ -21,19 +21,12 @@ use std::{
 
 use harness::{As, Harness, Manner, Plugin, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{
-    Control, Exit, Grant, Launch, Level, Limits, RefusalCode, Reply, Request, SocketMode, Tier,
+    Control, Exit, Grant, Launch, Level, Limits, Notice, RefusalCode, Reply, Request, SocketMode,
 };
 
 /// A launcher that has machines, and to which plugins are the operator's own.
 fn start(as_: As) -> Option<Harness> {
-    let machine = guest::settings()?;
-    let harness = Harness::start_with_store(as_, |options| {
-        for root in &mut options.bundle_roots {
-            root.tier = Tier::Internal;
-        }
-    });
-    harness.write_policy(&format!("version = 1\n{machine}"));
-    Some(harness)
+    guest::settings().map(|machine| Harness::start_trusting_with_machines(as_, &machine))
 }
 
 fn in_machine(harness: &Harness, manner: &Manner) -> Launch {
@@ -172,8 +165,11 @@ fn it_ends_as_the_plugin_does_and_nothing_is_left() {
         let manner = Manner::of(&["eat", "134217728"]);
         let request = in_machine(&harness, &manner);
         let mut plugin = harness.launch(request);
-        let (said, errors, exit) = whole(&mut harness, &mut plugin);
-        assert_eq!(exit, Exit::Signal(9), "{said}{errors}");
+        let (said, errors) = (read_all(&mut plugin.stdout), read_all(&mut plugin.stderr));
+        let launch = plugin.launched.launch;
+        // With the cause, as at any other level, and the notice of it before.
+        harness.await_notice(|notice| (*notice == Notice::OutOfMemory { launch }).then_some(()));
+        assert_eq!(harness.exit_of(launch), (Exit::Signal(9), true), "{said}{errors}");
         assert!(errors.contains("maxMemory"), "{errors}");
 
         let request = in_machine(&harness, &Manner::of(&["pause"]));

@@ -19,6 +19,7 @@ const ECHO: &str = "/plugvisor.test.v1.EchoService/Say";
 fn inside(lane: Lane) -> anyhow::Result<Option<World>> {
     let Some(machine) = guest::settings() else { return Ok(None) };
     let bundle = BundleBuilder::hostile("inside", &["echo"]).capabilities(&["api:internal-calls"]);
+    let bundle = bundle.set("/security/sandbox/resourceLimits/maxMemory", 96 << 20);
     let world = World::new(lane)?.tier("internal").grants(&["api:internal-calls"]);
     let world = world.plugin(&BundleBuilder::echo("echo"))?;
     let world = world.plugin(&bundle.set("/security/sandbox/isolationLevel", "vm"))?;
@@ -31,13 +32,13 @@ async fn calls(daemon: &Daemon) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// It is called through the broker and calls through it; what it is in is shown; killed, it comes again; unloaded, nothing
+/// It is called through the broker and calls through it; what it is in is shown; killed, or over its memory, it comes again; unloaded, nothing
 /// of it is left.
 async fn a_plugin_in_a_machine_is_like_any_other(lane: Lane) -> anyhow::Result<()> {
     let Some(world) = inside(lane)? else { return Ok(()) };
     let daemon = world.start().await?;
     let begun = Instant::now();
-    let first = daemon.loaded("inside").await?;
+    daemon.loaded("inside").await?;
     println!("{lane:?}: in a machine, loaded {:?} after the daemon answered", begun.elapsed());
     daemon.loaded("echo").await?;
     calls(&daemon).await?;
@@ -52,11 +53,26 @@ async fn a_plugin_in_a_machine_is_like_any_other(lane: Lane) -> anyhow::Result<(
     let answer = daemon.act("inside", Deed::AnswerBytes(3 << 20)).await?;
     ensure!(answer.ballast.len() == 3 << 20, "{} bytes", answer.ballast.len());
 
+    // Its guest's kernel kills it, and everybody says that it was memory.
+    let status = daemon.act("inside", Deed::TakeMemoryBytes(512 << 20)).await.expect_err("it took more than its limit");
+    ensure!(status.code() == tonic::Code::Unavailable, "{status:?}");
+    let ended = |event: &plugvisor_proto::event::v1::Event| events::is(event, "plugin.exited", "inside");
+    let exited = daemon.events().wait("the end of its plugin", ended).await.with_context(|| daemon.printed())?;
+    says("the event", &events::data_text(&exited), &["oom=true"])?;
+    ensure!(exited.reason == "oom", "{exited:?}");
+    let killed = |event: &plugvisor_proto::event::v1::Event| events::is(event, "resource.oom_killed", "inside");
+    daemon.events().wait("memory as the cause", killed).await.with_context(|| daemon.printed())?;
+    let ready = |event: &plugvisor_proto::event::v1::Event| {
+        events::is(event, "plugin.ready", "inside") && event.sequence > exited.sequence
+    };
+    daemon.events().wait("ready again", ready).await.with_context(|| daemon.printed())?;
+    let first = daemon.loaded("inside").await?;
+
     let pid = i32::try_from(first.pid).ok().and_then(Pid::from_raw).context("a number")?;
     let process = pidfd_open(pid, PidfdFlags::empty())?;
     pidfd_send_signal(&process, Signal::KILL)?;
-    let ended = |event: &plugvisor_proto::event::v1::Event| events::is(event, "plugin.exited", "inside");
-    daemon.events().wait("the end of its machine", ended).await.with_context(|| daemon.printed())?;
+    let again = |event: &plugvisor_proto::event::v1::Event| ended(event) && event.sequence > exited.sequence;
+    daemon.events().wait("the end of its machine", again).await.with_context(|| daemon.printed())?;
     let again = daemon.loaded("inside").await?;
     ensure!(again.pid != first.pid, "{again:?}");
     calls(&daemon).await?;

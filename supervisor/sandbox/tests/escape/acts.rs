@@ -34,7 +34,7 @@ pub(crate) fn play(world: &mut World, row: &Row, act: Act, level: Level, without
     match act {
         Act::Busy => busy(world, row, level),
         Act::Daemon => daemon(world, row, level),
-        Act::Orphan => orphan(world.lane, level, without),
+        Act::Orphan => orphan(world.another(without), level, without),
         Act::Flood => flood(world, row, level),
         Act::Reuse => reuse(world, row, level),
         Act::Swap => swap(world, level),
@@ -81,10 +81,13 @@ fn busy(world: &mut World, row: &Row, level: Level) -> String {
     let limited = row.limits(level, &[]).cpu_percent.is_some()
         && plugin.launched.controls.iter().any(|state| state.control == Control::CpuLimit);
     let deadline = Instant::now() + patience();
+    // A machine was made to wait before: as it started.
+    let mut before = None;
     let seen = loop {
         let request = Request::Stats { launch: plugin.launched.launch };
         let Reply::Stats(stats) = world.harness.ask(&request, &[]).0 else { break "no statistics".to_owned() };
-        let throttled = stats.cpu_throttled_periods.unwrap_or(0);
+        let all = stats.cpu_throttled_periods.unwrap_or(0);
+        let throttled = all - *before.get_or_insert(if level == Level::Vm { all } else { 0 });
         if throttled >= 3 {
             break "throttled".to_owned();
         }
@@ -141,8 +144,7 @@ fn daemon_outside(program: &Path) -> String {
     if lives { "the daemon lives".to_owned() } else { "the daemon is gone".to_owned() }
 }
 
-fn orphan(lane: As, level: Level, without: &[Control]) -> String {
-    let mut harness = Harness::start_trusting_without(lane, without);
+fn orphan(mut harness: Harness, level: Level, without: &[Control]) -> String {
     let request = harness.request_at(level, &["steps"]);
     let mut plugin = harness.launch(request);
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&plugin.worker));
@@ -160,7 +162,8 @@ fn orphan(lane: As, level: Level, without: &[Control]) -> String {
     }
     assert!(
         wait_readable(plugin.pidfd.as_fd(), Instant::now() + patience()),
-        "{lane:?} {level:?}: it outlived the launcher"
+        "{:?} {level:?}: it outlived the launcher",
+        harness.as_
     );
     read_all(&mut plugin.stdout);
     "all of it is gone".to_owned()
@@ -182,7 +185,8 @@ fn flood(world: &mut World, row: &Row, level: Level) -> String {
     }
 }
 
-fn signalled(world: &mut World, plugin: &Plugin) -> String {
+/// What comes of signalling this launch.
+pub(crate) fn signalled(world: &mut World, plugin: &Plugin) -> String {
     let request = Request::Signal { launch: plugin.launched.launch, signal: SIGTERM };
     match world.harness.ask(&request, &[]).0 {
         Reply::Done => "ok".to_owned(),
@@ -240,10 +244,16 @@ fn credentials(world: &mut World, row: &Row, level: Level) -> String {
         Ok(plugin) => plugin,
         Err(refused) => return refused,
     };
+    let seen = seen_by_the_broker(&plugin);
+    world.harness.exit_of(plugin.launched.launch);
+    seen
+}
+
+/// Who connected to this plugin's broker socket.
+pub(crate) fn seen_by_the_broker(plugin: &Plugin) -> String {
     assert!(wait_readable(plugin.broker.as_fd(), Instant::now() + patience()), "it connects");
     let broker = UnixListener::from(plugin.broker.try_clone().expect("a copy"));
     let (connection, _) = broker.accept().expect("a connection");
     let seen = rustix::net::sockopt::socket_peercred(&connection).expect("its credentials").uid.as_raw();
-    world.harness.exit_of(plugin.launched.launch);
     if seen == plugin.launched.uid { "its own uid".to_owned() } else { format!("uid {seen}") }
 }

@@ -6,8 +6,11 @@
 #![allow(missing_docs, unreachable_pub, reason = "tests")]
 
 mod acts;
+#[path = "../harness/guest.rs"]
+mod guest;
 #[path = "../harness/mod.rs"]
 mod harness;
+mod machine;
 mod table;
 mod world;
 
@@ -88,6 +91,13 @@ fn every_attempt_ends_as_the_table_says() {
         assert!(table.row.iter().any(|row| row.number == name), "PLUGVISOR_ESCAPE_ROW: there is no row {name}");
     }
     let chosen = |row: &&Row| only.as_ref().is_none_or(|only| only.split(',').any(|one| one == row.number));
+    let machine = guest::settings();
+    let rows: Vec<&Row> = table.row.iter().filter(chosen).collect();
+    let columns = machine.map(|machine| machine::columns(&machine, &rows, &mut number)).unwrap_or_default();
+    for column in &columns {
+        println!("{column}");
+        verdict.wrong.extend(column.changed.iter().cloned());
+    }
     for lane in As::possible() {
         number += 1;
         let mut world = World::start(lane, &[], number);
@@ -97,6 +107,8 @@ fn every_attempt_ends_as_the_table_says() {
             User::Ordinary => "ordinary",
             User::Delegated => "delegated",
         };
+        let before = world.host();
+        let vm = columns.iter().find(|column| column.lane == lane);
         for row in table.row.iter().filter(chosen) {
             let cells = row.cells(user);
             let mut columns: Vec<String> = Vec::new();
@@ -105,10 +117,15 @@ fn every_attempt_ends_as_the_table_says() {
                 let judged = verdict.judge(row, level.as_str(), lane, expected, &seen);
                 columns.push(shown(&judged, expected, &seen));
             }
-            if cells.is_empty() {
-                columns.push(format!("{} held by other tests", row.reference));
+            match (row.at_vm(user), vm.and_then(|column| column.seen.get(&row.number))) {
+                (Some(expected), Some(seen)) => {
+                    let judged = verdict.judge(row, Level::Vm.as_str(), lane, expected, seen);
+                    columns.push(shown(&judged, expected, seen));
+                }
+                (Some(_), None) => columns.push("no kernel".to_owned()),
+                (None, _) => columns.push(format!("{} held by other tests", row.reference)),
             }
-            println!("{:<4} {:<51.51} {name:<9} {} | G elsewhere", row.number, row.title, columns.join(" | "));
+            println!("{:<4} {:<51.51} {name:<9} {}", row.number, row.title, columns.join(" | "));
             // Some of them need privileges, and one lane is enough.
             if let (Some(outside), As::Root) = (&row.outside, lane) {
                 let seen = match row.act {
@@ -118,6 +135,15 @@ fn every_attempt_ends_as_the_table_says() {
                 verdict.controls += 1;
                 let judged = verdict.judge(row, "outside", lane, &outside.seen, &seen);
                 println!("{:<57} outside of all walls: {}", "", shown(&judged, &outside.seen, &seen));
+            }
+        }
+        // At NONE an ordinary user's plugin reaches all of these: looking at the host shows it.
+        if lane == As::Ordinary && only.is_none() {
+            let after = world.host();
+            for what in
+                ["the TCP listener", "the UDP socket", "the service", "the abstract socket", "the other generation"]
+            {
+                assert_ne!(before[what], after[what], "{what} was reached, and looks as before");
             }
         }
     }
@@ -148,13 +174,14 @@ fn every_attempt_ends_as_the_table_says() {
             }
         }
     }
+    let guests: u32 = columns.iter().map(|column| column.guests).sum();
     let held = table.row.iter().filter(|row| row.is_held()).count();
     let Verdict { hosts: _, here: _, cells, as_expected, unshown, controls, flips, wrong } = verdict;
     for wrong in &wrong {
         println!("WRONG {wrong}");
     }
     println!(
-        "{{\"rows\":{},\"cells\":{cells},\"as_expected\":{as_expected},\"unshown\":{unshown},\"wrong\":{},\"controls\":{controls},\"flips\":{flips},\"held_by_other_tests\":{held}}}",
+        "{{\"rows\":{},\"cells\":{cells},\"as_expected\":{as_expected},\"unshown\":{unshown},\"wrong\":{},\"controls\":{controls},\"flips\":{flips},\"held_by_other_tests\":{held},\"guests\":{guests}}}",
         table.row.len(),
         wrong.len()
     );

@@ -44,7 +44,7 @@ pub(crate) struct Row {
     /// As in the reference, with a letter behind it where that groups several.
     pub(crate) number: String,
     pub(crate) title: String,
-    /// The letters that the reference has.
+    /// The letters that the reference has, VM's at the end.
     pub(crate) reference: String,
     /// It is not in the reference.
     #[serde(default)]
@@ -64,6 +64,13 @@ pub(crate) struct Row {
     ordinary: Option<Vec<Cell>>,
     /// Of an ordinary user whose launcher has a cgroup that was delegated to it.
     delegated: Option<Vec<Cell>>,
+    /// At VM, whoever runs the launcher; of an ordinary user where it differs.
+    vm: Option<Cell>,
+    vm_ordinary: Option<Cell>,
+    /// What is attempted there in place of `probe`.
+    vm_probe: Option<Vec<String>>,
+    /// Why its cell at VM has another letter than the reference.
+    vm_differs: Option<String>,
     /// What holds it.
     wall: String,
     /// Why a cell has another letter than the reference.
@@ -159,7 +166,7 @@ impl TryFrom<String> for Cell {
     fn try_from(text: String) -> Result<Self, String> {
         let (letter, result) = text.split_once(':').unwrap_or((&text, "ok"));
         match letter {
-            "A" | "D" | "C" | "K" | "R" => {
+            "A" | "D" | "C" | "K" | "G" | "R" => {
                 Ok(Self { letter: letter.chars().next().unwrap_or('?'), result: result.to_owned() })
             }
             other => Err(format!("{other:?} is no verdict")),
@@ -187,6 +194,20 @@ impl Row {
         own.unwrap_or(&self.root)
     }
 
+    /// The cell at VM; none where only other tests hold the row.
+    pub(crate) fn at_vm(&self, user: User) -> Option<&Cell> {
+        match user {
+            User::Ordinary => self.vm_ordinary.as_ref().or(self.vm.as_ref()),
+            User::Root | User::Delegated => self.vm.as_ref(),
+        }
+    }
+
+    /// What is attempted at this level.
+    pub(crate) fn words(&self, level: Level) -> Vec<&str> {
+        let probe = self.vm_probe.as_ref().filter(|_| level == Level::Vm).unwrap_or(&self.probe);
+        self.before.iter().chain(probe).map(String::as_str).collect()
+    }
+
     pub(crate) fn grants(&self, level: Level) -> Vec<Grant> {
         let grant = |granted: &Granted| match granted {
             Granted::WriteTemp => Some(Grant::WriteTemp),
@@ -206,13 +227,20 @@ impl Row {
             return Limits::default();
         }
         let unless = |control| !without.contains(&control);
+        // A machine that is emulated needs some processor time to start in.
+        let cpu = self.limits.cpu.map(|cpu| if level == Level::Vm { cpu.max(50) } else { cpu });
         Limits {
             memory_bytes: self.limits.memory.filter(|_| unless(Control::MemoryLimit)),
-            cpu_percent: self.limits.cpu.filter(|_| unless(Control::CpuLimit)),
+            cpu_percent: cpu.filter(|_| unless(Control::CpuLimit)),
             pids: self.limits.pids.filter(|_| unless(Control::PidsLimit)),
             file_size_bytes: self.limits.file,
             open_files: self.limits.files,
         }
+    }
+
+    /// Whether the suite makes it.
+    pub(crate) fn is_run(&self) -> bool {
+        self.vm.is_some()
     }
 
     /// Whether another test holds it.
@@ -297,7 +325,7 @@ impl Unshown {
 fn document(table: &Table) -> String {
     use std::fmt::Write as _;
     let mut text = include_str!("page.md").to_owned();
-    text.push_str("\n| # | attempt | reference | as root: N, P, C, S | as an ordinary user, where it differs | held by |\n|---|---|---|---|---|---|\n");
+    text.push_str("\n| # | attempt | reference | as root: N, P, C, S | as an ordinary user, where it differs | at VM | held by |\n|---|---|---|---|---|---|---|\n");
     let cells = |cells: &[Cell]| cells.iter().map(Cell::to_string).collect::<Vec<_>>().join(", ");
     for row in &table.row {
         let reference = if row.added { "added" } else { row.reference.as_str() };
@@ -310,11 +338,19 @@ fn document(table: &Table) -> String {
             }
             None => {}
         }
-        let why = row.differs.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+        let why = |why: &Option<String>| why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+        let mut vm = row.vm.as_ref().map(Cell::to_string).unwrap_or_default();
+        if let Some(ordinary) = &row.vm_ordinary {
+            let _ = write!(vm, "; as an ordinary user {ordinary}");
+        }
+        vm.push_str(&why(&row.vm_differs));
         let _ = writeln!(
             text,
-            "| {} | {} | {reference} | {root} | {ordinary} | {}{why} |",
-            row.number, row.title, row.wall
+            "| {} | {} | {reference} | {root} | {ordinary} | {vm} | {}{} |",
+            row.number,
+            row.title,
+            row.wall,
+            why(&row.differs)
         );
     }
     text
@@ -355,7 +391,7 @@ fn the_table_is_whole() {
     for row in &table.row {
         let name = &row.number;
         assert!(numbers.insert(name.as_str()), "row {name} is there twice");
-        assert_eq!(row.reference.chars().count(), LEVELS.len(), "row {name}");
+        assert_eq!(row.reference.chars().count(), LEVELS.len() + 1, "row {name}");
         assert!(!row.wall.is_empty() && !row.title.is_empty(), "row {name}");
         let run = !row.probe.is_empty() || row.act.is_some();
         assert!(run != row.root.is_empty(), "row {name} has cells exactly when it is run");
@@ -368,6 +404,13 @@ fn the_table_is_whole() {
             differs |= cells.iter().zip(row.reference.chars()).any(other);
         }
         assert_eq!(differs, row.differs.is_some(), "row {name}: differs says why a cell is not as in the reference");
+        assert_eq!(row.vm.is_some(), run, "row {name} has a cell at VM exactly when it is run");
+        let other = |cell: &Cell| !row.reference.ends_with(cell.letter);
+        assert_eq!(
+            row.vm.iter().chain(&row.vm_ordinary).any(other),
+            row.vm_differs.is_some(),
+            "row {name}: vm_differs says why its cell at VM is not as in the reference"
+        );
         let allowed = User::ALL.iter().any(|user| row.cells(*user).first().is_some_and(|cell| cell.letter == 'A'));
         assert!(
             !run || row.is_held() || allowed || row.outside.is_some() || !row.flip.is_empty(),

@@ -1,8 +1,9 @@
 //! What the attempts are made against, and how one is made: a launcher, and victims that the suite started itself.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     net::{TcpListener, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd},
@@ -17,7 +18,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use plugvisor_sandbox::protocol::{Control, Exit, Grant, Level};
+use plugvisor_sandbox::protocol::{Control, Exit, Grant, Level, Limits};
 
 use super::{
     harness::{As, Harness, ORDINARY, Plugin, is_root, read_all},
@@ -29,15 +30,16 @@ pub(crate) struct World {
     pub(crate) harness: Harness,
     pub(crate) lane: As,
     without: Vec<Control>,
+    machine: Option<String>,
     victim: Victim,
     sibling: Plugin,
     /// Of the plugin that attempts.
     generation: Plugin,
     tcp: TcpListener,
     udp: UdpSocket,
-    _socket: UnixListener,
+    socket: UnixListener,
     abstract_name: String,
-    _abstract: UnixListener,
+    abstract_socket: UnixListener,
     group: Option<PathBuf>,
     /// The bundle that was swapped last.
     pub(crate) swapped: PathBuf,
@@ -62,9 +64,18 @@ impl Drop for Victim {
 
 impl World {
     pub(crate) fn start(lane: As, without: &[Control], number: i64) -> Self {
+        Self::around(lane, without, None, number)
+    }
+
+    /// One whose launcher has machines, by this part of its policy file.
+    pub(crate) fn start_with_machines(lane: As, machine: &str, number: i64) -> Self {
+        Self::around(lane, &[], Some(machine.to_owned()), number)
+    }
+
+    fn around(lane: As, without: &[Control], machine: Option<String>, number: i64) -> Self {
         let leak = File::open("/").expect("a directory");
         rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).expect("to be inherited");
-        let mut harness = Harness::start_trusting_without(lane, without);
+        let mut harness = launcher(lane, without, machine.as_deref());
         let owner = (lane == As::Ordinary && is_root()).then_some(ORDINARY);
         let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
         let key = harness.path("key");
@@ -96,13 +107,14 @@ impl World {
         Self {
             lane,
             without: without.to_vec(),
+            machine,
             victim,
             sibling,
             generation,
-            tcp: TcpListener::bind("127.0.0.1:0").expect("a listener"),
-            udp: UdpSocket::bind("127.0.0.1:0").expect("a socket"),
-            _socket: listener,
-            _abstract: UnixListener::bind_addr(&address).expect("an abstract socket"),
+            tcp: silent(TcpListener::bind("127.0.0.1:0"), TcpListener::set_nonblocking),
+            udp: silent(UdpSocket::bind("127.0.0.1:0"), UdpSocket::set_nonblocking),
+            socket: silent(Ok(listener), UnixListener::set_nonblocking),
+            abstract_socket: silent(UnixListener::bind_addr(&address), UnixListener::set_nonblocking),
             abstract_name,
             group,
             swapped: PathBuf::new(),
@@ -113,9 +125,7 @@ impl World {
 
     /// How an attempt from inside ends.
     pub(crate) fn attempt(&mut self, row: &Row, level: Level) -> String {
-        let words = [row.before.as_slice(), &row.probe].concat();
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        let mut plugin = match self.launch(row, level, &words) {
+        let mut plugin = match self.launch(row, level, &row.words(level)) {
             Ok(plugin) => plugin,
             Err(refused) => return refused,
         };
@@ -132,9 +142,18 @@ impl World {
     /// A launch for this row at this level, which is told to do this; else the refusal. A limit that the host lacks is not
     /// allowed to be missing.
     pub(crate) fn launch(&mut self, row: &Row, level: Level, words: &[&str]) -> Result<Plugin, String> {
+        self.launch_with(level, row.grants(level), row.limits(level, &self.without), words)
+    }
+
+    pub(crate) fn launch_with(
+        &mut self,
+        level: Level,
+        grants: Vec<Grant>,
+        limits: Limits,
+        words: &[&str],
+    ) -> Result<Plugin, String> {
         let mut request = self.harness.request_at(level, &["obey"]);
-        request.grants = row.grants(level);
-        request.limits = row.limits(level, &self.without);
+        (request.grants, request.limits) = (grants, limits);
         request.allow_degraded.retain(|control| !matches!(control, Control::MemoryLimit | Control::CpuLimit));
         let plugin = self.harness.try_launch(request).map_err(|refusal| format!("{:?}", refusal.code))?;
         let words: Vec<String> = words.iter().map(|word| self.fill_one(word, level)).collect();
@@ -143,6 +162,73 @@ impl World {
         let told = UnixStream::connect(path).and_then(|mut worker| worker.write_all(words.join("\n").as_bytes()));
         told.expect("it is told");
         Ok(plugin)
+    }
+
+    /// Another launcher like this one.
+    pub(crate) fn another(&self, without: &[Control]) -> Harness {
+        launcher(self.lane, without, self.machine.as_deref())
+    }
+
+    /// What of the host an attempt might change, as it is now. What is waited for by nobody is taken in passing: a connection
+    /// or datagram that came is seen once.
+    pub(crate) fn host(&self) -> BTreeMap<&'static str, String> {
+        let text = |path: &str| fs::read_to_string(path).unwrap_or_else(|error| error.to_string());
+        let file = |path: &Path| {
+            let found =
+                fs::metadata(path).map(|found| (found.len(), found.permissions().mode(), found.modified().ok()));
+            format!(
+                "{found:?} {:?}",
+                fs::read(path).map(|bytes| bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>())
+            )
+        };
+        let names = |path: &Path| {
+            let mut names: Vec<_> =
+                fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+            names.sort();
+            format!("{names:?}")
+        };
+        // Its name and state, its nice value, and its limits.
+        let process = |pid: u32| {
+            let stat = text(&format!("/proc/{pid}/stat"));
+            let fields: Vec<&str> = stat.split_whitespace().collect();
+            let of = |at: usize| fields.get(at).copied().unwrap_or("gone");
+            format!("{} {} {} {}", of(1), of(2), of(18), text(&format!("/proc/{pid}/limits")))
+        };
+        let came = |came: io::Result<()>| match came {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => "nobody came".to_owned(),
+            other => format!("{other:?}"),
+        };
+        let keys = text("/proc/keys").lines().filter(|line| line.contains("plugvisor-escape")).count();
+        let memory = text("/proc/sysvipc/shm");
+        let memory = memory.lines().find(|line| line.split_whitespace().next() == Some(&self.victim.key.to_string()));
+        // Without the times of its last uses.
+        let memory = memory.map(|line| line.split_whitespace().take(11).collect::<Vec<_>>().join(" "));
+        BTreeMap::from([
+            ("the key", file(&self.harness.path("key"))),
+            ("the set-uid program", file(&self.harness.path("set-uid"))),
+            ("the bundle's program", file(&self.harness.path("bundles/walled/bin/walled"))),
+            ("the writable directory", names(&self.harness.path("scratch"))),
+            ("the data of plugins", names(&self.harness.path("data"))),
+            ("the directory of everything", names(&self.harness.path(""))),
+            ("the supervisor's process", process(self.victim.process.id())),
+            ("the launcher", process(self.harness.process.id())),
+            ("the sibling", process(self.sibling.launched.pid)),
+            ("the other generation", process(self.generation.launched.pid)),
+            ("core_pattern", text("/proc/sys/kernel/core_pattern")),
+            ("the host's name", text("/proc/sys/kernel/hostname")),
+            (
+                "the group",
+                self.group
+                    .as_ref()
+                    .map_or_else(String::new, |group| text(&group.join("cgroup.procs").display().to_string())),
+            ),
+            ("keys", keys.to_string()),
+            ("the shared memory", format!("{memory:?}")),
+            ("the TCP listener", came(self.tcp.accept().map(drop))),
+            ("the UDP socket", came(self.udp.recv(&mut [0; 16]).map(drop))),
+            ("the service", came(self.socket.accept().map(drop))),
+            ("the abstract socket", came(self.abstract_socket.accept().map(drop))),
+        ])
     }
 
     /// How it ends without any wall, as the user who runs the suite.
@@ -205,6 +291,18 @@ impl World {
     }
 }
 
+fn launcher(lane: As, without: &[Control], machine: Option<&str>) -> Harness {
+    match machine {
+        Some(machine) => Harness::start_trusting_with_machines(lane, machine),
+        None => Harness::start_trusting_without(lane, without),
+    }
+}
+
+/// A socket at which nobody waits.
+fn silent<T>(socket: io::Result<T>, set: impl FnOnce(&T, bool) -> io::Result<()>) -> T {
+    socket.and_then(|socket| set(&socket, true).map(|()| socket)).expect("a socket")
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         if let Some(group) = &self.group {
@@ -254,7 +352,7 @@ fn release_agent() -> String {
 }
 
 /// The last result, with errors by their names.
-fn last_told(text: &str) -> String {
+pub(crate) fn last_told(text: &str) -> String {
     let told = text.lines().last().and_then(|line| line.split_once(' ')).map_or("nothing", |(_, result)| result);
     told.parse().map_or_else(|_| told.to_owned(), |number: i32| errno(number))
 }

@@ -211,6 +211,18 @@ impl Harness {
         })
     }
 
+    /// The same, with machines: `machine` is what the policy file says of them.
+    pub fn start_trusting_with_machines(as_: As, machine: &str) -> Self {
+        let harness = Self::start_with_store(as_, |options| {
+            with_directories(as_, options);
+            for root in &mut options.bundle_roots {
+                root.tier = Tier::Internal;
+            }
+        });
+        harness.write_policy(&format!("version = 1\n{machine}"));
+        harness
+    }
+
     /// With a store on the disk, as root.
     pub fn start_with_store(as_: As, change: impl FnOnce(&mut Options)) -> Self {
         let mut harness = Self::spawn_in(as_, tempfile::tempdir().expect("a temporary directory"), |options, path| {

@@ -21,6 +21,35 @@ fn main() {
     if words == ["obey"] {
         words = orders();
     }
+    match words.split_first() {
+        Some((first, rest)) if first == "each" => each(rest),
+        _ => all(words),
+    }
+}
+
+/// Makes several series of attempts, with `then` between them, each by a process of its own, so that none can end the next
+/// one; after each comes a line with how its process ended.
+fn each(words: &[String]) {
+    for series in words.split(|word| word == "then") {
+        // SAFETY: this program has one thread.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            all(series.to_vec());
+            std::process::exit(0);
+        }
+        let mut status = 0_i32;
+        // SAFETY: status is a valid int for the time of the call.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(waited, child, "its child");
+        if libc::WIFSIGNALED(status) {
+            println!("ended signal {}", libc::WTERMSIG(status));
+        } else {
+            println!("ended code {}", libc::WEXITSTATUS(status));
+        }
+    }
+}
+
+fn all(words: Vec<String>) {
     let mut args = words.into_iter();
     while let Some(name) = args.next() {
         let mut next = || args.next().expect("an argument");

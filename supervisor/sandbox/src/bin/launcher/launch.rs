@@ -112,6 +112,8 @@ pub(crate) struct Running {
     pub(crate) report_closed: bool,
     /// Readable when the program was executed or died.
     pub(crate) exec: Option<OwnedFd>,
+    /// What the monitor of its machine tells beside how the plugin ended.
+    pub(crate) told: Option<OwnedFd>,
     pub(crate) program: Option<OwnedFd>,
     /// Readable when the program asks for its exec; closed when it was let pass.
     pub(crate) listener: Option<OwnedFd>,
@@ -265,6 +267,7 @@ impl Launcher {
                 report: begun.report,
                 report_closed: false,
                 exec: Some(begun.exec),
+                told: begun.told,
                 program: None,
                 listener: None,
                 execs: match checked.walls.kernel {
@@ -315,7 +318,7 @@ impl Launcher {
         };
         let sockets = Sockets::make(id, checked.socket, identity, self.own_mounts)
             .map_err(|error| failed(("making its sockets", error)))?;
-        let pipes = Pipes::make(identity).map_err(|error| failed(("making its pipes", error)))?;
+        let pipes = Pipes::make(identity, checked.walls.kernel).map_err(|error| failed(("making its pipes", error)))?;
         marks.done(Part::Sockets);
         let name = format!("{}-{}-{}", request.plugin, request.generation, id.0);
         let walls = checked.walls;
@@ -384,9 +387,10 @@ impl Launcher {
             // A child that is dead already is told of by its own event.
             drop(report::release(report.as_fd()));
         }
-        let Pipes { stdout, stderr, exec, .. } = pipes;
+        let Pipes { stdout, stderr, exec, told, .. } = pipes;
+        let told = told.map(|(told, _)| told);
         let ends = vec![sockets.broker, sockets.worker, stdout, stderr];
-        Ok(Begun { init, init_pid, report, exec, memory, groups, ends })
+        Ok(Begun { init, init_pid, report, exec, told, memory, groups, ends })
     }
 
     /// Has a spare become this launch, up to the exec, for which it must be released. On error the spare must be discarded,
@@ -428,8 +432,9 @@ impl Launcher {
         let joins = groups.joins(born_in.is_some()).map_err(opening)?;
         let (report, child_report) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|error| ("making a socket pair", error.into()))?;
-        report::send_packet(report.as_fd(), &[0], &[pipes.exec_write.as_fd()])
-            .map_err(|error| ("sending over a socket pair", error))?;
+        let told = pipes.told.as_ref().map(|(_, told)| told.as_fd());
+        let handed: Vec<BorrowedFd<'_>> = [pipes.exec_write.as_fd()].into_iter().chain(told).collect();
+        report::send_packet(report.as_fd(), &[0], &handed).map_err(|error| ("sending over a socket pair", error))?;
         let kit = Kit {
             launcher: self.pidfd.as_fd(),
             report: child_report.as_fd(),
@@ -544,6 +549,7 @@ struct Begun {
     init_pid: i32,
     report: OwnedFd,
     exec: OwnedFd,
+    told: Option<OwnedFd>,
     memory: Option<MemoryWatch>,
     groups: Groups,
     ends: Vec<OwnedFd>,
@@ -558,10 +564,12 @@ struct Pipes {
     /// Closed by the exec, which is how the launcher sees it.
     exec: OwnedFd,
     exec_write: OwnedFd,
+    /// Over which a machine's monitor tells what its end does not; at the level that has one.
+    told: Option<(OwnedFd, OwnedFd)>,
 }
 
 impl Pipes {
-    fn make(identity: Identity) -> io::Result<Self> {
+    fn make(identity: Identity, kernel: Kernel) -> io::Result<Self> {
         let pipe = || -> io::Result<(OwnedFd, OwnedFd)> {
             let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
             rustix::io::ioctl_fionbio(&read, true)?;
@@ -573,7 +581,12 @@ impl Pipes {
         };
         let ((stdout, stdout_write), (stderr, stderr_write)) = (pipe()?, pipe()?);
         let (exec, exec_write) = pipe_with(PipeFlags::CLOEXEC)?;
-        Ok(Self { stdout, stdout_write, stderr, stderr_write, exec, exec_write })
+        let told = match kernel {
+            Kernel::Host => None,
+            // The monitor has its end alone, and the launcher this one: neither waits.
+            Kernel::Own => Some(pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?),
+        };
+        Ok(Self { stdout, stdout_write, stderr, stderr_write, exec, exec_write, told })
     }
 }
 
@@ -665,6 +678,11 @@ impl Running {
                 Message::Ended { signal: true, value } => self.ended = Some(Exit::Signal(value)),
             }
         }
+    }
+
+    /// Whether its machine's monitor told that the guest's kernel killed it for memory. Asked once, when it has ended.
+    pub(crate) fn ran_out_in_its_machine(&mut self) -> bool {
+        self.told.take().is_some_and(|told| rustix::io::read(&told, &mut [0; 1]) == Ok(1))
     }
 
     /// Lets the program be executed if what it waits for is on the disk now.

@@ -130,16 +130,18 @@ pub(crate) fn receive_packet(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Re
     Ok(Some((received.bytes, descriptors)))
 }
 
-/// The child's side: waits for a packet with one descriptor. Takes no memory.
-pub(crate) fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+/// The child's side: waits for a packet with a descriptor, and perhaps one more. Takes no memory.
+pub(crate) fn receive_descriptors(socket: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     recvmsg(socket, &mut [IoSliceMut::new(&mut [0; 1])], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let descriptor = control.drain().find_map(|part| match part {
-        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+    let mut descriptors = control.drain().filter_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(rights) => Some(rights),
         _ => None,
     });
-    descriptor.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    let mut rights = descriptors.next().ok_or(io::ErrorKind::UnexpectedEof)?;
+    let first = rights.next().ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok((first, rights.next()))
 }
 
 /// Lets a program be executed, without waiting.

@@ -385,16 +385,13 @@ fn execute(last: &Last<'_>) -> Failure {
     let report = kernel::fixed(REPORT);
     // What the launcher sees closed when the program is executed. The program alone has it: an init that the machine has
     // no time for would hold it open.
-    match report::receive_descriptor(report) {
+    match report::receive_descriptors(report) {
         // Never closed by hand: the launcher must hear of a failure first.
-        Ok(exec) => {
-            let exec = exec.into_raw_fd();
+        Ok((exec, told)) => {
+            let (exec, told) = (exec.into_raw_fd(), told.map(IntoRawFd::into_raw_fd));
             // A monitor hands it on: what the launcher is to see is the emulator's exec.
             if last.kernel == Kernel::Own
-                && let Err(error) = kernel::place(exec, LIFTED, false).and_then(|()| {
-                    kernel::close(exec);
-                    kernel::place(LIFTED, machine::EXECUTED, true)
-                })
+                && let Err(error) = hand_to_monitor(exec, told)
             {
                 return Failure::io(Step::Descriptors, &error);
             }
@@ -432,6 +429,18 @@ fn execute(last: &Last<'_>) -> Failure {
         None => kernel::execveat(ENTRY, &last.argv, &last.envp),
     };
     Failure::io(Step::Exec, &error)
+}
+
+/// Leaves both under the numbers that a monitor knows.
+fn hand_to_monitor(exec: RawFd, told: Option<RawFd>) -> io::Result<()> {
+    let told = told.ok_or(io::ErrorKind::NotFound)?;
+    // Lifted first: either may have the other one's number.
+    for (from, lifted) in [exec, told].into_iter().zip(LIFTED..) {
+        kernel::place(from, lifted, false)?;
+        kernel::close(from);
+    }
+    kernel::place(LIFTED, machine::EXECUTED, true)?;
+    kernel::place(LIFTED + 1, machine::TOLD, true)
 }
 
 /// Where the kernel does not know how, the filter holds it alone.

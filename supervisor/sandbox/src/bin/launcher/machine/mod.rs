@@ -50,6 +50,10 @@ pub(crate) const PLACE: &str = "/machine";
 /// The number of the descriptor whose closing shows the launcher that the emulator is executed.
 pub(crate) const EXECUTED: i32 = 6;
 
+/// The number of the pipe over which the monitor tells the launcher, by any byte, that the plugin was killed for memory: how
+/// a process ends has no room for that.
+pub(crate) const TOLD: i32 = 7;
+
 /// Execs of a launch: the monitor's and the emulator's.
 pub(crate) const EXECS: u8 = 2;
 

@@ -29,7 +29,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accelerator, EXECUTED, GUEST, PLACE,
+    Accelerator, EXECUTED, GUEST, PLACE, TOLD,
     archive::{Contents, Node},
     emulator, libraries,
     link::{Frame, Target, VERSION},
@@ -106,6 +106,7 @@ fn doing<T, E: Into<io::Error>>(what: &'static str, result: Result<T, E>) -> Ste
 fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
     // The emulator alone closes it, by its exec.
     let executed = doing("taking its descriptors", take(EXECUTED))?;
+    let told = File::from(doing("taking its descriptors", take(TOLD))?);
     let signals = doing("waiting for signals", kernel::signalfd(&FORWARDED))?;
     let worker = if orders.inherits { Some(doing("taking its worker socket", take(WORKER))?) } else { None };
     let pace = Pace::begin();
@@ -117,8 +118,8 @@ fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
     // The emulator alone has them from here on: its end is that of the link.
     drop((archive, its_link));
     drop(executed);
-    Monitor { machine, relay: Relay::new(Side::Host, link), worker: worker.map(UnixListener::from) }
-        .serve(&signals, orders)
+    let worker = worker.map(UnixListener::from);
+    Monitor { machine, relay: Relay::new(Side::Host, link), worker, launcher: Some(told) }.serve(&signals, orders)
 }
 
 /// The number under which the launcher leaves the worker socket.
@@ -205,6 +206,8 @@ struct Monitor {
     machine: Machine,
     relay: Relay<UnixStream>,
     worker: Option<UnixListener>,
+    /// To the launcher, until it was told that the plugin was killed for memory.
+    launcher: Option<File>,
 }
 
 impl Monitor {
@@ -242,9 +245,7 @@ impl Monitor {
                             doing("listening", worker.set_nonblocking(true))?;
                         }
                     }
-                    Event::OutOfMemory => say(
-                        "the kernel of its machine killed the plugin for memory; raise maxMemory, or make it use less",
-                    ),
+                    Event::OutOfMemory => self.out_of_memory(),
                     Event::Ended { signal: false, value } => ended = Some(End::Code(value & 0xff)),
                     Event::Ended { signal: true, value } if ends(value) => ended = Some(End::Signal(value)),
                     Event::Hello { .. } | Event::Signal { .. } | Event::Ended { .. } => {
@@ -265,6 +266,14 @@ impl Monitor {
                 }
             }
         }
+    }
+
+    /// Told once, however often a guest says so: it is a guest's word, and the cause of that plugin's own end.
+    fn out_of_memory(&mut self) {
+        let Some(mut launcher) = self.launcher.take() else { return };
+        // A launcher that is gone asks nothing.
+        let _ = launcher.write_all(&[1]);
+        say("the kernel of its machine killed the plugin for memory; raise maxMemory, or make it use less");
     }
 
     /// The machine is of no more use. How that is told.

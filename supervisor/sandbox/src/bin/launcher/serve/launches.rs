@@ -136,7 +136,9 @@ impl Server {
     pub(super) fn memory_event(&mut self, id: u64) {
         let Some(slot) = self.slots.get_mut(&id) else { return };
         let ran_out = slot.running.memory.as_ref().is_some_and(crate::cgroup::MemoryWatch::ran_out);
-        if !ran_out || slot.running.oom {
+        // Of a machine nothing else is told while it runs: with its plugin it ends.
+        let inside = slot.gone.is_some() && slot.running.ran_out_in_its_machine();
+        if !(ran_out || inside) || slot.running.oom {
             return;
         }
         slot.running.oom = true;
