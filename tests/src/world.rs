@@ -17,7 +17,7 @@ use anyhow::Context;
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::{Binaries, BundleBuilder, Daemon, Lane, binaries, place::Place, stretched};
+use crate::{Binaries, BundleBuilder, Daemon, Lane, binaries, guest::Guest, place::Place, stretched};
 
 /// Health of plugins whose health is not what a test is about. By default one answer that takes over a second takes a
 /// plugin out of the broker's routes, which is right for an operator; a machine under tests may well stand still for as
@@ -152,6 +152,15 @@ impl World {
         chown(&file, Some(self.lane.uid()), None)?;
         self.settings.launcher_policy = Some(file);
         Ok(self)
+    }
+
+    /// Gives its launcher machines, with this kernel.
+    ///
+    /// # Errors
+    /// When the kernel cannot be copied, or the policy not be written.
+    pub fn machines(self, guest: &Guest) -> anyhow::Result<Self> {
+        let machine = guest.settings(self.directory.path())?;
+        self.launcher_policy(&format!("version = 1\n{machine}"))
     }
 
     /// Runs the tool as an administrator does: where no supervisor needs to run.

@@ -2,6 +2,7 @@
 //! installed. Kept in the target directory; remove `target/guest` to have a newer one.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -25,6 +26,31 @@ pub(crate) fn kernel() -> Option<PathBuf> {
         eprintln!("    no kernel for the tests of the level VM: {why:#}");
     }
     found.ok()
+}
+
+/// What the launcher's policy file says of a copy of it in this directory: a root launcher takes a kernel only from where root
+/// alone writes, and the target directory may be somebody else's.
+///
+/// # Errors
+/// When the directory has not the kernel that it is made of, or it cannot be copied.
+pub(crate) fn settings(place: &Path, into: &Path) -> anyhow::Result<String> {
+    let kernels = fs::read_dir(place.join("boot")).context("cannot read what was unpacked")?;
+    let found = kernels.flatten().find_map(|entry| {
+        let version = entry.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned();
+        Some((entry.path(), version))
+    });
+    let (kernel, version) = found.with_context(|| format!("there is no kernel in {}", place.display()))?;
+    let drivers = place.join("lib/modules").join(version).join("kernel/drivers");
+    let modules = ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
+    let copy = |from: PathBuf| -> anyhow::Result<PathBuf> {
+        let to = into.join(from.file_name().unwrap_or_default());
+        fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o644)).context("cannot chmod it")?;
+        Ok(to)
+    };
+    let kernel = copy(kernel)?;
+    let modules = modules.iter().map(|module| copy(drivers.join(module))).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(format!("version = 1\n[vm]\nkernel = {kernel:?}\nmodules = {modules:?}\n"))
 }
 
 fn find() -> anyhow::Result<PathBuf> {

@@ -246,7 +246,7 @@ impl Guest {
             }
             polls.clear();
             polls.push(Poll::new(children, IN));
-            let accepts = if self.relay.has_room() { IN } else { 0 };
+            let accepts = if self.relay.has_room(Target::Broker) { IN } else { 0 };
             polls.push(Poll::new(&self.broker, accepts));
             polls.push(self.egress.as_ref().map_or(Poll { fd: -1, events: 0, found: 0 }, |it| Poll::new(it, accepts)));
             self.relay.interests(&mut polls);

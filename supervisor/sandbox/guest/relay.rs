@@ -1,7 +1,7 @@
 //! Connections on one side, frames on the other: the same code in a guest and on its host.
 //!
-//! One thread, one `poll`. What is kept is bounded: a window of bytes for each connection, [`MOST`] connections, and about
-//! [`HIGH`] bytes on their way out. Each turn reads a piece of every connection that has something, so that none of them
+//! One thread, one `poll`. What is kept is bounded: a window of bytes for each connection, so many connections in each
+//! direction, and about [`HIGH`] bytes on their way out. Each turn reads a piece of every connection that has something, so that none of them
 //! waits for another one's end.
 
 use std::{
@@ -17,8 +17,10 @@ use std::{
 
 use super::link::{self, Frame, MOST_DATA, Malformed, Target, WINDOW};
 
-/// The most connections at once: more are closed at once.
-pub(crate) const MOST: usize = 256;
+/// The most connections to the plugin at once, and the most that it has to others: more are closed at once. Each has its
+/// own, so that a plugin that opens as many as it can does not keep its health checks out, nor its callers it from calling.
+pub(crate) const MOST_INWARD: usize = 64;
+pub(crate) const MOST_OUTWARD: usize = 192;
 
 /// With so many bytes on their way out, nothing more is read from connections.
 const HIGH: usize = 256 << 10;
@@ -199,9 +201,16 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
         Self { side, link, streams: BTreeMap::new(), next, turns: 0, incoming: Vec::new(), outgoing: Vec::new() }
     }
 
-    /// Whether one more connection may begin.
-    pub(crate) fn has_room(&self) -> bool {
-        self.streams.len() < MOST
+    /// Whether one more connection to there may begin.
+    pub(crate) fn has_room(&self, target: Target) -> bool {
+        // The host begins those to the plugin and no others.
+        let inward = self.streams.keys().filter(|stream| Side::Host.began(**stream)).count();
+        match target {
+            Target::Worker => inward < MOST_INWARD,
+            Target::Broker | Target::Egress | Target::Stdout | Target::Stderr => {
+                self.streams.len() - inward < MOST_OUTWARD
+            }
+        }
     }
 
     /// Whether all that was said on this side is on its way: what was told, and what the pipes carried to their ends.
@@ -329,7 +338,8 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
                 if self.side.began(stream) || !self.side.takes(target) || self.streams.contains_key(&stream) {
                     return Err(Broken::Unexpected("a connection that it may not begin"));
                 }
-                let opened = if self.has_room() { open(target) } else { Err(ErrorKind::ConnectionRefused.into()) };
+                let opened =
+                    if self.has_room(target) { open(target) } else { Err(ErrorKind::ConnectionRefused.into()) };
                 match opened.and_then(|socket| socket.ready().map(|()| socket)) {
                     Ok(socket) => {
                         let mut opened = Stream::new(socket);

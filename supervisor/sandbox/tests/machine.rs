@@ -26,7 +26,7 @@ use plugvisor_sandbox::protocol::{
 
 /// A launcher that has machines, and to which plugins are the operator's own.
 fn start(as_: As) -> Option<Harness> {
-    guest::settings().map(|machine| Harness::start_trusting_with_machines(as_, &machine))
+    guest::find().map(|guest| Harness::start_trusting_with_machines(as_, |place| guest.settings(place)))
 }
 
 fn in_machine(harness: &Harness, manner: &Manner) -> Launch {

@@ -17,13 +17,13 @@ const ECHO: &str = "/plugvisor.test.v1.EchoService/Say";
 
 /// A plugin in a machine beside one that is in none; `None` where there is no kernel for one.
 fn inside(lane: Lane) -> anyhow::Result<Option<World>> {
-    let Some(machine) = guest::settings() else { return Ok(None) };
+    let Some(guest) = guest::find() else { return Ok(None) };
     let bundle = BundleBuilder::hostile("inside", &["echo"]).capabilities(&["api:internal-calls"]);
     let bundle = bundle.set("/security/sandbox/resourceLimits/maxMemory", 96 << 20);
     let world = World::new(lane)?.tier("internal").grants(&["api:internal-calls"]);
     let world = world.plugin(&BundleBuilder::echo("echo"))?;
     let world = world.plugin(&bundle.set("/security/sandbox/isolationLevel", "vm"))?;
-    Ok(Some(world.launcher_policy(&format!("version = 1\n{machine}"))?))
+    Ok(Some(world.machines(&guest)?))
 }
 
 async fn calls(daemon: &Daemon) -> anyhow::Result<()> {

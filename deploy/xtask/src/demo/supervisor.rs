@@ -1,5 +1,6 @@
 //! The supervisor of a demo: started, asked through the `plugvisor` command as an operator would, and stopped.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
@@ -31,10 +32,25 @@ impl Supervisor {
     /// # Errors
     /// When it ends or does not answer within a minute; the message holds what it logged.
     pub(crate) fn start(binaries: &Path, configuration: &Path, runtime: &Path, log: &Path) -> anyhow::Result<Self> {
+        Self::start_with(binaries, configuration, runtime, log, None)
+    }
+
+    /// The same with a policy of its launcher's.
+    ///
+    /// # Errors
+    /// As of [`Supervisor::start`].
+    pub(crate) fn start_with(
+        binaries: &Path,
+        configuration: &Path,
+        runtime: &Path,
+        log: &Path,
+        policy: Option<&Path>,
+    ) -> anyhow::Result<Self> {
         let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
         let child = Command::new(binaries.join("plugvisord"))
             .arg("--config")
             .arg(configuration)
+            .args(policy.into_iter().flat_map(|policy| [OsStr::new("--launcher-policy"), policy.as_os_str()]))
             .stdin(Stdio::null())
             .stdout(output.try_clone().context("cannot share the log")?)
             .stderr(output)

@@ -13,6 +13,7 @@ use plugvisor_sandbox::protocol::{Exit, Grant, Level, Limits};
 
 use super::{
     acts,
+    guest::Guest,
     harness::{As, Plugin, read_all},
     table::{Act, Row},
     world::{World, last_told, signal},
@@ -38,7 +39,7 @@ impl fmt::Display for Column {
 }
 
 /// Of every lane at once: an emulated guest keeps one processor busy.
-pub(crate) fn columns(machine: &str, rows: &[&Row], number: &mut i64) -> Vec<Column> {
+pub(crate) fn columns(machine: &Guest, rows: &[&Row], number: &mut i64) -> Vec<Column> {
     let lanes: Vec<(As, i64)> = As::possible().into_iter().zip(*number + 1..).collect();
     *number += i64::try_from(lanes.len()).expect("few");
     std::thread::scope(|scope| {

@@ -91,7 +91,7 @@ fn every_attempt_ends_as_the_table_says() {
         assert!(table.row.iter().any(|row| row.number == name), "PLUGVISOR_ESCAPE_ROW: there is no row {name}");
     }
     let chosen = |row: &&Row| only.as_ref().is_none_or(|only| only.split(',').any(|one| one == row.number));
-    let machine = guest::settings();
+    let machine = guest::find();
     let rows: Vec<&Row> = table.row.iter().filter(chosen).collect();
     let columns = machine.map(|machine| machine::columns(&machine, &rows, &mut number)).unwrap_or_default();
     for column in &columns {

@@ -21,6 +21,7 @@ use std::{
 use plugvisor_sandbox::protocol::{Control, Exit, Grant, Level, Limits};
 
 use super::{
+    guest::Guest,
     harness::{As, Harness, ORDINARY, Plugin, is_root, read_all},
     table::{Outside, Row},
 };
@@ -30,7 +31,7 @@ pub(crate) struct World {
     pub(crate) harness: Harness,
     pub(crate) lane: As,
     without: Vec<Control>,
-    machine: Option<String>,
+    machine: Option<Guest>,
     victim: Victim,
     sibling: Plugin,
     /// Of the plugin that attempts.
@@ -67,15 +68,15 @@ impl World {
         Self::around(lane, without, None, number)
     }
 
-    /// One whose launcher has machines, by this part of its policy file.
-    pub(crate) fn start_with_machines(lane: As, machine: &str, number: i64) -> Self {
-        Self::around(lane, &[], Some(machine.to_owned()), number)
+    /// One whose launcher has machines with this kernel.
+    pub(crate) fn start_with_machines(lane: As, machine: &Guest, number: i64) -> Self {
+        Self::around(lane, &[], Some(machine.clone()), number)
     }
 
-    fn around(lane: As, without: &[Control], machine: Option<String>, number: i64) -> Self {
+    fn around(lane: As, without: &[Control], machine: Option<Guest>, number: i64) -> Self {
         let leak = File::open("/").expect("a directory");
         rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).expect("to be inherited");
-        let mut harness = launcher(lane, without, machine.as_deref());
+        let mut harness = launcher(lane, without, machine.as_ref());
         let owner = (lane == As::Ordinary && is_root()).then_some(ORDINARY);
         let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
         let key = harness.path("key");
@@ -166,7 +167,7 @@ impl World {
 
     /// Another launcher like this one.
     pub(crate) fn another(&self, without: &[Control]) -> Harness {
-        launcher(self.lane, without, self.machine.as_deref())
+        launcher(self.lane, without, self.machine.as_ref())
     }
 
     /// What of the host an attempt might change, as it is now. What is waited for by nobody is taken in passing: a connection
@@ -291,9 +292,9 @@ impl World {
     }
 }
 
-fn launcher(lane: As, without: &[Control], machine: Option<&str>) -> Harness {
+fn launcher(lane: As, without: &[Control], machine: Option<&Guest>) -> Harness {
     match machine {
-        Some(machine) => Harness::start_trusting_with_machines(lane, machine),
+        Some(machine) => Harness::start_trusting_with_machines(lane, |place| machine.settings(place)),
         None => Harness::start_trusting_without(lane, without),
     }
 }

@@ -2,12 +2,23 @@
 #![allow(unreachable_pub, missing_docs, reason = "two crates of tests")]
 
 use std::{
-    fs,
+    fs, io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
-/// What `[vm]` says here; `None`, and said, when there is no kernel.
-pub fn settings() -> Option<String> {
+const MODULES: [&str; 4] =
+    ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
+
+/// Where there is a kernel for virtual machines, and its modules.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    kernel: PathBuf,
+    drivers: PathBuf,
+}
+
+/// The kernel here; `None`, and said, when there is none.
+pub fn find() -> Option<Guest> {
     let place = std::env::var_os("PLUGVISOR_TEST_GUEST").map_or_else(|| PathBuf::from("/"), PathBuf::from);
     let kernels = fs::read_dir(place.join("boot")).into_iter().flatten().flatten();
     let found = kernels.into_iter().find_map(|entry| {
@@ -18,8 +29,26 @@ pub fn settings() -> Option<String> {
         println!("SKIP machines: no QEMU, or no kernel (linux-image-cloud-amd64) below {}", place.display());
         return None;
     };
-    let drivers = place.join("lib/modules").join(version).join("kernel/drivers");
-    let modules = ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
-    let modules: Vec<PathBuf> = modules.iter().map(|module| drivers.join(module)).collect();
-    Some(format!("[vm]\nkernel = {kernel:?}\nmodules = {modules:?}\n"))
+    Some(Guest { kernel, drivers: place.join("lib/modules").join(version).join("kernel/drivers") })
+}
+
+impl Guest {
+    /// What `[vm]` says of a copy in this directory. A root launcher takes a kernel only from where root alone writes, and
+    /// whoever checked the project out may not be root.
+    pub fn settings(&self, place: &Path) -> io::Result<String> {
+        let place = place.join("guest");
+        fs::create_dir_all(&place)?;
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o755))?;
+        let copy = |from: &Path| -> io::Result<PathBuf> {
+            let to = place.join(from.file_name().unwrap_or_default());
+            if !to.exists() {
+                fs::copy(from, &to)?;
+                fs::set_permissions(&to, fs::Permissions::from_mode(0o644))?;
+            }
+            Ok(to)
+        };
+        let kernel = copy(&self.kernel)?;
+        let modules = MODULES.iter().map(|module| copy(&self.drivers.join(module))).collect::<io::Result<Vec<_>>>()?;
+        Ok(format!("[vm]\nkernel = {kernel:?}\nmodules = {modules:?}\n"))
+    }
 }

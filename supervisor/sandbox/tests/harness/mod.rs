@@ -211,14 +211,15 @@ impl Harness {
         })
     }
 
-    /// The same, with machines: `machine` is what the policy file says of them.
-    pub fn start_trusting_with_machines(as_: As, machine: &str) -> Self {
+    /// The same, with machines: `settings` gives what the policy file says of them, for files in a directory.
+    pub fn start_trusting_with_machines(as_: As, settings: impl FnOnce(&Path) -> io::Result<String>) -> Self {
         let harness = Self::start_with_store(as_, |options| {
             with_directories(as_, options);
             for root in &mut options.bundle_roots {
                 root.tier = Tier::Internal;
             }
         });
+        let machine = settings(&harness.path("")).expect("a copy of the kernel");
         harness.write_policy(&format!("version = 1\n{machine}"));
         harness
     }

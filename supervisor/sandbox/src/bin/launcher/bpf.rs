@@ -46,6 +46,11 @@ pub(crate) enum Comparison {
         mask: u64,
         value: u64,
     },
+    /// They are not.
+    NotMasked {
+        mask: u64,
+        value: u64,
+    },
     Equal(u64),
     NotEqual(u64),
 }
@@ -213,21 +218,27 @@ fn conditions(test: &Test, left: u8) -> Option<BpfProgram> {
         }
         Some(last)
     };
+    let other = |mask: u64, value: u64| -> Option<BpfProgram> {
+        let ((low_mask, high_mask), (low_value, high_value)) = (halves(mask), halves(value));
+        let masked = |at, mask: u32| {
+            let mask = (mask != u32::MAX).then(|| statement(AND, mask));
+            [statement(LOAD, at)].into_iter().chain(mask).collect::<BpfProgram>()
+        };
+        let mut last = masked(low, low_mask.ok()?);
+        last.push(branch(IF_EQUAL, low_value.ok()?, left, 0));
+        if test.width == Width::Whole {
+            let mut first = masked(low + 4, high_mask.ok()?);
+            first.push(branch(IF_EQUAL, high_value.ok()?, 0, u8::try_from(last.len()).ok()?));
+            first.append(&mut last);
+            last = first;
+        }
+        Some(last)
+    };
     match test.comparison {
         Comparison::Masked { mask, value } => equal(mask, value),
         Comparison::Equal(value) => equal(u64::MAX, value),
-        Comparison::NotEqual(value) => {
-            let (low_value, high_value) = halves(value);
-            let last = vec![statement(LOAD, low), branch(IF_EQUAL, low_value.ok()?, left, 0)];
-            Some(match test.width {
-                Width::Half => last,
-                Width::Whole => {
-                    let mut program = vec![statement(LOAD, low + 4), branch(IF_EQUAL, high_value.ok()?, 0, 2)];
-                    program.extend(last);
-                    program
-                }
-            })
-        }
+        Comparison::NotMasked { mask, value } => other(mask, value),
+        Comparison::NotEqual(value) => other(u64::MAX, value),
     }
 }
 
@@ -303,7 +314,16 @@ mod tests {
             assert!(answers(ask(0, width, Comparison::NotEqual(5)), 6));
             assert!(answers(ask(5, width, Comparison::Masked { mask: 6, value: 4 }), 5 | high));
             assert!(!answers(ask(5, width, Comparison::Masked { mask: 6, value: 4 }), 6));
+            let other = Comparison::NotMasked { mask: 0xFF00, value: 0xAE00 };
+            assert!(!answers(ask(1, width, other), 0x4020_AE46) && !answers(ask(1, width, other), 0xAE01 | high));
+            assert!(answers(ask(1, width, other), 0x5412) && answers(ask(1, width, other), 0xAF01 | high));
         }
+        let other = Comparison::NotMasked { mask: 0xF_0000_00FF, value: 0x3_0000_0001 };
+        assert!(!answers(ask(1, Width::Whole, other), 0x13_0000_0101));
+        assert!(
+            answers(ask(1, Width::Whole, other), 0x12_0000_0001)
+                && answers(ask(1, Width::Whole, other), 0x13_0000_0002)
+        );
         let both = Comparison::Masked { mask: 0xF_0000_0001, value: 0x3_0000_0001 };
         assert!(answers(ask(1, Width::Whole, both), 0x13_0000_0009));
         assert!(!answers(ask(1, Width::Whole, both), 0x13_0000_0008));

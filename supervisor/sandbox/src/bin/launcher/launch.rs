@@ -144,7 +144,7 @@ pub(crate) struct Program<'a> {
     /// Who runs it, when that does not go by its name.
     pub(crate) identity: Option<Identity>,
     /// What its machine is made of, and the device that runs it; at the level that has one.
-    pub(crate) machine: &'a [PathBuf],
+    pub(crate) machine: &'a [machine::Part],
     pub(crate) device: Option<&'static str>,
 }
 

@@ -98,21 +98,23 @@ pub(crate) struct Own {
 
 impl Own {
     /// And what a machine is made of: its kernel and modules, read-only, and the device that runs it, if one does. Found by
-    /// their paths: before the tree is entered.
-    pub(crate) fn with_machine(mut self, parts: &[impl AsRef<Path>], device: Option<&str>) -> Result<Self, Failure> {
-        let copy = |path: &Path, attributes| {
-            let source = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-            detached(source.as_fd(), attributes)
-        };
-        let attach = |(number, part): (usize, &Path)| -> Result<(OwnedFd, String), Errno> {
-            let copied = copy(part, READ_ONLY | libc::MOUNT_ATTR_NOEXEC)?;
+    /// their paths, before the tree is entered; each must be the file that was judged.
+    pub(crate) fn with_machine(mut self, parts: &[machine::Part], device: Option<&str>) -> Result<Self, Failure> {
+        let source = |path: &Path| open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        let attach = |(number, part): (usize, &machine::Part)| -> Result<(OwnedFd, String), Errno> {
+            let source = source(&part.path)?;
+            if !part.is(&source)? {
+                return Err(Errno::STALE);
+            }
+            let copied = detached(source.as_fd(), READ_ONLY | libc::MOUNT_ATTR_NOEXEC)?;
             Ok((copied, format!("{}/{number}", &machine::PLACE[1..])))
         };
-        let parts: Result<_, _> = parts.iter().map(AsRef::as_ref).enumerate().map(attach).collect();
+        let parts: Result<_, _> = parts.iter().enumerate().map(attach).collect();
         self.machine = parts.map_err(at(Step::Machine))?;
         if let Some(device) = device {
             let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
-            let copied = copy(Path::new(device), attributes).map_err(at(Step::Machine))?;
+            let copied = source(Path::new(device)).and_then(|source| detached(source.as_fd(), attributes));
+            let copied = copied.map_err(at(Step::Machine))?;
             self.machine.push((copied, device.trim_start_matches('/').to_owned()));
         }
         Ok(self)

@@ -221,7 +221,8 @@ impl Condition {
             (Some(mask), Some(value), None) => Comparison::Masked { mask, value },
             (None, Some(value), None) => Comparison::Equal(value),
             (None, None, Some(value)) => Comparison::NotEqual(value),
-            _ => return Err("a condition has `equals`, `mask` and `equals`, or `not`".to_owned()),
+            (Some(mask), None, Some(value)) => Comparison::NotMasked { mask, value },
+            _ => return Err("a condition has `equals` or `not`, and perhaps a `mask`".to_owned()),
         };
         if self.arg > 5 {
             return Err(format!("arg is {}, the last one is 5", self.arg));
@@ -465,7 +466,7 @@ mod tests {
             let part = |value: u64| if condition.bits == 32 { value & 0xFFFF_FFFF } else { value };
             match (condition.mask, condition.equals, condition.not) {
                 (mask, Some(value), _) => part(whole) & part(mask.unwrap_or(u64::MAX)) == part(value),
-                (_, _, value) => part(whole) != part(value.expect("a value")),
+                (mask, _, value) => part(whole) & part(mask.unwrap_or(u64::MAX)) != part(value.expect("a value")),
             }
         };
         for rule in denied.rule.iter().chain(&allowed.rule).filter(|rule| names(&rule.syscalls)) {
@@ -514,5 +515,30 @@ mod tests {
         let seccomp = u32::try_from(libc::SYS_seccomp).expect("a number");
         let answer = bpf::run(&plain, seccomp, bpf::THIS_ARCHITECTURE, [1, 8, 0, 0, 0, 0]);
         assert_eq!(answer, libc::SECCOMP_RET_ERRNO | 1);
+    }
+
+    #[test]
+    fn a_machine_asks_its_device_alone_for_more_and_installs_no_filter_that_answers_or_logs() {
+        let filters = Filters::compile(&[]).expect("the data files");
+        let (ioctl, seccomp) = (16, u32::try_from(libc::SYS_seccomp).expect("a number"));
+        let asks = |device, call, argument: u64| {
+            let program = filters.of(Calls::Machine, &[Grant::SpawnChild], device).expect("a program");
+            bpf::run(program, call, bpf::THIS_ARCHITECTURE, [1, argument, 0, 0, 0, 0]) == libc::SECCOMP_RET_ALLOW
+        };
+        // KVM_CREATE_VM, KVM_RUN, KVM_SET_USER_MEMORY_REGION; the kernel reads the low half alone.
+        for request in [0xae01, 0xae80, 0x4020_ae46, 0xffff_ffff_0000_ae01] {
+            assert!(asks(true, ioctl, request) && !asks(false, ioctl, request), "{request:#x}");
+        }
+        // TUNSETIFF, SIOCGIFCONF, TIOCSTI with and without high bits, one whose type is beside KVM's, and nothing.
+        for request in [0x4004_54ca, 0x8912, 0x5412, 0xae01_0000_5412, 0xaf01, 0xad01, 0xae, 0] {
+            assert!(!asks(true, ioctl, request) && !asks(false, ioctl, request), "{request:#x}");
+        }
+        // TCGETS and FIONBIO, as everybody.
+        assert!(asks(true, ioctl, 0x5401) && asks(false, ioctl, 0x5421));
+        // None, and TSYNC; then LOG, SPEC_ALLOW, NEW_LISTENER, all of them, and one that the kernel does not read.
+        for device in [false, true] {
+            assert!([0, 1, 0xffff_ffff_0000_0001].iter().all(|flags| asks(device, seccomp, *flags)));
+            assert!(![2, 4, 8, 9, 16, 3, 0xff, 0x8000_0000].iter().any(|flags| asks(device, seccomp, *flags)));
+        }
     }
 }

@@ -17,7 +17,7 @@ use std::{
     ffi::{CStr, CString},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, SocketMode};
@@ -137,7 +137,7 @@ pub(crate) struct Plan<'a> {
     /// The directory with this launch's sockets, in the launcher's directory.
     pub(crate) sockets: &'a str,
     /// What its machine is made of, at the level that has one.
-    pub(crate) machine: &'a [PathBuf],
+    pub(crate) machine: &'a [machine::Part],
     pub(crate) ends: Ends<'a>,
 }
 

@@ -5,6 +5,7 @@
 //! own walls.
 
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     fs::{self, File},
     io::Read,
@@ -14,22 +15,42 @@ use std::{
 
 use super::archive::{Contents, Executable, Node};
 
-/// The most files that are looked into.
-const MOST_FILES: usize = 512;
-/// The most that is read of a table or a text, in bytes.
-const MOST_TABLE: usize = 1 << 20;
+/// How much is read and followed. What is beyond is not there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// Files that are looked into.
+    pub(super) files: usize,
+    /// Bytes that are read of all of them together.
+    pub(super) bytes: u64,
+    /// Bytes of one table or text.
+    pub(super) table: usize,
+    /// Headers of one file, and entries of its dynamic section.
+    pub(super) entries: usize,
+    /// Libraries that one file names, and the places that it names for them.
+    pub(super) names: usize,
+    pub(super) places: usize,
+}
+
+impl Default for Bounds {
+    /// The largest programs in use name some two hundred libraries, and have string tables of a few hundred KiB.
+    fn default() -> Self {
+        Self { files: 512, bytes: 64 << 20, table: 1 << 20, entries: 4096, names: 512, places: 16 }
+    }
+}
+
 /// The longest first line of a script that the kernel reads.
 const MOST_LINE: usize = 256;
 
 /// Puts everything into the contents that its files need. `places` are where libraries are looked for.
-pub(super) fn complete(contents: &mut Contents, places: &[PathBuf]) {
+pub(super) fn complete(contents: &mut Contents, places: &[PathBuf], bounds: &Bounds) {
+    let bytes = Cell::new(bounds.bytes);
     let mut left = contents.files();
     let mut seen: BTreeSet<PathBuf> = BTreeSet::new();
     while let Some(path) = left.pop() {
-        if seen.len() >= MOST_FILES || !seen.insert(path.clone()) {
+        if seen.len() >= bounds.files || !seen.insert(path.clone()) {
             continue;
         }
-        let needs = Needs::of(&path);
+        let needs = Needs::of(&path, bounds, &bytes);
         let mut add = |found: PathBuf| {
             if !contents.has(&found) {
                 let executable = fs::metadata(&found).is_ok_and(|found| found.permissions().mode() & 0o111 != 0);
@@ -66,7 +87,8 @@ struct Needs {
 }
 
 impl Needs {
-    fn of(path: &Path) -> Self {
+    /// `left` is how many bytes may be read.
+    fn of(path: &Path, bounds: &Bounds, left: &Cell<u64>) -> Self {
         let Ok(file) = File::open(path) else { return Self::default() };
         let mut head = Vec::new();
         if (&file).take(MOST_LINE as u64).read_to_end(&mut head).is_err() {
@@ -75,7 +97,7 @@ impl Needs {
         if let Some(line) = head.strip_prefix(b"#!") {
             return Self { programs: script(line), ..Self::default() };
         }
-        Elf { file: &file }.needs(&head).unwrap_or_default()
+        Elf { file: &file, bounds, left }.needs(&head).unwrap_or_default()
     }
 }
 
@@ -98,6 +120,9 @@ fn script(line: &[u8]) -> Vec<PathBuf> {
 /// A program or library for x86-64.
 struct Elf<'a> {
     file: &'a File,
+    bounds: &'a Bounds,
+    /// Bytes that may still be read.
+    left: &'a Cell<u64>,
 }
 
 const PT_LOAD: u32 = 1;
@@ -119,9 +144,11 @@ impl Elf<'_> {
             return None;
         }
         let (offset, entry, count) = (number(head, 32)?, u64::from(short(head, 54)?), u64::from(short(head, 56)?));
+        let Bounds { entries: most, names, places, .. } = *self.bounds;
         let table = self.read(offset, entry.checked_mul(count)?)?;
         let headers: Vec<Header> = table
             .chunks_exact(usize::try_from(entry).ok().filter(|entry| *entry >= 56)?)
+            .take(most)
             .filter_map(|header| Some((word(header, 0)?, number(header, 8)?, number(header, 16)?, number(header, 32)?)))
             .collect();
         let mut needs = Needs::default();
@@ -133,15 +160,21 @@ impl Elf<'_> {
             return Some(needs);
         };
         let dynamic = self.read(*offset, *size)?;
-        let entries: Vec<(u64, u64)> =
-            dynamic.chunks_exact(16).filter_map(|entry| Some((number(entry, 0)?, number(entry, 8)?))).collect();
+        let entries: Vec<(u64, u64)> = dynamic
+            .chunks_exact(16)
+            .take(most)
+            .filter_map(|entry| Some((number(entry, 0)?, number(entry, 8)?)))
+            .collect();
         let value = |tag| entries.iter().find(|(found, _)| *found == tag).map(|(_, value)| *value);
         let strings = self.read(in_file(&headers, value(DT_STRTAB)?)?, value(DT_STRSZ)?)?;
         let text = |at: u64| until_zero(strings.get(usize::try_from(at).ok()?..)?);
         for (tag, at) in entries.iter().copied() {
             match tag {
-                DT_NEEDED => needs.libraries.push(text(at)?),
-                DT_RPATH | DT_RUNPATH => needs.places.extend(text(at)?.split(':').map(str::to_owned)),
+                DT_NEEDED if needs.libraries.len() < names => needs.libraries.push(text(at)?),
+                DT_RPATH | DT_RUNPATH => {
+                    let room = places - needs.places.len();
+                    needs.places.extend(text(at)?.split(':').take(room).map(str::to_owned));
+                }
                 _ => {}
             }
         }
@@ -154,7 +187,8 @@ impl Elf<'_> {
     }
 
     fn read(&self, offset: u64, size: u64) -> Option<Vec<u8>> {
-        let size = usize::try_from(size).ok().filter(|size| *size <= MOST_TABLE)?;
+        self.left.set(self.left.get().checked_sub(size)?);
+        let size = usize::try_from(size).ok().filter(|size| *size <= self.bounds.table)?;
         let mut bytes = vec![0; size];
         self.file.read_exact_at(&mut bytes, offset).ok()?;
         Some(bytes)
@@ -190,18 +224,80 @@ fn short(of: &[u8], at: usize) -> Option<u16> {
 mod tests {
     use super::*;
 
+    fn needs_within(path: &Path, bounds: &Bounds) -> Needs {
+        Needs::of(path, bounds, &Cell::new(bounds.bytes))
+    }
+
+    fn needs_of(path: &Path) -> Needs {
+        needs_within(path, &Bounds::default())
+    }
+
+    /// Each bound by itself, on this test program, which names more than one of each.
+    #[test]
+    fn what_is_beyond_a_bound_is_not_there() {
+        let own = std::env::current_exe().expect("a path");
+        let all = needs_of(&own);
+        assert!(all.libraries.len() > 1, "{all:?}");
+        let bounds = Bounds::default();
+        let one = needs_within(&own, &Bounds { names: 1, ..bounds });
+        assert_eq!(one.libraries, all.libraries[..1]);
+        for bounds in
+            [Bounds { bytes: 100, ..bounds }, Bounds { table: 100, ..bounds }, Bounds { entries: 1, ..bounds }]
+        {
+            assert_eq!(needs_within(&own, &bounds).libraries, Vec::<String>::new(), "{bounds:?}");
+        }
+        let mut contents = Contents::default();
+        contents.put(Path::new("/plugin/bin/a"), Node::Copy { from: own, executable: Executable::Yes });
+        complete(&mut contents, &[PathBuf::from("/lib/x86_64-linux-gnu")], &Bounds { files: 0, ..bounds });
+        assert_eq!(contents.files().len(), 1, "{:?}", contents.files());
+    }
+
+    #[test]
+    fn places_are_counted_over_all_entries() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("library");
+        fs::write(&path, with_places(40)).expect("writes");
+        let most = Bounds::default().places;
+        assert_eq!(needs_of(&path).places.len(), most);
+        fs::write(&path, with_places(3)).expect("writes");
+        assert_eq!(needs_of(&path).places, ["/a", "/b", "/a", "/b", "/a", "/b"]);
+    }
+
+    /// An ELF file with nothing but a dynamic section of so many `DT_RUNPATH`, each of two places.
+    fn with_places(count: usize) -> Vec<u8> {
+        let text = b"/a:/b\0";
+        let dynamic: Vec<(u64, u64)> =
+            (0..count).map(|_| (DT_RUNPATH, 0)).chain([(DT_STRTAB, 0), (DT_STRSZ, text.len() as u64)]).collect();
+        let at = 64 + 2 * 56;
+        let length = dynamic.len() as u64 * 16;
+        let mut bytes = vec![0; 64];
+        bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        bytes[32..40].copy_from_slice(&64_u64.to_le_bytes());
+        bytes[54..58].copy_from_slice(&[56, 0, 2, 0]);
+        for (kind, offset, size) in [(PT_LOAD, at + length, text.len() as u64), (PT_DYNAMIC, at, length)] {
+            let mut header = [0; 56];
+            header[..4].copy_from_slice(&kind.to_le_bytes());
+            header[8..16].copy_from_slice(&offset.to_le_bytes());
+            header[32..40].copy_from_slice(&size.to_le_bytes());
+            bytes.extend(header);
+        }
+        bytes.extend(dynamic.iter().flat_map(|(tag, value)| [tag.to_le_bytes(), value.to_le_bytes()].concat()));
+        bytes.extend(text);
+        bytes
+    }
+
     /// This test program is one.
     #[test]
     fn a_program_names_its_interpreter_and_libraries() {
         let own = std::env::current_exe().expect("a path");
-        let needs = Needs::of(&own);
+        let needs = needs_of(&own);
         assert!(needs.libraries.iter().any(|library| library.starts_with("libc.so")), "{needs:?}");
         assert_eq!(needs.programs.len(), 1, "{needs:?}");
         let mut contents = Contents::default();
         contents.put(Path::new("/plugin/bin/a"), Node::Copy { from: own, executable: Executable::Yes });
         let places: Vec<PathBuf> =
             ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64"].map(PathBuf::from).to_vec();
-        complete(&mut contents, &places);
+        complete(&mut contents, &places, &Bounds::default());
         assert!(contents.has(&needs.programs[0]), "its interpreter");
         assert!(contents.files().iter().any(|file| file.ends_with("libc.so.6")), "{:?}", contents.files());
     }
@@ -224,8 +320,8 @@ mod tests {
             let mut bytes = own[..length].to_vec();
             bytes.iter_mut().skip(at).take(8).for_each(|byte| *byte = 0xff);
             fs::write(&path, bytes).expect("writes");
-            assert!(Needs::of(&path).libraries.is_empty(), "{length} {at}");
+            assert!(needs_of(&path).libraries.is_empty(), "{length} {at}");
         }
-        assert_eq!(Needs::of(directory.path()), Needs::default());
+        assert_eq!(needs_of(directory.path()), Needs::default());
     }
 }

@@ -17,6 +17,7 @@ mod archive;
 mod emulator;
 mod libraries;
 mod monitor;
+mod ours;
 mod pace;
 mod prepare;
 mod settings;
@@ -36,6 +37,7 @@ mod relay;
 pub(crate) use self::{
     accelerator::Accelerator,
     monitor::{MONITOR, run as run_monitor},
+    ours::Part,
     prepare::Machines,
     relay::Poll,
     settings::Settings,

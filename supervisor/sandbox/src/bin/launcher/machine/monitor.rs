@@ -8,7 +8,6 @@ use std::{
     ffi::{CString, OsString},
     fs::File,
     io::{self, BufWriter, Seek, Write},
-    net::TcpStream,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::{
@@ -24,7 +23,8 @@ use std::{
 use plugvisor_sandbox::protocol::EGRESS;
 use rustix::{
     fs::{MemfdFlags, memfd_create},
-    io::{FdFlags, fcntl_setfd},
+    io::{Errno, FdFlags, fcntl_setfd},
+    net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with},
 };
 use serde::{Deserialize, Serialize};
 
@@ -167,7 +167,7 @@ fn pack(orders: &Orders, argv: Vec<OsString>) -> io::Result<File> {
             io::Error::other(format!("{}, which [vm] runtime of the launcher's policy names: {error}", path.display()))
         })?;
     }
-    libraries::complete(&mut contents, &orders.libraries);
+    libraries::complete(&mut contents, &orders.libraries, &libraries::Bounds::default());
     let mut archive = File::from(memfd_create(c"archive", MemfdFlags::CLOEXEC)?);
     let mut writer = BufWriter::with_capacity(1 << 20, &mut archive);
     contents.write(&mut writer, orders.archive_bytes)?;
@@ -221,7 +221,7 @@ impl Monitor {
             }
             polls.clear();
             polls.push(Poll::new(signals, IN));
-            let accepts = listens && self.relay.has_room();
+            let accepts = listens && self.relay.has_room(Target::Worker);
             polls.push(match &self.worker {
                 Some(worker) if accepts => Poll::new(worker, IN),
                 Some(_) | None => Poll { fd: -1, events: 0, found: 0 },
@@ -322,11 +322,28 @@ fn bind() -> io::Result<UnixListener> {
     UnixListener::bind(mounts::worker(Tree::Own, plugvisor_sandbox::protocol::SocketMode::Bind))
 }
 
-/// For the guest: to what a plugin of any level reaches.
+/// To a listener at this path. Where no more may wait to be accepted, it fails at once.
+pub(super) fn reach(path: &Path) -> io::Result<Socket> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(Socket::Unix(socket.into()))
+}
+
+/// For the guest: to what a plugin of any level reaches. Never waits: nobody may accept there for as long as a supervisor is
+/// away, and the plugin's own connections would wait with it.
 fn connect(target: Target, egress: bool) -> io::Result<Socket> {
     match target {
-        Target::Broker => UnixStream::connect(mounts::broker(Tree::Own)).map(Socket::Unix),
-        Target::Egress if egress => TcpStream::connect(EGRESS).map(Socket::Tcp),
+        Target::Broker => reach(Path::new(&mounts::broker(Tree::Own))),
+        Target::Egress if egress => {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+            match net::connect(&socket, &EGRESS) {
+                // Until it is, nothing can be read or written, and poll says neither.
+                Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket::Tcp(socket.into())),
+                Err(errno) => Err(errno.into()),
+            }
+        }
         Target::Stdout => io::stdout().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
         Target::Stderr => io::stderr().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
         Target::Egress | Target::Worker => Err(io::ErrorKind::PermissionDenied.into()),

@@ -5,6 +5,8 @@ use std::{
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use plugvisor_sandbox::protocol::{Grant, Launch, Refusal, RefusalCode, SocketMode};
@@ -12,6 +14,7 @@ use plugvisor_sandbox::protocol::{Grant, Launch, Refusal, RefusalCode, SocketMod
 use super::{
     Accelerator, GUEST, accelerator,
     monitor::{MONITOR, Orders},
+    ours::Part,
     settings::{Parts, Settings},
     size::Size,
 };
@@ -24,12 +27,17 @@ use crate::{
 /// The most files that `runtime` may name altogether.
 const MOST_FILES: usize = 20_000;
 
+/// How long what was wrong with `runtime` is remembered: walking it anew takes time that all launches wait for.
+const AGAIN: Duration = Duration::from_secs(10);
+
 /// What machines are made of here.
 #[derive(Debug)]
 pub(crate) struct Machines {
     /// By what the policy file said last.
     settings: Option<Settings>,
     found: Result<Found, String>,
+    /// What `runtime` has, or why that is not known, for these settings; and when it was walked.
+    runtime: Option<(Result<u64, String>, Instant)>,
     /// Whether KVM runs guests, or why not; tried once, when machines are first asked for.
     kvm: Option<Result<(), String>>,
     /// The launcher's own program, which is the monitor.
@@ -45,7 +53,7 @@ struct Found {
 
 impl Default for Machines {
     fn default() -> Self {
-        Self { settings: None, found: Err("nobody has looked yet".to_owned()), kvm: None, monitor: None }
+        Self { settings: None, found: Err("nobody has looked yet".to_owned()), runtime: None, kvm: None, monitor: None }
     }
 }
 
@@ -84,7 +92,7 @@ impl Machines {
         self.found.as_ref().ok().map(|found| found.parts.emulator.as_path())
     }
 
-    fn look(&mut self, settings: Option<Settings>) {
+    fn look(&mut self, settings: Option<Settings>, now: Instant) {
         let Some(wanted) = settings else {
             self.found = Err("the launcher's policy file has no table [vm], or there is no such file".to_owned());
             self.settings = None;
@@ -96,13 +104,23 @@ impl Machines {
                     .to_owned());
             return;
         }
-        let runtime = match (&self.found, self.settings.as_ref() == Some(&wanted)) {
-            (Ok(found), true) => Ok(found.runtime),
-            _ => wanted.parts().and_then(|parts| size_of(&parts.runtime)),
-        };
-        self.found = runtime.and_then(|runtime| wanted.parts().map(|parts| Found { parts, runtime }));
+        if self.settings.as_ref() != Some(&wanted) {
+            self.runtime = None;
+        }
+        self.found = wanted.parts().and_then(|parts| {
+            let runtime = self.size_of_runtime(&parts.runtime, now)?;
+            Ok(Found { parts, runtime })
+        });
         self.settings = Some(wanted);
         self.kvm.get_or_insert_with(accelerator::find);
+    }
+
+    /// Walked once for the same settings; where that failed, again after a while.
+    fn size_of_runtime(&mut self, paths: &[PathBuf], now: Instant) -> Result<u64, String> {
+        match &self.runtime {
+            Some((known, walked)) if known.is_ok() || now.duration_since(*walked) < AGAIN => known.clone(),
+            _ => self.runtime.insert((size_of(paths), now)).0.clone(),
+        }
     }
 
     fn monitor(&mut self) -> io::Result<OwnedFd> {
@@ -141,7 +159,7 @@ pub(crate) struct Prepared {
     pub(crate) checked: Checked,
     pub(crate) monitor: OwnedFd,
     /// The kernel and its modules.
-    pub(crate) files: Vec<PathBuf>,
+    pub(crate) files: Arc<[Part]>,
     pub(crate) device: Option<&'static str>,
 }
 
@@ -149,7 +167,7 @@ impl Launcher {
     /// Looks for what machines are made of, as the policy file says now.
     pub(crate) fn look_for_machines(&mut self) {
         match self.policy.machine() {
-            Ok(settings) => self.machines.look(settings),
+            Ok(settings) => self.machines.look(settings, Instant::now()),
             Err(refusal) => self.machines.found = Err(refusal.message),
         }
     }
@@ -220,5 +238,28 @@ impl Launcher {
             files: parts.files.clone(),
             device: (accelerator == Accelerator::Kvm).then_some(accelerator::DEVICE),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_runtime_is_looked_at_again_after_a_while() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("file");
+        let paths = [file.clone()];
+        let mut machines = Machines::default();
+        let begun = Instant::now();
+        let why = machines.size_of_runtime(&paths, begun).expect_err("it is not there");
+        assert!(why.contains("runtime") && why.contains("file"), "{why}");
+        fs::write(&file, "text").expect("writes");
+        let soon = begun + AGAIN.saturating_sub(Duration::from_nanos(1));
+        assert_eq!(machines.size_of_runtime(&paths, soon), Err(why));
+        assert_eq!(machines.size_of_runtime(&paths, begun + AGAIN), Ok(4 + 512));
+        // And what is known is not walked again.
+        fs::remove_file(&file).expect("removes");
+        assert_eq!(machines.size_of_runtime(&paths, begun + 3 * AGAIN), Ok(4 + 512));
     }
 }

@@ -1,13 +1,13 @@
 //! What the administrator's policy file says of machines: `[vm]`.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::Deserialize;
 
+use super::ours::{Owners, Part, judged};
 use crate::mounts::HOST_DIRECTORIES;
 
 /// What a machine needs of a kernel that has no virtio built in, in the order in which they are loaded, below
@@ -58,10 +58,10 @@ fn libraries() -> Vec<PathBuf> {
 }
 
 /// What the settings name, and is there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Parts {
     /// The kernel, then its modules.
-    pub(crate) files: Vec<PathBuf>,
+    pub(crate) files: Arc<[Part]>,
     pub(crate) emulator: PathBuf,
     pub(crate) libraries: Vec<PathBuf>,
     pub(crate) runtime: Vec<PathBuf>,
@@ -91,11 +91,11 @@ impl Settings {
             return Err(format!("[vm] emulator: {} lies in none of {places}", self.emulator.display()));
         }
         ours("emulator", &self.emulator, u64::MAX)?;
-        ours("kernel", &self.kernel, MOST_KERNEL)?;
+        let kernel = ours("kernel", &self.kernel, MOST_KERNEL);
         let modules = self.modules.clone().unwrap_or_else(|| virtio_of(&self.kernel));
-        modules.iter().try_for_each(|module| ours("modules", module, MOST_KERNEL))?;
+        let modules = modules.iter().map(|module| ours("modules", module, MOST_KERNEL));
         Ok(Parts {
-            files: [self.kernel.clone()].into_iter().chain(modules).collect(),
+            files: [kernel].into_iter().chain(modules).collect::<Result<_, _>>()?,
             emulator: self.emulator.clone(),
             libraries: self.libraries.clone(),
             runtime: self.runtime.clone(),
@@ -114,18 +114,8 @@ fn virtio_of(kernel: &Path) -> Vec<PathBuf> {
     VIRTIO.iter().map(|module| drivers.join(module)).filter(|path| path.is_file()).collect()
 }
 
-/// Whether this is a file that, where the launcher is root, only root can change. An ordinary user's launcher runs what its
-/// user names, and in its user namespace sees whose file it is of none but its own.
-fn ours(key: &str, path: &Path, most: u64) -> Result<(), String> {
-    let found = fs::metadata(path).map_err(|error| format!("[vm] {key}: {}: {error}", path.display()))?;
-    if !found.is_file() || found.len() > most {
-        return Err(format!("[vm] {key}: {} is not a file, or too long for one", path.display()));
-    }
-    let root = rustix::process::geteuid().is_root();
-    if root && (found.uid() != 0 || found.mode() & 0o022 != 0) {
-        return Err(format!("[vm] {key}: {} can be changed by others than root", path.display()));
-    }
-    Ok(())
+fn ours(key: &str, path: &Path, most: u64) -> Result<Part, String> {
+    judged(path, most, Owners::here()).map_err(|doubt| format!("[vm] {key}: {}: {doubt}", path.display()))
 }
 
 #[cfg(test)]
@@ -153,7 +143,7 @@ mod tests {
         for (text, named) in [
             ("kernel = \"/k\"\nemulator = \"/opt/qemu\"", "/opt/qemu lies in none of /usr"),
             ("kernel = \"/k\"\nemulator = \"/usr/bin/no-such-emulator\"", "emulator: /usr/bin/no-such-emulator"),
-            ("kernel = \"/\"\nemulator = \"/usr/bin/env\"", "kernel: / is not a file"),
+            ("kernel = \"/\"\nemulator = \"/usr/bin/env\"", "kernel: /: it is not a file"),
             (
                 "kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"\nmodules = [\"/no/module\"]",
                 "modules: /no/module",
@@ -168,9 +158,10 @@ mod tests {
     fn what_is_there_is_found_with_the_kernel_first() {
         let text = "kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"\nmodules = [\"/usr/bin/head\"]";
         let parts = parse(text).expect("it can be read").parts().expect("all is there");
-        assert_eq!(parts.files, ["/usr/bin/env", "/usr/bin/head"].map(PathBuf::from));
+        let paths = |parts: &Parts| parts.files.iter().map(|part| part.path.clone()).collect::<Vec<_>>();
+        assert_eq!(paths(&parts), ["/usr/bin/env", "/usr/bin/head"].map(PathBuf::from));
         // Of a kernel whose name tells no version, none are looked for.
         let parts = parse("kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"").expect("it can be read").parts();
-        assert_eq!(parts.expect("all is there").files, [PathBuf::from("/usr/bin/env")]);
+        assert_eq!(paths(&parts.expect("all is there")), [PathBuf::from("/usr/bin/env")]);
     }
 }

@@ -7,12 +7,13 @@ use std::{
 };
 
 use proptest::prelude::*;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use super::{
     Poll,
     link::{self, Frame, HEAD, MOST_DATA, Target, WINDOW},
     plan::Plan,
-    relay::{Broken, Event, Relay, Side, Socket},
+    relay::{Broken, Event, MOST_INWARD, MOST_OUTWARD, Relay, Side, Socket},
 };
 use crate::kernel;
 
@@ -161,6 +162,68 @@ fn a_guest_that_says_what_it_may_not_ends_its_machine() {
         }
     }
     assert!(broke, "more than a window was taken");
+}
+
+/// As many connections as a guest likes: those to the plugin, over which its health is asked, have room of their own.
+#[test]
+fn a_guest_that_opens_all_that_it_can_keeps_nobody_out() {
+    let (link, mut guest) = pair();
+    let mut relay = Relay::new(Side::Host, link);
+    let mut others = Vec::new();
+    let mut open = |_: Target| {
+        let (near, far) = pair();
+        others.push(far);
+        Ok(Socket::Unix(near))
+    };
+    let asked = u32::try_from(2 * MOST_OUTWARD).expect("few");
+    for stream in (1..).step_by(2).take(2 * MOST_OUTWARD) {
+        guest.write_all(&frames(&[Frame::Open { stream, target: Target::Broker }])).expect("it fits");
+        turn(&mut relay, &mut open).expect("it may");
+    }
+    assert_eq!(others.len(), MOST_OUTWARD);
+    assert!(!relay.has_room(Target::Broker) && relay.has_room(Target::Worker));
+    let inward: Vec<_> = (0..MOST_INWARD)
+        .map(|_| {
+            assert!(relay.has_room(Target::Worker));
+            let (near, far) = pair();
+            relay.begin(Target::Worker, Socket::Unix(near)).expect("begins");
+            far
+        })
+        .collect();
+    assert!(!relay.has_room(Target::Worker));
+    turn(&mut relay, nobody).expect("it goes on");
+    let mut said = vec![0; 64 << 10];
+    let length = guest.read(&mut said).expect("what was said");
+    let (mut at, mut reset, mut opened) = (0, 0, 0);
+    while let Ok(Some((frame, length))) = link::read(&said[at..length]) {
+        at += length;
+        match frame {
+            Frame::Reset { .. } => reset += 1,
+            Frame::Open { target: Target::Worker, .. } => opened += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((reset, opened), (asked - u32::try_from(MOST_OUTWARD).expect("few"), inward.len()));
+}
+
+/// Nobody accepts while a supervisor is away, and the monitor has others to carry.
+#[test]
+fn a_connection_that_nobody_takes_is_refused_and_not_waited_for() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("broker.sock");
+    let flags = SocketFlags::CLOEXEC;
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("a socket");
+    rustix::net::bind(&listener, &SocketAddrUnix::new(&path).expect("a path")).expect("binds");
+    rustix::net::listen(&listener, 1).expect("listens");
+    let mut waiting = Vec::new();
+    let full = loop {
+        match super::monitor::reach(&path) {
+            Ok(socket) if waiting.len() < 8 => waiting.push(socket),
+            other => break other,
+        }
+    };
+    assert!(matches!(&full, Err(error) if error.kind() == io::ErrorKind::WouldBlock), "{full:?}");
+    assert!(!waiting.is_empty());
 }
 
 #[test]
