@@ -14,8 +14,10 @@ use std::{
     io::{Read, Write},
     os::{
         fd::{AsFd, AsRawFd},
-        unix::net::UnixStream,
+        unix::{fs::PermissionsExt, net::UnixStream},
     },
+    path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -256,6 +258,42 @@ fn a_hostile_plugin_touches_its_guest_only() {
     assert_eq!(found[5], "111", "the host's loopback: {said}");
     assert_eq!(found[6], "0,1,2,3,4", "descriptors: {said}");
     assert_eq!(found[7..], ["13", "13", "13"], "what is its kernel's: {said}");
+}
+
+/// An interpreter, with what the administrator says that it needs.
+#[test]
+fn a_script_runs_in_its_machine_with_the_runtime_of_its_interpreter() {
+    const PYTHON: &str = "/usr/bin/python3";
+    let Some(guest) = guest::find() else { return };
+    let asked = Command::new(PYTHON).args(["-c", "import os; print(os.path.dirname(os.__file__))"]).output();
+    let Ok(asked) = asked else {
+        println!("SKIP python-script: there is no {PYTHON}");
+        return;
+    };
+    let library = String::from_utf8(asked.stdout).expect("a path").trim().to_owned();
+    let settings = |place: &Path| Ok(format!("{}runtime = [{library:?}]\n", guest.settings(place)?));
+    let mut harness = Harness::start_trusting_with_machines(As::possible()[0], settings);
+    let bundle = harness.path("bundles/scripted");
+    fs::create_dir_all(bundle.join("bin")).expect("the bundle");
+    harness::write_manifest(&bundle, "walled", "bin/run");
+    let script = format!(
+        "#!{PYTHON}\nimport sys, threading, json, socket\nsys.dont_write_bytecode = True\nimport neighbour\n\
+         t = threading.Thread(target=lambda: print('thread')); t.start(); t.join()\n\
+         c, _ = socket.socket(fileno=3).accept(); c.sendall(json.dumps(neighbour.WORD).encode()); c.close()\n"
+    );
+    fs::write(bundle.join("bin/run"), script).expect("the script");
+    fs::set_permissions(bundle.join("bin/run"), fs::Permissions::from_mode(0o755)).expect("chmod");
+    fs::write(bundle.join("bin/neighbour.py"), "WORD = 'found'\n").expect("its neighbour");
+    harness::open_to_all(&bundle);
+    harness.import(&bundle).expect("imported");
+    let mut request = harness.request_at(Level::Vm, &[]);
+    request.bundle = harness::digest(&bundle);
+    let mut plugin = harness.launch_stored(request).expect("launched");
+    let worker = format!("/proc/self/fd/{}", plugin.worker.as_raw_fd());
+    let mut answer = String::new();
+    UnixStream::connect(worker).and_then(|mut worker| worker.read_to_string(&mut answer)).expect("an answer");
+    let (said, errors, exit) = whole(&mut harness, &mut plugin);
+    assert_eq!((answer.as_str(), said.as_str(), exit), ("\"found\"", "thread\n", Exit::Code(0)), "{errors}");
 }
 
 #[test]

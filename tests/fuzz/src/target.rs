@@ -4,6 +4,7 @@ mod bundle;
 mod configuration;
 mod http2;
 mod launcher;
+mod link;
 mod manifest;
 mod request;
 
@@ -29,6 +30,8 @@ pub enum Target {
     Request,
     /// What a peer of the broker writes, as a caller or as a provider.
     Http2,
+    /// What a guest says to its host, and a host to its guest.
+    Link,
 }
 
 /// What an input led to, without its particulars: two inputs with the same shape went the same way.
@@ -56,8 +59,8 @@ const TIME: Duration = Duration::from_secs(4);
 
 impl Target {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Launcher, Self::Manifest, Self::Configuration, Self::Bundle, Self::Request, Self::Http2];
+    pub const ALL: [Self; 7] =
+        [Self::Launcher, Self::Manifest, Self::Configuration, Self::Bundle, Self::Request, Self::Http2, Self::Link];
 
     /// Its name on the command line and its corpus' directory.
     #[must_use]
@@ -69,6 +72,7 @@ impl Target {
             Self::Bundle => "bundle",
             Self::Request => "request",
             Self::Http2 => "http2",
+            Self::Link => "link",
         }
     }
 
@@ -79,7 +83,7 @@ impl Target {
             // A little more than a packet may be.
             Self::Launcher => plugvisor_sandbox::protocol::MAX_PACKET + 16,
             // With some frames of the largest size among them.
-            Self::Manifest | Self::Configuration | Self::Http2 => 48 * 1024,
+            Self::Manifest | Self::Configuration | Self::Http2 | Self::Link => 48 * 1024,
             Self::Bundle => 8 * 1024,
             // A little more than a head may have.
             Self::Request => 20 * 1024,
@@ -98,6 +102,8 @@ impl Target {
             Self::Manifest | Self::Configuration => (4 << 20) + 512 * length,
             // The buffers of the walk, and the manifest and descriptors as their limits allow.
             Self::Bundle => 16 << 20,
+            // One frame lies where it came; written again it is one of the largest.
+            Self::Link => 64 * 1024,
             // Windows, tables and what waits to be written are bounded whatever comes in.
             Self::Http2 => 1 << 20,
         }
@@ -107,7 +113,9 @@ impl Target {
     pub(crate) fn seeds(self) -> Vec<Vec<u8>> {
         match self {
             Self::Launcher => launcher::seeds(),
-            Self::Manifest | Self::Configuration | Self::Bundle | Self::Request | Self::Http2 => Vec::new(),
+            Self::Manifest | Self::Configuration | Self::Bundle | Self::Request | Self::Http2 | Self::Link => {
+                Vec::new()
+            }
         }
     }
 
@@ -125,6 +133,7 @@ impl Target {
             Self::Bundle => bundle::check,
             Self::Request => request::check,
             Self::Http2 => http2::check,
+            Self::Link => link::check,
         };
         let began = processor_time();
         let mut outcome = String::new();

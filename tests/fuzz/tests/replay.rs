@@ -9,7 +9,7 @@ fn runs(target: Target) -> u64 {
     let (short, long) = match target {
         Target::Launcher => (20_000, 2_000_000),
         Target::Manifest | Target::Configuration => (8000, 100_000),
-        Target::Request => (20_000, 1_000_000),
+        Target::Request | Target::Link => (20_000, 1_000_000),
         Target::Http2 => (8000, 1_000_000),
         // Each makes and removes a directory.
         Target::Bundle => (600, 20_000),
@@ -57,6 +57,11 @@ fn bundle() {
 #[test]
 fn http2() {
     try_out(Target::Http2);
+}
+
+#[test]
+fn link() {
+    try_out(Target::Link);
 }
 
 /// The same seed tries the same inputs: a finding can be found again.

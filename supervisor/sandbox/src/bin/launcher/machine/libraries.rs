@@ -32,9 +32,10 @@ pub(super) struct Bounds {
 }
 
 impl Default for Bounds {
-    /// The largest programs in use name some two hundred libraries, and have string tables of a few hundred KiB.
+    /// The largest programs in use name some two hundred libraries, and have string tables of a few hundred KiB. An
+    /// interpreter's own library has some thousand files.
     fn default() -> Self {
-        Self { files: 512, bytes: 64 << 20, table: 1 << 20, entries: 4096, names: 512, places: 16 }
+        Self { files: 20_000, bytes: 64 << 20, table: 1 << 20, entries: 4096, names: 512, places: 16 }
     }
 }
 
@@ -44,7 +45,9 @@ const MOST_LINE: usize = 256;
 /// Puts everything into the contents that its files need. `places` are where libraries are looked for.
 pub(super) fn complete(contents: &mut Contents, places: &[PathBuf], bounds: &Bounds) {
     let bytes = Cell::new(bounds.bytes);
+    // What is taken last is followed first: the bundle's before what `runtime` brings, which may be more than is looked into.
     let mut left = contents.files();
+    left.reverse();
     let mut seen: BTreeSet<PathBuf> = BTreeSet::new();
     while let Some(path) = left.pop() {
         if seen.len() >= bounds.files || !seen.insert(path.clone()) {
