@@ -7,7 +7,10 @@
 #![deny(unsafe_code)]
 
 pub mod codec;
+pub mod notify;
 pub mod options;
 pub mod protocol;
+pub mod rules;
 pub mod seqpacket;
 pub mod service_manager;
+pub mod trace;

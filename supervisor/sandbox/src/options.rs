@@ -67,6 +67,10 @@ pub struct Options {
     /// `--runtime-directory DIR`: an existing private directory in which the launcher makes `launcher/` for its
     /// sockets. Absolute.
     pub runtime_directory: PathBuf,
+    /// `--trace-fd N`: launches are traced by the process that started the launcher, over this inherited connection: in place
+    /// of a filter, it answers for every system call. Weaker walls than any level's own, so that no launcher that listens, and
+    /// none that a service manager started, takes it; nor can anything that comes over a socket ask for it.
+    pub trace: Option<RawFd>,
     /// `--without CONTROL`, repeatable: a wall that is left out of every launch, so that the escape suite can show that the
     /// attempts which it holds would succeed. Only a build for development knows it: in a release build it is an unknown
     /// flag, and nothing reads this field.
@@ -132,7 +136,7 @@ pub enum Linger {
 pub enum OptionsError {
     /// A flag that does not exist.
     #[error(
-        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --config-root, --data-root, --env, --max-plugins, --spares and --runtime-directory"
+        "unknown flag {0:?}; the flags are --socket-fd, --listen, --supervisor-uid, --linger, --uid-range, --cgroup-root, --bundle-root, --store, --store-bytes, --store-bundles, --import-seconds, --policy, --config-root, --data-root, --env, --max-plugins, --spares, --runtime-directory and --trace-fd"
     )]
     Unknown(String),
     /// A flag without its value.
@@ -154,6 +158,9 @@ pub enum OptionsError {
     /// A required flag is missing.
     #[error("{0} is required")]
     Missing(&'static str),
+    /// A flag that a launcher of this kind never takes.
+    #[error("{0} is for a launcher that its starter alone uses, not beside {1}")]
+    Beside(&'static str, &'static str),
     /// A flag that means nothing without another one.
     #[error("{0} means nothing without {1}")]
     Without(&'static str, &'static str),
@@ -182,6 +189,7 @@ const SPARES: &str = "--spares";
 /// Spares when the starter says nothing: for a few plugins that start together. Each is some 0.3 MiB.
 const DEFAULT_SPARES: u32 = 4;
 const RUNTIME: &str = "--runtime-directory";
+const TRACE: &str = "--trace-fd";
 /// See [`Options::without`].
 const WITHOUT: &str = "--without";
 
@@ -206,6 +214,7 @@ impl Options {
             max_plugins: 64,
             spares: DEFAULT_SPARES,
             runtime_directory,
+            trace: None,
             without: Vec::new(),
         }
     }
@@ -238,6 +247,7 @@ impl Options {
             max_plugins,
             spares,
             runtime_directory,
+            trace,
             without,
         } = self;
         let mut args: Vec<OsString> = Vec::new();
@@ -261,6 +271,9 @@ impl Options {
         push(MAX, max_plugins.to_string().as_ref());
         push(SPARES, spares.to_string().as_ref());
         push(RUNTIME, runtime_directory.as_os_str());
+        if let Some(fd) = trace {
+            push(TRACE, fd.to_string().as_ref());
+        }
         for BundleRoot { tier, path } in bundle_roots {
             let mut value = OsString::from(TrustTier::from(*tier).as_str());
             value.push("=");
@@ -301,12 +314,13 @@ impl Options {
         let (mut socket, mut listen, mut supervisor, mut linger) = (None, None, None, None);
         let (mut uids, mut cgroup, mut max, mut spares, mut runtime) = (None, None, None, None, None);
         let (mut bundle_roots, mut variables, mut without) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut config_root, mut data_root) = (None, None);
+        let (mut config_root, mut data_root, mut trace) = (None, None, None);
         let (mut store, mut store_bytes, mut store_bundles, mut import, mut policy) = (None, None, None, None, None);
         while let Some(flag) = args.next() {
             let mut value = |flag| args.next().ok_or(OptionsError::NoValue(flag));
             match flag.to_str().unwrap_or_default() {
-                SOCKET => once(SOCKET, &mut socket, parse_fd(&value(SOCKET)?)?)?,
+                SOCKET => once(SOCKET, &mut socket, parse_fd(SOCKET, &value(SOCKET)?)?)?,
+                TRACE => once(TRACE, &mut trace, parse_fd(TRACE, &value(TRACE)?)?)?,
                 LISTEN => once(LISTEN, &mut listen, parse_dir(LISTEN, &value(LISTEN)?)?)?,
                 SUPERVISOR => once(SUPERVISOR, &mut supervisor, parse_uid(&value(SUPERVISOR)?)?)?,
                 LINGER => once(LINGER, &mut linger, parse_linger(&value(LINGER)?)?)?,
@@ -329,6 +343,12 @@ impl Options {
                 WITHOUT if development => without.push(parse_control(&value(WITHOUT)?)?),
                 _ => return Err(OptionsError::Unknown(flag.to_string_lossy().into_owned())),
             }
+        }
+        if trace.is_some() && listen.is_some() {
+            return Err(OptionsError::Beside(TRACE, LISTEN));
+        }
+        if trace.is_some() && trace == socket {
+            return Err(OptionsError::Beside(TRACE, "a --socket-fd of the same number"));
         }
         let supervisor = match (socket, listen) {
             (None, None) => return Err(OptionsError::Missing("--socket-fd or --listen")),
@@ -358,6 +378,7 @@ impl Options {
             max_plugins: max.unwrap_or(64),
             spares: spares.unwrap_or(DEFAULT_SPARES),
             runtime_directory: runtime.ok_or(OptionsError::Missing(RUNTIME))?,
+            trace,
             without,
         })
     }
@@ -388,9 +409,9 @@ fn refuse(flag: &'static str, value: &OsStr, why: &'static str) -> OptionsError 
     OptionsError::Value { flag, value: value.to_string_lossy().into_owned(), why }
 }
 
-fn parse_fd(value: &OsStr) -> Result<RawFd, OptionsError> {
+fn parse_fd(flag: &'static str, value: &OsStr) -> Result<RawFd, OptionsError> {
     let fd = value.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd == 0 || *fd > 2);
-    fd.ok_or_else(|| refuse(SOCKET, value, "it must be 0 or a descriptor's number above 2"))
+    fd.ok_or_else(|| refuse(flag, value, "it must be 0 or a descriptor's number above 2"))
 }
 
 fn parse_uid(value: &OsStr) -> Result<u32, OptionsError> {
@@ -514,6 +535,7 @@ mod tests {
             config_root: Some("/etc/c".into()),
             data_root: Some("/var/d".into()),
             variables: vec![Variable { plugin: "a".parse().expect("a name"), name: "TZ".parse().expect("one") }],
+            trace: None,
             ..Options::new(
                 9,
                 "/run/plugvisor".into(),
@@ -524,6 +546,8 @@ mod tests {
             )
         };
         assert_eq!(Options::parse(options.to_args()), Ok(options.clone()));
+        let traced = Options { trace: Some(10), ..options.clone() };
+        assert_eq!(Options::parse(traced.to_args()), Ok(traced));
         for linger in [Linger::For(Duration::ZERO), Linger::For(Duration::from_secs(30)), Linger::Forever] {
             for first in [None, Some(9)] {
                 let listen = Listen { path: "/run/plugvisor/launcher.sock".into(), first, uid: 990, linger };
@@ -556,6 +580,17 @@ mod tests {
     }
 
     #[test]
+    fn a_launcher_that_listens_traces_nothing() {
+        let listening =
+            ["--listen", "/run/l", "--supervisor-uid", "5", "--cgroup-root", "p", "--runtime-directory", "/r"];
+        assert!(parse(&listening).is_ok());
+        let traced: Vec<&str> = listening.iter().copied().chain(["--trace-fd", "4"]).collect();
+        assert_eq!(parse(&traced), Err(OptionsError::Beside(TRACE, LISTEN)));
+        let first: Vec<&str> = traced.iter().copied().chain(["--socket-fd", "3"]).collect();
+        assert_eq!(parse(&first), Err(OptionsError::Beside(TRACE, LISTEN)));
+    }
+
+    #[test]
     fn each_wrong_flag_is_named() {
         let base = ["--socket-fd", "3", "--cgroup-root", "p", "--runtime-directory", "/run/p"];
         assert!(parse(&base).is_ok());
@@ -580,6 +615,8 @@ mod tests {
             (["--env", "A=TZ"], "--env"),
             (["--env", "a=LD_PRELOAD"], "--env"),
             (["--socket-fd", "4"], "--socket-fd"),
+            (["--trace-fd", "3"], "--trace-fd"),
+            (["--trace-fd", "2"], "--trace-fd"),
             (["--verbose", "1"], "--verbose"),
             (["--listen", "/run/p/launcher.sock"], "--supervisor-uid"),
             (["--supervisor-uid", "5"], "--supervisor-uid"),

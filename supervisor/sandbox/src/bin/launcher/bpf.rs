@@ -88,6 +88,28 @@ pub(crate) fn program(decisions: &[(u32, Decision)]) -> Option<BpfProgram> {
     Some(program)
 }
 
+/// The program that asks for every call but one, which is let pass: that of this number with this as the low half of its
+/// argument. From `kill` on the process is killed, as it is for another architecture's calls.
+pub(crate) fn asking_for_all(number: u32, argument: u8, value: u32, kill: Option<u32>) -> BpfProgram {
+    let mut program = vec![
+        statement(LOAD, ARCHITECTURE),
+        branch(IF_EQUAL, THIS_ARCHITECTURE, 1, 0),
+        statement(RETURN, libc::SECCOMP_RET_KILL_PROCESS),
+        statement(LOAD, NUMBER),
+    ];
+    if let Some(first) = kill {
+        program.extend([branch(IF_AT_LEAST, first, 0, 1), statement(RETURN, libc::SECCOMP_RET_KILL_PROCESS)]);
+    }
+    program.extend([
+        branch(IF_EQUAL, number, 0, 3),
+        statement(LOAD, ARGUMENTS + u32::from(argument) * 8),
+        branch(IF_EQUAL, value, 0, 1),
+        statement(RETURN, libc::SECCOMP_RET_ALLOW),
+        statement(RETURN, NOTIFY),
+    ]);
+    program
+}
+
 /// Compares and jumps. Equal answers are shared where every jump to them reaches; else the two halves are searched apart.
 fn search(decisions: &[(u32, Decision)]) -> Option<BpfProgram> {
     if let [(_, only)] = decisions {

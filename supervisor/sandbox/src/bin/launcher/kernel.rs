@@ -304,6 +304,7 @@ struct FilterProgram {
 
 const SET_MODE_FILTER: u32 = 1;
 const NEW_LISTENER: u64 = 1 << 3;
+const WAIT_KILLABLE: u64 = 1 << 5;
 
 fn install(program: &[sock_filter], flags: u64) -> io::Result<i64> {
     let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -325,48 +326,14 @@ pub(crate) fn filter_calls_with_listener(program: &[sock_filter]) -> io::Result<
     RawFd::try_from(listener).map(own).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// `struct seccomp_notif`: id, pid, flags, and `struct seccomp_data`.
-#[repr(C)]
-#[derive(Default)]
-struct Notification {
-    id: u64,
-    pid: u32,
-    flags: u32,
-    number: i32,
-    architecture: u32,
-    instruction: u64,
-    arguments: [u64; 6],
-}
-
-/// `struct seccomp_notif_resp`.
-#[repr(C)]
-struct Response {
-    id: u64,
-    value: i64,
-    error: i32,
-    flags: u32,
-}
-
-/// `SECCOMP_IOCTL_NOTIF_RECV` and `_SEND`: read and write, the size, '!', 0 and 1.
-const RECEIVE: libc::c_ulong = 0xC000_0000 | (size_of::<Notification>() as libc::c_ulong) << 16 | 0x21 << 8;
-const SEND: libc::c_ulong = 0xC000_0000 | (size_of::<Response>() as libc::c_ulong) << 16 | 0x21 << 8 | 1;
-/// `SECCOMP_USER_NOTIF_FLAG_CONTINUE`.
-const CONTINUE: u32 = 1;
-
-/// Lets one call pass that waits at the listener. The listener must be readable: then nothing here waits, also when the
-/// caller died meanwhile, which is ENOENT.
-pub(crate) fn let_pass(listener: BorrowedFd<'_>) -> io::Result<()> {
-    let mut asked = Notification::default();
-    // SAFETY: the kernel writes a struct of this size, which is zeroed as it demands.
-    if unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE as _, &raw mut asked) } < 0 {
-        return Err(io::Error::last_os_error());
+/// The same, and a call that was received waits for its answer whatever signals come (Linux 5.19), so that none is made
+/// twice.
+pub(crate) fn filter_calls_with_patient_listener(program: &[sock_filter]) -> io::Result<OwnedFd> {
+    match install(program, NEW_LISTENER | WAIT_KILLABLE) {
+        Ok(listener) => RawFd::try_from(listener).map(own).map_err(|_| io::ErrorKind::InvalidData.into()),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => filter_calls_with_listener(program),
+        Err(error) => Err(error),
     }
-    let answer = Response { id: asked.id, value: 0, error: 0, flags: CONTINUE };
-    // SAFETY: the kernel reads a struct of this size.
-    if unsafe { libc::ioctl(listener.as_raw_fd(), SEND as _, &raw const answer) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
 
 /// Whether the process has called [`refuse_exec_gain`]; `None` where the kernel does not know it (Linux 6.3).

@@ -14,8 +14,10 @@ use std::{
 
 use plugvisor_package::PluginName;
 use plugvisor_sandbox::{
+    notify,
     options::Options,
     protocol::{Control, Exit, Grant, Launch, LaunchId, Level, Limits, Refusal, RefusalCode, SocketMode},
+    seqpacket::Seqpacket,
 };
 use rustix::{
     fs::{Gid, Mode, OFlags, Uid},
@@ -75,6 +77,8 @@ pub(crate) struct Launcher {
     privileged: bool,
     pub(crate) uids: Uids,
     pub(crate) machines: Machines,
+    /// Where the listeners of launches go when it was started to trace them.
+    pub(crate) trace: Option<Seqpacket>,
     pidfd: OwnedFd,
     /// Whether it may mount what only it and its plugins see.
     own_mounts: bool,
@@ -86,6 +90,8 @@ pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) policy: Policy,
     pub(crate) uids: Uids,
+    /// To who traces launches.
+    pub(crate) trace: Option<Seqpacket>,
     /// Whether the launcher is in a mount namespace of its own.
     pub(crate) own_mounts: bool,
 }
@@ -151,7 +157,7 @@ pub(crate) struct Program<'a> {
 impl Launcher {
     pub(crate) fn new(options: Options, filters: Filters, parts: Parts) -> io::Result<Self> {
         let privileged = rustix::process::geteuid().is_root();
-        let Parts { store, policy, uids, own_mounts } = parts;
+        let Parts { store, policy, uids, trace, own_mounts } = parts;
         let cgroups = Cgroups::set_up(&options.cgroup_root);
         let last = cgroups.highest_left();
         Ok(Self {
@@ -162,6 +168,7 @@ impl Launcher {
             policy,
             uids,
             machines: Machines::default(),
+            trace,
             spares: Spares::new(match (privileged, options.without.as_slice()) {
                 (true, []) => usize::try_from(options.spares).unwrap_or(0),
                 // A spare is born behind walls that may be among those left out.
@@ -703,7 +710,7 @@ impl Running {
     /// is told ENOSYS. Called when the listener is readable. Gives the listener when it is not waited for any more.
     pub(crate) fn let_execute(&mut self) -> Option<OwnedFd> {
         // Fails only when the program died while it asked; its end follows.
-        let _ = kernel::let_pass(self.listener.as_ref()?.as_fd());
+        let _ = notify::let_pass(self.listener.as_ref()?.as_fd());
         self.execs = self.execs.saturating_sub(1);
         if self.execs == 0 { self.listener.take() } else { None }
     }

@@ -125,6 +125,18 @@ pub(crate) enum Calls {
     Only,
     /// Those in `policy/vm.toml` too, and the emulator's exec.
     Machine,
+    /// Each of them waits for whoever traces the launch, who lets it pass or not.
+    Traced,
+}
+
+impl Walls {
+    /// The same for a launch that is traced: who traces it answers for every call, in place of a filter. `None` for a level
+    /// that has no filter, or more than that, of which a trace would show less than what is there: it is made at PROCESS and
+    /// CONTAINER alone.
+    pub(crate) fn traced(mut self) -> Option<Self> {
+        self.calls = Some(Calls::Traced);
+        (self.powerless && !self.no_write_exec && self.kernel == Kernel::Host).then_some(self)
+    }
 }
 
 /// Whose kernel a plugin runs on.

@@ -41,7 +41,6 @@ mod serve;
 mod spares;
 mod step;
 mod store;
-mod syscalls;
 mod timing;
 mod uids;
 
@@ -123,7 +122,12 @@ fn run(mut options: Options) -> Result<(), Wrong> {
         Supervisor::Inherited(fd) => Some(*fd),
         Supervisor::Listen(listen) => listen.first,
     };
-    let connection = first.map(take_over).transpose()?;
+    let connection = first.map(|fd| take_over(fd, "taking over --socket-fd")).transpose()?;
+    // With a service manager come launchers that supervisors use; `LISTEN_FDS` counts with --listen alone, which excludes it.
+    if options.trace.is_some() && ["LISTEN_FDS", "NOTIFY_SOCKET"].iter().any(|name| std::env::var_os(name).is_some()) {
+        return Err(Wrong::Policy("--trace-fd is refused: a service manager started this launcher".to_owned()));
+    }
+    let trace = options.trace.map(|fd| take_over(fd, "taking over --trace-fd")).transpose()?;
     let door_directory = options.door_directory().map(Path::to_owned);
     // Before anything is opened: descriptors of directories stay in the mounts that they were opened in.
     let (mounts, own_mounts) = match options.store {
@@ -165,7 +169,7 @@ fn run(mut options: Options) -> Result<(), Wrong> {
     let copier = Identity::copier(&options.uids);
     let store = Store::open(&options, mounts, copier).map_err(Wrong::Policy)?;
     let uids = Uids::open(options.uids.clone(), store.directory()).map_err(Wrong::Policy)?;
-    let parts = Parts { store, policy, uids, own_mounts };
+    let parts = Parts { store, policy, uids, trace, own_mounts };
     let mut launcher = Launcher::new(options, filters, parts).map_err(system("pidfd_open of itself"))?;
     launcher.try_controls();
     let mut server = Server::new(launcher, connection, door, signals, closer).map_err(system("making an epoll set"))?;
@@ -197,11 +201,11 @@ fn tell(state: &str) {
 }
 
 /// The connection that the starter left open under this number.
-fn take_over(fd: RawFd) -> Result<Seqpacket, Wrong> {
-    let system = |doing| move |error: io::Error| Wrong::System(doing, error);
-    let socket = kernel::inherited(fd).map_err(system("taking over --socket-fd"))?;
-    let connection = Seqpacket::from_fd(socket).map_err(system("taking over --socket-fd"))?;
-    check_peer(&connection.peer().map_err(system("looking at the peer of --socket-fd"))?)?;
+fn take_over(fd: RawFd, doing: &'static str) -> Result<Seqpacket, Wrong> {
+    let system = |error: io::Error| Wrong::System(doing, error);
+    let socket = kernel::inherited(fd).map_err(system)?;
+    let connection = Seqpacket::from_fd(socket).map_err(system)?;
+    check_peer(&connection.peer().map_err(system)?)?;
     Ok(connection)
 }
 
@@ -213,7 +217,7 @@ fn check_peer(peer: &Peer) -> Result<(), Wrong> {
         return Ok(());
     }
     Err(Wrong::Policy(format!(
-        "--socket-fd is connected to process {} of uid {}, not to the process that started the launcher",
+        "its connection is to process {} of uid {}, not to the process that started the launcher",
         peer.pid, peer.uid
     )))
 }

@@ -125,6 +125,7 @@ fn state(launcher: &Launcher, running: &Running, process: &Process, control: Con
                 Some(Calls::Machine) => "the allow-list of SANDBOX, and what a machine needs",
                 Some(Calls::Only) => "the allow-list of SANDBOX",
                 Some(Calls::Listed) | None => "the deny-list of PROCESS",
+                Some(Calls::Traced) => "what its trace answers",
             };
             (list.into(), process.seccomp())
         }

@@ -85,15 +85,33 @@ impl Message {
     }
 }
 
+/// The flags of the one sendmsg(2) that a traced program makes without being seen: before its listener is sent, nobody
+/// answers. MSG_CONFIRM and MSG_DONTROUTE mean nothing to a Unix socket, and nobody sets them there.
+pub(crate) const UNSEEN: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::CONFIRM).union(SendFlags::DONTROUTE);
+
 /// Sends a message.
 pub(crate) fn send(socket: BorrowedFd<'_>, message: &Message, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    send_with(socket, message, descriptor, SendFlags::NOSIGNAL)
+}
+
+/// Sends the listener of a filter that asks for every call but this one.
+pub(crate) fn send_listener(socket: BorrowedFd<'_>, listener: BorrowedFd<'_>) -> io::Result<()> {
+    send_with(socket, &Message::Asks, Some(listener), UNSEEN)
+}
+
+fn send_with(
+    socket: BorrowedFd<'_>,
+    message: &Message,
+    descriptor: Option<BorrowedFd<'_>>,
+    flags: SendFlags,
+) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let rights = descriptor.map(|fd| [fd]);
     if let Some(rights) = &rights {
         control.push(SendAncillaryMessage::ScmRights(rights));
     }
-    sendmsg(socket, &[IoSlice::new(&message.encode())], &mut control, SendFlags::NOSIGNAL)?;
+    sendmsg(socket, &[IoSlice::new(&message.encode())], &mut control, flags)?;
     Ok(())
 }
 

@@ -5,19 +5,17 @@
 
 use std::collections::BTreeMap;
 
-use plugvisor_sandbox::protocol::{Control, Grant};
+use plugvisor_sandbox::{
+    protocol::{Control, Grant},
+    rules::{AllowFile, Calling, Condition, File, Granted, MACHINE, MachineFile, PROCESS, Rule, SANDBOX, syscalls},
+};
 use seccompiler::BpfProgram;
-use serde::Deserialize;
 
 use crate::{
     bpf::{self, Comparison, Decision, Test, Width},
     level::Calls,
-    syscalls,
+    report,
 };
-
-const PROCESS: &str = include_str!("../../../policy/process.toml");
-const SANDBOX: &str = include_str!("../../../policy/sandbox.toml");
-const MACHINE: &str = include_str!("../../../policy/vm.toml");
 
 /// The compiled filters, one for each list and set of grants that lift rules.
 pub(crate) struct Filters {
@@ -42,6 +40,11 @@ impl Filters {
         let mut machine: MachineFile = toml::from_str(MACHINE).map_err(|error| format!("policy/vm.toml: {error}"))?;
         allowed.allow.append(&mut machine.allow);
         allowed.rule.append(&mut machine.rule);
+        // Whatever is granted: who traces a launch knows that.
+        let unseen = report::UNSEEN.bits();
+        let kill = cfg!(target_arch = "x86_64").then_some(X32);
+        let sendmsg = number("sendmsg")?.ok_or("sendmsg has no number")?;
+        programs.push((Calls::Traced, Vec::new(), bpf::asking_for_all(sendmsg, 2, unseen, kill)));
         for lifted in Granted::machines() {
             let program = allow_list(&denied, &allowed, &lifted).map_err(|error| format!("policy/vm.toml: {error}"))?;
             programs.push((Calls::Machine, lifted, program));
@@ -54,181 +57,32 @@ impl Filters {
         let lifted = match calls {
             Calls::Listed | Calls::Only => Granted::of(grants),
             Calls::Machine => Granted::machine(grants.contains(&Grant::Egress), device),
+            Calls::Traced => Vec::new(),
         };
         let found = self.programs.iter().find(|(list, lifts, _)| *list == calls && *lifts == lifted);
         found.map(|(_, _, program)| program)
     }
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    rule: Vec<Rule>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct AllowFile {
-    /// The highest number that was looked at; calls beyond it are newer than the file.
-    newest: u32,
-    allow: Vec<Calling>,
-    once: Vec<Calling>,
-    rule: Vec<Rule>,
-}
-
-/// What a machine needs beyond SANDBOX.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct MachineFile {
-    allow: Vec<Calling>,
-    rule: Vec<Rule>,
-}
-
-impl AllowFile {
-    /// Without the rules that hold these controls.
-    fn leave_out(&mut self, controls: &[Control]) {
-        if controls.contains(&Control::NoWriteExec) {
-            self.rule.retain(|rule| rule.control != Some(Ruled::NoWriteExec));
-        }
-        if controls.contains(&Control::SingleExec) {
-            self.allow.append(&mut self.once);
-        }
+/// The test that a condition is.
+fn compile(condition: &Condition) -> Result<Test, String> {
+    let Condition { arg, bits, mask, equals, not } = *condition;
+    let width = match bits {
+        32 => Width::Half,
+        64 => Width::Whole,
+        other => return Err(format!("bits is {other}, it must be 32 or 64")),
+    };
+    let comparison = match (mask, equals, not) {
+        (Some(mask), Some(value), None) => Comparison::Masked { mask, value },
+        (None, Some(value), None) => Comparison::Equal(value),
+        (None, None, Some(value)) => Comparison::NotEqual(value),
+        (Some(mask), None, Some(value)) => Comparison::NotMasked { mask, value },
+        _ => return Err("a condition has `equals` or `not`, and perhaps a `mask`".to_owned()),
+    };
+    if arg > 5 {
+        return Err(format!("arg is {arg}, the last one is 5"));
     }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Calling {
-    reason: String,
-    syscalls: Vec<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Rule {
-    reason: String,
-    action: Action,
-    syscalls: Vec<String>,
-    #[serde(default)]
-    when: Vec<Vec<Condition>>,
-    /// The grant that lifts it.
-    unless: Option<Granted>,
-    /// The grant with which alone it holds.
-    only: Option<Granted>,
-    /// The control that rests on this rule alone, where one does.
-    control: Option<Ruled>,
-}
-
-/// A control that is made of rules.
-#[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-enum Ruled {
-    NoWriteExec,
-}
-
-impl Rule {
-    fn holds(&self, grants: &[Granted]) -> bool {
-        let granted = |by: Granted| grants.contains(&by);
-        !self.unless.is_some_and(granted) && self.only.is_none_or(granted)
-    }
-}
-
-#[derive(Clone, Copy, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
-#[serde(rename_all = "UPPERCASE")]
-enum Action {
-    Enosys,
-    Eperm,
-}
-
-/// A grant that lifts rules, or that some are for.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-enum Granted {
-    SpawnChild,
-    Egress,
-    SignalHandling,
-    /// Not a plugin's: what a machine is made by.
-    Machine,
-    /// The same by a device of the host.
-    MachineDevice,
-}
-
-impl Granted {
-    const ALL: [Self; 3] = [Self::SpawnChild, Self::Egress, Self::SignalHandling];
-
-    const fn grant(self) -> Option<Grant> {
-        match self {
-            Self::SpawnChild => Some(Grant::SpawnChild),
-            Self::Egress => Some(Grant::Egress),
-            Self::SignalHandling => Some(Grant::SignalHandling),
-            Self::Machine | Self::MachineDevice => None,
-        }
-    }
-
-    /// Those of a machine. Its monitor starts the emulator.
-    fn machine(egress: bool, device: bool) -> Vec<Self> {
-        // The emulator signals its own threads. Nobody else is in its PID namespace but the monitor.
-        let all = [
-            (Self::SpawnChild, true),
-            (Self::Egress, egress),
-            (Self::SignalHandling, true),
-            (Self::Machine, true),
-            (Self::MachineDevice, device),
-        ];
-        all.into_iter().filter(|(_, has)| *has).map(|(lift, _)| lift).collect()
-    }
-
-    /// Every set that a machine may have.
-    fn machines() -> [Vec<Self>; 4] {
-        [(false, false), (false, true), (true, false), (true, true)]
-            .map(|(egress, device)| Self::machine(egress, device))
-    }
-
-    /// Those of a plugin with these grants, in order.
-    fn of(grants: &[Grant]) -> Vec<Self> {
-        Self::ALL.into_iter().filter(|lift| lift.grant().is_some_and(|grant| grants.contains(&grant))).collect()
-    }
-
-    /// Every set that a plugin may have.
-    fn sets() -> Vec<Vec<Self>> {
-        let mut sets = vec![Vec::new()];
-        for lift in Self::ALL {
-            let with: Vec<Vec<Self>> = sets.iter().map(|set| set.iter().copied().chain([lift]).collect()).collect();
-            sets.extend(with);
-        }
-        sets
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Condition {
-    arg: u8,
-    bits: u8,
-    mask: Option<u64>,
-    equals: Option<u64>,
-    not: Option<u64>,
-}
-
-impl Condition {
-    fn compile(&self) -> Result<Test, String> {
-        let width = match self.bits {
-            32 => Width::Half,
-            64 => Width::Whole,
-            other => return Err(format!("bits is {other}, it must be 32 or 64")),
-        };
-        let comparison = match (self.mask, self.equals, self.not) {
-            (Some(mask), Some(value), None) => Comparison::Masked { mask, value },
-            (None, Some(value), None) => Comparison::Equal(value),
-            (None, None, Some(value)) => Comparison::NotEqual(value),
-            (Some(mask), None, Some(value)) => Comparison::NotMasked { mask, value },
-            _ => return Err("a condition has `equals` or `not`, and perhaps a `mask`".to_owned()),
-        };
-        if self.arg > 5 {
-            return Err(format!("arg is {}, the last one is 5", self.arg));
-        }
-        Ok(Test { argument: self.arg, width, comparison })
-    }
+    Ok(Test { argument: arg, width, comparison })
 }
 
 /// Everything is allowed but what the rules deny.
@@ -322,15 +176,12 @@ fn decide(decisions: &mut BTreeMap<u32, Decision>, rules: &[Rule], lifted: &[Gra
         if !rule.holds(lifted) {
             continue;
         }
-        let errno = errno(match rule.action {
-            Action::Enosys => libc::ENOSYS,
-            Action::Eperm => libc::EPERM,
-        })?;
+        let errno = errno(rule.action.errno())?;
         for name in &rule.syscalls {
             let Some(number) = number(name)? else { continue };
             let mut alternatives = Vec::new();
             for conditions in &rule.when {
-                let tests = conditions.iter().map(Condition::compile).collect::<Result<Vec<_>, _>>()?;
+                let tests = conditions.iter().map(compile).collect::<Result<Vec<_>, _>>()?;
                 alternatives.push((tests, errno));
             }
             match decisions.get_mut(&number) {
@@ -353,6 +204,8 @@ mod tests {
     use seccompiler::{
         SeccompAction, SeccompCmpArgLen as CmpLen, SeccompCmpOp as CmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     };
+
+    use plugvisor_sandbox::rules::Action;
 
     use super::*;
 
@@ -383,6 +236,26 @@ mod tests {
         ] {
             let error = deny_list(&toml::from_str(text).expect(text), &[]).expect_err(text);
             assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_trace_is_asked_for_every_call_but_that_which_sends_its_listener() {
+        let filters = Filters::compile(&[]).expect("the data files");
+        let program = filters.of(Calls::Traced, &[Grant::Egress], false).expect("a program");
+        let sendmsg = number("sendmsg").expect("a name").expect("a number");
+        let (flags, here) = (u64::from(report::UNSEEN.bits()), bpf::THIS_ARCHITECTURE);
+        for number in 0..600 {
+            for flags in [0, flags, flags | 1, 0x4000, flags | 1 << 32] {
+                let unseen = number == sendmsg && flags & 0xFFFF_FFFF == u64::from(report::UNSEEN.bits());
+                let wanted = if unseen { libc::SECCOMP_RET_ALLOW } else { bpf::NOTIFY };
+                assert_eq!(bpf::run(program, number, here, [5, 1, flags, 0, 0, 0]), wanted, "{number} {flags:x}");
+            }
+        }
+        let kill = libc::SECCOMP_RET_KILL_PROCESS;
+        assert_eq!(bpf::run(program, 1, 0x4000_0003, [0; 6]), kill, "int 0x80");
+        if cfg!(target_arch = "x86_64") {
+            assert_eq!(bpf::run(program, X32 | 1, here, [0; 6]), kill);
         }
     }
 

@@ -461,6 +461,10 @@ fn filter_calls(calls: Calls, filter: &BpfProgram) -> Result<(), Failure> {
         Calls::Only | Calls::Machine => kernel::filter_calls_with_listener(filter)
             .and_then(|listener| report::send(kernel::fixed(REPORT), &Message::Asks, Some(listener.as_fd())))
             .map_err(|error| Failure::io(Step::Listener, &error)),
+        // And so does every call, but for the one that sends the listener.
+        Calls::Traced => kernel::filter_calls_with_patient_listener(filter)
+            .and_then(|listener| report::send_listener(kernel::fixed(REPORT), listener.as_fd()))
+            .map_err(|error| Failure::io(Step::Listener, &error)),
     }
 }
 

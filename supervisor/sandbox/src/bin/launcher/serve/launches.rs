@@ -43,6 +43,12 @@ impl Server {
         let Some(slot) = self.slots.get_mut(&id) else { return };
         let was_open = !slot.running.report_closed;
         slot.running.drain();
+        if let Some(trace) = &self.launcher.trace
+            && let Some(listener) = slot.running.listener.take()
+        {
+            // Whom it does not reach makes its program's exec fail: nobody answers then. Closing a listener waits for nothing.
+            let _ = trace.try_send(&id.to_le_bytes(), &[listener.as_fd()]);
+        }
         // Once: the program asks once, and a listener that was answered is gone.
         if let Some(listener) = &slot.running.listener {
             let data = epoll::EventData::new_u64(Source::Listener(id).token());

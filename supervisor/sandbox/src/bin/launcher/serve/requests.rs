@@ -115,7 +115,19 @@ impl Server {
     }
 
     pub(super) fn launch(&mut self, id: u64, request: &Launch, arrived: Instant) -> Result<(), Refusal> {
-        let (plugin, walls) = check::launch(request, &self.launcher.options.without)?;
+        let (plugin, mut walls) = check::launch(request, &self.launcher.options.without)?;
+        if self.launcher.trace.is_some() {
+            let Some(traced) = walls.traced() else {
+                let level = request.level.as_str();
+                return refuse(
+                    RefusalCode::Policy,
+                    format!(
+                        "{plugin} was not started: a trace is made at the levels process and container, not at {level}"
+                    ),
+                );
+            };
+            walls = traced;
+        }
         if self.slots.len() >= usize::try_from(self.launcher.options.max_plugins).unwrap_or(usize::MAX) {
             return refuse(
                 RefusalCode::Exhausted,

@@ -3,7 +3,7 @@
 //! `libc` has the numbers but no names; a name that is missing here stops the launcher, so the list cannot fall behind.
 
 /// The number of the system call; `None` when this architecture does not have it.
-pub(crate) fn number(name: &str) -> Result<Option<i64>, ()> {
+pub fn number(name: &str) -> Result<Option<i64>, ()> {
     let common = match name {
         "mount" => libc::SYS_mount,
         "sendto" => libc::SYS_sendto,
