@@ -14,7 +14,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("plugvisor-core", &["plugvisor-package"]),
     ("plugvisor-sandbox", &["plugvisor-package"]),
     ("plugvisor-daemon", &["plugvisor-core", "plugvisor-package", "plugvisor-proto", "plugvisor-sandbox"]),
-    ("plugvisor-cli", &["plugvisor-client", "plugvisor-package", "plugvisor-proto"]),
+    ("plugvisor-cli", &["plugvisor-client", "plugvisor-package", "plugvisor-proto", "plugvisor-sandbox"]),
     ("plugvisor-client", &["plugvisor-proto"]),
     ("plugvisor-worker", &["plugvisor-client", "plugvisor-proto"]),
     // The client in tests only: it stands where an application would.

@@ -284,6 +284,25 @@ pub(crate) enum PluginCommand {
         /// The bundle directory, or its plugin.json.
         path: PathBuf,
     },
+    /// Run a bundle with weaker walls, see what it asks the kernel, and propose the least that its manifest must ask for.
+    Trace(TraceArgs),
+}
+
+/// What to trace, and until when: Ctrl-C, the end of the plugin's program, or what comes first of these.
+#[derive(Args, Debug)]
+pub(crate) struct TraceArgs {
+    /// The bundle directory.
+    pub(crate) bundle: PathBuf,
+    /// End after this time, such as 30s or 5m.
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) time: Option<Duration>,
+    /// Write the system calls that were seen into this file, in the form of Plugvisor's own policy files.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy: Option<PathBuf>,
+    /// Run this when the plugin serves, and end when it does. PLUGVISOR_WORKER is the path of the plugin's socket, for any
+    /// gRPC client.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) driver: Vec<std::ffi::OsString>,
 }
 
 /// Reads "500ms", "10s", "2m", "1h".

@@ -13,4 +13,5 @@ pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod run;
 pub(crate) mod status;
+pub(crate) mod trace;
 pub(crate) mod validate;

@@ -21,7 +21,7 @@ use clap::{CommandFactory, Parser};
 use crate::admin::Admin;
 use crate::args::{BreakerCommand, Cli, Command, ConfigCommand, ExplainCommand, PluginCommand};
 use crate::command::{
-    approve, breaker, call, config, describe, doctor, events, explain, life, logs, run, status, validate,
+    approve, breaker, call, config, describe, doctor, events, explain, life, logs, run, status, trace, validate,
 };
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
@@ -49,6 +49,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         }
         Command::Plugin { command: PluginCommand::Validate { path } } => {
             validate::validate(&Output::new(&cli.global)?, &path)
+        }
+        Command::Plugin { command: PluginCommand::Trace(arguments) } => {
+            trace::trace(&Output::new(&cli.global)?, &arguments)
         }
         Command::Completion { shell } => {
             // By way of memory: generate panics when the reader is gone.

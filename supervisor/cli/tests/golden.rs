@@ -79,6 +79,23 @@ fn describe() {
 }
 
 #[test]
+fn what_cannot_be_traced() {
+    let fake = Fake::start();
+    let broken = fake.directory().join("broken");
+    std::fs::create_dir(&broken).unwrap();
+    std::fs::write(broken.join("plugin.json"), "{ \"name\": 5 }").unwrap();
+    let broken = broken.to_str().unwrap();
+    let commands = [
+        &["plugin", "trace", "/nowhere/at-all"][..],
+        &["plugin", "trace", broken],
+        &["plugin", "trace", broken, "--for", "5"],
+    ];
+    let texts =
+        commands.map(|arguments| run(&fake, arguments, "").replace(fake.directory().to_str().unwrap(), "$DIRECTORY"));
+    hold("trace-errors.txt", &texts.join("\n"));
+}
+
+#[test]
 fn events() {
     hold_commands(
         "events.txt",

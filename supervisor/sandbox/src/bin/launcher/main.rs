@@ -118,15 +118,15 @@ enum Wrong {
 
 fn run(mut options: Options) -> Result<(), Wrong> {
     let system = |doing| move |error: io::Error| Wrong::System(doing, error);
+    // With a service manager come launchers that supervisors use; `LISTEN_FDS` counts with --listen alone, which excludes it.
+    if options.trace.is_some() && ["LISTEN_FDS", "NOTIFY_SOCKET"].iter().any(|name| std::env::var_os(name).is_some()) {
+        return Err(Wrong::Policy("--trace-fd is refused: a service manager started this launcher".to_owned()));
+    }
     let first = match &options.supervisor {
         Supervisor::Inherited(fd) => Some(*fd),
         Supervisor::Listen(listen) => listen.first,
     };
     let connection = first.map(|fd| take_over(fd, "taking over --socket-fd")).transpose()?;
-    // With a service manager come launchers that supervisors use; `LISTEN_FDS` counts with --listen alone, which excludes it.
-    if options.trace.is_some() && ["LISTEN_FDS", "NOTIFY_SOCKET"].iter().any(|name| std::env::var_os(name).is_some()) {
-        return Err(Wrong::Policy("--trace-fd is refused: a service manager started this launcher".to_owned()));
-    }
     let trace = options.trace.map(|fd| take_over(fd, "taking over --trace-fd")).transpose()?;
     let door_directory = options.door_directory().map(Path::to_owned);
     // Before anything is opened: descriptors of directories stay in the mounts that they were opened in.
