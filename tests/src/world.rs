@@ -330,6 +330,38 @@ impl World {
         Ok(daemon)
     }
 
+    /// The command line of a trace of this bundle, as the lane's user would run it, with these arguments behind.
+    ///
+    /// # Errors
+    /// When a binary was not built.
+    pub fn trace(&self, bundle: &Path, arguments: &[&str]) -> anyhow::Result<Command> {
+        let mut tool = self.binaries.path("plugvisor")?;
+        let other_user = (crate::lane::is_root() && self.lane == Lane::Rootless).then(|| self.lane.uid());
+        if other_user.is_some() {
+            // With the launcher beside it.
+            let placed = self.daemon_binary()?.with_file_name("plugvisor");
+            if !placed.exists() {
+                binaries::place(&tool, &placed)?;
+            }
+            tool = placed;
+        }
+        let place = Place::new(other_user);
+        let mut command = Command::from(place.command(&tool));
+        self.places.lock().unwrap_or_else(PoisonError::into_inner).push(place);
+        command
+            .args(["plugin", "trace", "-o", "json"])
+            .arg(bundle)
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        Ok(command)
+    }
+
     fn configuration(&self) -> String {
         let Settings {
             tier,

@@ -23,6 +23,7 @@ mod restart;
 mod rings;
 mod starts;
 mod takeover;
+mod traced;
 mod traces;
 
 use anyhow::{Context, ensure};

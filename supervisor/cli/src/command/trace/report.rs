@@ -45,10 +45,11 @@ const SOME: usize = 20;
 
 fn lines(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal, wide: bool) -> Vec<Line> {
     let total: u64 = seen.calls.values().map(|times| times.count).sum();
-    let mut lines = vec![Line::default().add(Style::Title, subject.name).add(
-        Style::Plain,
-        format!(": {total} system calls; the trace ended because {}", subject.ended),
-    )];
+    let mut lines = vec![
+        Line::default()
+            .add(Style::Title, subject.name)
+            .add(Style::Plain, format!(": {total} system calls; the trace ended because {}", subject.ended)),
+    ];
     let title = |text: String| [Line::default(), Line::default().add(Style::Title, text)];
     let asked = if subject.capabilities.is_empty() {
         "no capability".to_owned()
