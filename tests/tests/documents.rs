@@ -13,6 +13,7 @@ const PAGES: &[&str] = &[
     "docs/systemd.md",
     "docs/testing.md",
     "docs/escape.md",
+    "docs/trace.md",
 ];
 
 fn root() -> PathBuf {

@@ -2,8 +2,15 @@
 //!
 //! `libc` has the numbers but no names; a name that is missing here stops the launcher, so the list cannot fall behind.
 
+/// A name that is not in the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unknown;
+
 /// The number of the system call; `None` when this architecture does not have it.
-pub fn number(name: &str) -> Result<Option<i64>, ()> {
+///
+/// # Errors
+/// When the list does not have the name.
+pub fn number(name: &str) -> Result<Option<i64>, Unknown> {
     let common = match name {
         "mount" => libc::SYS_mount,
         "sendto" => libc::SYS_sendto,
@@ -266,7 +273,7 @@ pub fn number(name: &str) -> Result<Option<i64>, ()> {
 
 /// Calls that only older architectures have.
 #[cfg(target_arch = "x86_64")]
-fn only_here(name: &str) -> Result<Option<i64>, ()> {
+fn only_here(name: &str) -> Result<Option<i64>, Unknown> {
     Ok(Some(match name {
         "fork" => libc::SYS_fork,
         "vfork" => libc::SYS_vfork,
@@ -308,12 +315,12 @@ fn only_here(name: &str) -> Result<Option<i64>, ()> {
         "time" => libc::SYS_time,
         "alarm" => libc::SYS_alarm,
         "getpgrp" => libc::SYS_getpgrp,
-        _ => return Err(()),
+        _ => return Err(Unknown),
     }))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn only_here(name: &str) -> Result<Option<i64>, ()> {
+fn only_here(name: &str) -> Result<Option<i64>, Unknown> {
     const OLD: [&str; 40] = [
         "fork",
         "vfork",
@@ -356,5 +363,5 @@ fn only_here(name: &str) -> Result<Option<i64>, ()> {
         "alarm",
         "getpgrp",
     ];
-    if OLD.contains(&name) { Ok(None) } else { Err(()) }
+    if OLD.contains(&name) { Ok(None) } else { Err(Unknown) }
 }

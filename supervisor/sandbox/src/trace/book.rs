@@ -65,8 +65,9 @@ impl Book {
         if rules.len() > 64 {
             return Err(format!("{} rules are more than a trace tells apart, which is 64", rules.len()));
         }
-        let number =
-            |name: &String| syscalls::number(name).map_err(|()| format!("{name:?} is not a known system call"));
+        let number = |name: &String| {
+            syscalls::number(name).map_err(|syscalls::Unknown| format!("{name:?} is not a known system call"))
+        };
         let numbers = |names: Vec<String>| -> Result<Vec<i64>, String> {
             names.iter().filter_map(|name| number(name).transpose()).collect()
         };

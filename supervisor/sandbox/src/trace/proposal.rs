@@ -239,7 +239,6 @@ fn of_file(FileUse { access, path, place }: &FileUse) -> OfFile {
     match access {
         Access::Connect if path == "/run/plugvisor/broker.sock" => OfFile::Broker,
         Access::Connect if below("/run/plugvisor") => OfFile::Own,
-        Access::Connect => OfFile::Outside,
         Access::Read | Access::Write if below("/plugvisor/data") => OfFile::Needs(match access {
             Access::Write => Capability::WriteData,
             _ => Capability::ReadData,
@@ -251,7 +250,7 @@ fn of_file(FileUse { access, path, place }: &FileUse) -> OfFile {
         Access::Write if *place == Place::Tree && below("/dev") => OfFile::Own,
         Access::Write if below("/proc/self/fd") || below("/run/plugvisor/worker") => OfFile::Own,
         Access::Execute if below("/tmp") || below("/plugvisor") => OfFile::Outside,
-        Access::Write => OfFile::Outside,
+        Access::Connect | Access::Write => OfFile::Outside,
         Access::Read | Access::Execute => match place {
             Place::Tree => OfFile::Own,
             Place::Host => OfFile::Outside,

@@ -54,10 +54,9 @@ pub(super) async fn greet(worker: &Path, manifest: &Manifest) -> Result<(), Stri
 async fn answered(health: &mut HealthClient<Channel>, deadline: Instant) -> Result<(), String> {
     match timeout_at(deadline, health.check(HealthCheckRequest::default())).await {
         Err(_) => Err("its health service never answered".to_owned()),
-        Ok(Ok(_)) => Ok(()),
         Ok(Err(status)) if of_transport(&status) => Err(format!("it ended the connection: {}", status.message())),
         Ok(Err(status)) if status.code() == Code::Unimplemented => Err("it has no grpc.health.v1.Health".to_owned()),
-        Ok(Err(_)) => Ok(()),
+        Ok(Ok(_) | Err(_)) => Ok(()),
     }
 }
 

@@ -219,14 +219,13 @@ pub(crate) fn await_end(connection: &Seqpacket, launch: LaunchId) -> Option<Stri
                     });
                 }
             }
-            Ok(Received::Closed | Received::Truncated(_)) => return None,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let mut fds = [PollFd::new(connection, PollFlags::IN)];
                 if !matches!(poll(&mut fds, None), Ok(_) | Err(Errno::INTR)) {
                     return None;
                 }
             }
-            Err(_) => return None,
+            Ok(Received::Closed | Received::Truncated(_)) | Err(_) => return None,
         }
     }
 }

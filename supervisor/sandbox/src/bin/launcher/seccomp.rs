@@ -157,7 +157,7 @@ const X32: u32 = 0x4000_0000;
 
 /// The number of a call; `None` where this architecture does not have it.
 fn number(name: &str) -> Result<Option<u32>, String> {
-    let number = syscalls::number(name).map_err(|()| format!("{name:?} is not a known system call"))?;
+    let number = syscalls::number(name).map_err(|syscalls::Unknown| format!("{name:?} is not a known system call"))?;
     let Some(number) = number else { return Ok(None) };
     let plain = u32::try_from(number).ok().filter(|number| *number < X32 - 1);
     plain.map(Some).ok_or_else(|| format!("{name} has no plain number"))
