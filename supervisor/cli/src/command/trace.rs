@@ -187,7 +187,7 @@ fn follow(
                     greeted = true;
                     match greeting {
                         Ok(()) => eprintln!("{} serves", session.plugin),
-                        Err(why) => eprintln!("{} does not serve: {why}", session.plugin),
+                        Err(why) => eprintln!("{} does not serve: {}", session.plugin, clean(&why)),
                     }
                     if !arguments.driver.is_empty() {
                         driver = match start_driver(&arguments.driver, &path) {
