@@ -75,17 +75,32 @@ const ROOT: &[User] = &[User::Root];
 const BOTH: &[User] = &[User::Root, User::Ordinary];
 
 /// What cgroup v2, an older kernel and systemd can make different; the quick plan has what they do make different.
-const PROGRAMS: [Program; 9] = [
+const PROGRAMS: [Program; 18] = [
     Program { name: "plugvisor-launcher", only: &[], quick: BOTH, whole: BOTH },
     Program { name: "limits", only: &[], quick: BOTH, whole: BOTH },
     Program { name: "control", only: &[], quick: BOTH, whole: BOTH },
     Program { name: "walls", only: &[], quick: ROOT, whole: BOTH },
     Program { name: "escape", only: &["every_attempt_ends"], quick: ROOT, whole: BOTH },
     Program { name: "spares", only: &[], quick: ROOT, whole: ROOT },
+    Program { name: "directories", only: &[], quick: ROOT, whole: BOTH },
+    Program { name: "signals", only: &[], quick: ROOT, whole: BOTH },
+    Program { name: "environment", only: &[], quick: NOBODY, whole: BOTH },
+    Program { name: "levels", only: &[], quick: NOBODY, whole: BOTH },
+    Program { name: "store", only: &[], quick: NOBODY, whole: BOTH },
+    Program { name: "trust", only: &[], quick: NOBODY, whole: BOTH },
+    Program { name: "hostile", only: &[], quick: NOBODY, whole: ROOT },
+    Program { name: "siege", only: &[], quick: NOBODY, whole: ROOT },
+    // Of machines, how they are refused: a guest of the guest would be emulated twice.
+    Program { name: "machine", only: &[], quick: NOBODY, whole: ROOT },
     Program { name: "launcher", only: &[], quick: NOBODY, whole: BOTH },
     Program { name: "reattach", only: &[], quick: NOBODY, whole: BOTH },
-    // Scenarios in which limits, deaths and what outlives them are met.
-    Program { name: "scenarios", only: &["faults::", "life::", "restart::", "outlives::"], quick: NOBODY, whole: BOTH },
+    // Scenarios in which limits, deaths, what outlives them and what belongs to a name are met.
+    Program {
+        name: "scenarios",
+        only: &["faults::", "grants::", "life::", "restart::", "outlives::"],
+        quick: NOBODY,
+        whole: BOTH,
+    },
 ];
 
 /// The rows of the escape suite that the quick plan has: what holds them, or how they are made, is another thing there.
@@ -94,7 +109,11 @@ const PROGRAMS: [Program; 9] = [
 const QUICK_ROWS: (&str, &str) = ("PLUGVISOR_ESCAPE_ROW", "14,16,16c,31,32,38b,43,44,47,51,52,62");
 
 /// Tests that the guest has no use for, each with the reason.
-const WITHOUT: [(&str, &str); 1] = [("life::nothing_leaks", "a count over many rounds, which takes too long here")];
+const WITHOUT: [(&str, &str); 3] = [
+    ("life::nothing_leaks", "a count over many rounds, which takes too long here"),
+    ("seccomp::tests::every_call_is_decided_as_by_another_compiler", "it asks no kernel, and computes for long"),
+    ("seccomp::tests::the_allow_list_lets_through_what_it_says_and_nothing_else", "the same"),
+];
 
 /// The integration tests among the programs.
 pub(super) fn integration_tests() -> impl Iterator<Item = &'static str> {
