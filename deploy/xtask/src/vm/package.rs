@@ -240,13 +240,15 @@ fn same(before: &BTreeMap<String, u32>) -> anyhow::Result<()> {
 fn restart() -> anyhow::Result<()> {
     let before = serving()?;
     let supervisor = main_pid(SUPERVISOR)?;
-    systemctl(&["restart", SUPERVISOR])?;
+    restart_of_the_supervisor(&before)?;
     ensure!(main_pid(SUPERVISOR)? != supervisor, "it was not restarted");
-    same(&before)
+    Ok(())
 }
 
 fn kill_supervisor() -> anyhow::Result<()> {
     let before = serving()?;
+    // The control, on both sides of what is measured: what an ordinary start takes while this machine is as slow as it is.
+    let first = restart_of_the_supervisor(&before)?;
     let supervisor = Process::open(main_pid(SUPERVISOR)?)?;
     let mark = Mark::now()?;
     let journal = mark.follow(SUPERVISOR)?;
@@ -255,15 +257,20 @@ fn kill_supervisor() -> anyhow::Result<()> {
     journal.started(PATIENCE)?;
     let took = began.elapsed();
     same(&before)?;
-    // The control: what an ordinary start takes while this machine is as slow as it is.
-    let began = Instant::now();
-    systemctl(&["restart", SUPERVISOR])?;
-    let restart = began.elapsed();
-    same(&before)?;
+    let restart = first.max(restart_of_the_supervisor(&before)?);
     let [back, usual] = [took, restart].map(|time| time.as_secs_f64());
     say(format!("the supervisor was back {back:.2} s after kill -9; a restart took {usual:.2} s"))?;
     ensure!(took < BACK.max(restart * 2), "it was back only after {took:?}, and a restart took {restart:?}");
     Ok(())
+}
+
+/// What one takes that keeps these plugins.
+fn restart_of_the_supervisor(plugins: &BTreeMap<String, u32>) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    systemctl(&["restart", SUPERVISOR])?;
+    let took = began.elapsed();
+    same(plugins)?;
+    Ok(took)
 }
 
 fn kill_launcher() -> anyhow::Result<()> {
