@@ -16,6 +16,12 @@ use std::{
     },
 };
 
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+
 const CONTROLLERS: &str = "+memory +cpu +pids";
 
 /// How long the kernel may take to let go of processes that were killed.
@@ -145,21 +151,39 @@ fn divide() -> Option<PathBuf> {
 }
 
 /// Moves this process, and then what other tests have started meanwhile: who is started from here on is born in the leaf.
+/// The kernel does not move one that is ending, and does not say so: it is in the way until it has ended.
 fn move_into(own: &Path, leaf: &Path) -> io::Result<()> {
-    let (entry, this) = (leaf.join("cgroup.procs"), std::process::id().to_string());
-    fs::write(&entry, &this)?;
-    for pid in fs::read_to_string(own.join("cgroup.procs"))?.lines() {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-        if parent.is_some_and(|parent| parent.trim() == this) {
+    let entry = leaf.join("cgroup.procs");
+    fs::write(&entry, std::process::id().to_string())?;
+    for child in children_in(own)? {
+        let ended = match pidfd_open(child, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
             // One that has ended is in nobody's way.
-            match fs::write(&entry, pid) {
-                Err(error) if error.raw_os_error() != Some(rustix::io::Errno::SRCH.raw_os_error()) => {
-                    return Err(error);
-                }
-                _ => {}
+            Err(Errno::SRCH) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        match fs::write(&entry, child.as_raw_nonzero().to_string()) {
+            Err(error) if error.raw_os_error() != Some(Errno::SRCH.raw_os_error()) => return Err(error),
+            _ => {}
+        }
+        if children_in(own)?.contains(&child) {
+            let longest = Timespec::try_from(LETTING_GO).expect("some seconds");
+            if poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&longest))? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
             }
         }
     }
     Ok(())
+}
+
+/// The processes in a group whose parent this one is.
+fn children_in(group: &Path) -> io::Result<Vec<Pid>> {
+    let this = std::process::id().to_string();
+    let is_child = |pid: &&str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+        parent.is_some_and(|parent| parent.trim() == this)
+    };
+    let listed = fs::read_to_string(group.join("cgroup.procs"))?;
+    Ok(listed.lines().filter(is_child).filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect())
 }
