@@ -62,8 +62,8 @@ pub(super) fn check() -> anyhow::Result<()> {
 /// one that fails over and over (`StartLimitBurst=`).
 fn count_starts_anew() -> anyhow::Result<()> {
     let known = output(Command::new("systemctl").args(["list-units", "--all", "--plain", "--no-legend"]))?;
-    let ours = [LAUNCHER, SUPERVISOR].into_iter().filter(|unit| known.contains(unit));
-    ours.map(|unit| systemctl(&["reset-failed", unit]).map(drop)).collect()
+    let mut ours = [LAUNCHER, SUPERVISOR].into_iter().filter(|unit| known.contains(unit));
+    ours.try_for_each(|unit| systemctl(&["reset-failed", unit]).map(drop))
 }
 
 /// What the units said last, and how the plugins are: beside the failure, for people.
