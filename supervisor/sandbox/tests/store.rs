@@ -260,16 +260,16 @@ fn a_file_that_grows_fills_nothing() {
         let mut harness = start(as_);
         let path = harness.path("growing");
         fs::write(&path, vec![7; 1 << 20]).expect("a file");
-        let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let mut file = File::options().append(true).open(&path).expect("the file");
-                // Capped, should the test itself go wrong.
-                for _ in 0..2048 {
-                    if stop.load(Ordering::Relaxed) {
-                        break;
+            // A mebibyte more while each is read, and no more than that: it is hashed each time.
+            let (grow, asked) = std::sync::mpsc::channel::<()>();
+            let grown = path.clone();
+            scope.spawn(move || {
+                let mut file = File::options().append(true).open(grown).expect("the file");
+                while asked.recv().is_ok() {
+                    for _ in 0..16 {
+                        file.write_all(&[7; 64 << 10]).expect("append");
                     }
-                    file.write_all(&[7; 64 << 10]).expect("append");
                 }
             });
             let mut refused = 0;
@@ -280,11 +280,11 @@ fn a_file_that_grows_fills_nothing() {
                     .step(Import::Begin(ImportBegin { bundle: [2; 32], files: 1, bytes: size }), &[])
                     .expect("begun");
                 let open = File::open(&path).expect("the file");
+                grow.send(()).expect("it grows");
                 let refusal = harness.step(Import::Files(vec![file]), &[open.as_fd()]).expect_err("never these bytes");
                 assert!(matches!(refusal.code, RefusalCode::File | RefusalCode::DigestMismatch), "{}", refusal.message);
                 refused += 1;
             }
-            stop.store(true, Ordering::Relaxed);
             assert_eq!(refused, 20);
         });
         if as_ == As::Root {
@@ -601,7 +601,8 @@ fn the_store_is_bounded_and_keeps_what_runs() {
         let plugvisor_sandbox::protocol::Reply::Refused(refusal) = forget(&mut harness, first) else { panic!("twice") };
         assert_eq!(refusal.code, RefusalCode::UnknownBundle);
     }
-    let mut harness = Harness::start_with_store(As::possible()[0], |options| options.store_bytes = 1 << 20);
+    let mut harness = Harness::start_with_store(As::possible()[0], |options| options.store_bytes = 1 << 18);
+    // Without debug information it is not even a mebibyte.
     let refusal = harness.import(&harness.path("bundles/walled")).expect_err("larger than the store");
     assert_eq!(refusal.code, RefusalCode::Exhausted);
     assert!(refusal.message.contains("--store-bytes"), "{}", refusal.message);
