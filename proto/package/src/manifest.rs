@@ -476,6 +476,8 @@ pub struct Runtime {
     pub descriptor_set_stated: bool,
     /// What it asks to reach through the egress proxy.
     pub egress: Vec<Destination>,
+    /// The ports of TCP that it listens at in its own network namespace.
+    pub listen: Vec<u16>,
     /// Its configuration.
     pub config: Config,
 }
@@ -483,6 +485,12 @@ pub struct Runtime {
 impl Runtime {
     /// The default of `descriptorSet`.
     pub const DESCRIPTOR_SET: &'static str = "descriptor.binpb";
+
+    /// Where the egress proxy is in a plugin's network namespace, and nothing else may be.
+    pub const PROXY_PORT: u16 = 3128;
+
+    /// The most ports that one may listen at.
+    pub const MOST_PORTS: usize = 16;
 }
 
 /// Who binds the worker socket.

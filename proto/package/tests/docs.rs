@@ -77,10 +77,10 @@ fn the_manifest_page_lists_every_field_as_it_is() {
 fn the_examples_on_the_manifest_page_are_valid() {
     let text = fs::read_to_string(page("manifest.md")).unwrap();
     let examples: Vec<&str> = text.split("```json\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
-    assert_eq!(examples.len(), 3);
+    assert_eq!(examples.len(), 4);
     for example in examples {
         let manifest = Manifest::parse(example.as_bytes(), &ManifestLimits::default()).unwrap();
-        assert_eq!(manifest.runtime.exec, "bin/thumbnailer");
+        assert_eq!(manifest.runtime.exec, format!("bin/{}", manifest.name));
     }
 }
 

@@ -188,7 +188,6 @@ codes! {
     /// The manifest's own bound is below the tier that the operator set.
     TierTooHigh = "security.tier_too_high", Security, Error, Operator;
     /// A granted capability has no mechanism in this version.
-    CapabilityNotImplemented = "security.capability_not_implemented", Security, Error, Operator;
     /// The entry's or bundle's digest is not the one expected.
     DigestMismatch = "security.digest_mismatch", Security, Critical, Author;
     /// The other end of a socket is not who it should be.

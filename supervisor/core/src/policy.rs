@@ -15,7 +15,7 @@ use plugvisor_package::{Capability, IsolationLevel, TrustTier};
 
 pub use self::{
     capabilities::CapabilitySet,
-    decide::{Asked, CapabilityVerdict, IMPLEMENTED, Operator, Verdict, WhyNot},
+    decide::{Asked, CapabilityVerdict, Operator, Verdict, WhyNot},
     limits::{LimitNote, Limits},
     rights::{Lack, Rights},
 };

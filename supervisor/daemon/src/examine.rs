@@ -12,6 +12,7 @@ use std::{
     sync::Arc,
 };
 
+use plugvisor_package::PluginName;
 use plugvisor_proto::admin::v1::{
     ConfigurationCheck, ConfigurationProblem, ExamineHostResponse, HostControl, HostLevel, HostPlace, LevelGap,
     Setting, ShowConfigurationResponse,
@@ -23,8 +24,9 @@ use plugvisor_sandbox::{
 use prost::Message as _;
 
 use crate::{
-    config::{Config, ConfigError, Origin, Problem, Surroundings, nearest},
-    discovery::{Found, PluginDirectory, Source},
+    config::{Config, ConfigError, ListenConfig, Origin, Problem, Surroundings, nearest},
+    discovery::{Found, PluginDirectory},
+    ingress,
     launcher::{self, Launcher},
     privileges,
     runtime_directory::{self, Owner},
@@ -105,23 +107,37 @@ fn check(args: &Args) -> ConfigurationCheck {
         message,
         suggestion: String::new(),
     };
-    let (mut problems, mut names) = (Vec::new(), BTreeSet::new());
+    let (mut problems, mut warnings, mut names) = (Vec::new(), Vec::new(), BTreeSet::new());
     for (index, directory) in config.directories.iter().enumerate() {
         let found = PluginDirectory::open(directory).and_then(|directory| Arc::new(directory).look());
         match found {
-            Ok(found) => names.extend(found.candidates.iter().map(plugin_name)),
+            Ok(found) => {
+                for source in &found.candidates {
+                    // As its manifest says, or its directory when that says nothing.
+                    let Ok(bundle) = source.open() else {
+                        names.insert(source.name().to_owned());
+                        continue;
+                    };
+                    let manifest = &bundle.manifest;
+                    let listen = &config.plugin(&manifest.name).network.listen;
+                    warnings.extend(listen.iter().enumerate().filter_map(|(index, listen)| {
+                        let why = listen.unlisted(manifest)?;
+                        Some(here(format!("plugin.{}.network.listen[{index}].port", manifest.name), why))
+                    }));
+                    names.insert(manifest.name.to_string());
+                }
+            }
             Err(error) => problems.push(here(format!("directory[{index}].path"), error.to_string())),
         }
     }
     let idle = config.plugins.keys().map(ToString::to_string).filter(|name| !names.contains(name));
-    let warnings = idle.map(|name| ConfigurationProblem {
+    warnings.extend(idle.map(|name| ConfigurationProblem {
         suggestion: nearest(&name, names.iter().map(String::as_str)).unwrap_or_default().to_owned(),
         ..here(
             format!("plugin.{name}"),
             "no plugin of this name is in a plugin directory, so it has no effect".to_owned(),
         )
-    });
-    let warnings = warnings.collect();
+    }));
     if surroundings.uid == 0
         && let Err(error) = privileges::find(&config.supervisor.user)
     {
@@ -134,11 +150,6 @@ fn check(args: &Args) -> ConfigurationCheck {
         configuration: shown,
         warnings,
     }
-}
-
-/// As its manifest says, or its directory when that says nothing.
-fn plugin_name(source: &Source) -> String {
-    source.open().map_or_else(|_| source.name().to_owned(), |bundle| bundle.manifest.name.to_string())
 }
 
 fn problem(problem: Problem) -> ConfigurationProblem {
@@ -298,6 +309,10 @@ pub fn report(
             }
         });
     }
+    for (plugin, settings) in &config.plugins {
+        let listen = settings.network.listen.iter();
+        places.extend(listen.map(|listen| outer_address(plugin, listen, holds.is_some())));
+    }
     let system = rustix::system::uname();
     ExamineHostResponse {
         uid,
@@ -319,6 +334,14 @@ fn gap(lacking: &Lacking, allowed: &BTreeSet<Control>) -> LevelGap {
         allowed: *may_be_allowed && control.is_some_and(|control| allowed.contains(&control)),
         may_be_allowed: *may_be_allowed,
     }
+}
+
+/// An address where others reach a plugin. Where no supervisor runs it is tried.
+fn outer_address(plugin: &PluginName, listen: &ListenConfig, running: bool) -> HostPlace {
+    let ListenConfig { address, port, max_connections, .. } = listen;
+    let leads = format!("leads to port {port} of plugin {plugin}, {max_connections} connections at most");
+    let trouble = if running { None } else { ingress::try_address(*address).err() };
+    place("address", Path::new(&address.to_string()), &leads, trouble)
 }
 
 fn place(name: &str, path: &Path, detail: &str, trouble: Option<(String, String)>) -> HostPlace {

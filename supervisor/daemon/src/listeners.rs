@@ -99,7 +99,7 @@ pub async fn listeners(
     Ok(listeners)
 }
 
-async fn held(launcher: &Launcher, name: &str, holding: Holding) -> Option<OwnedFd> {
+pub(crate) async fn held(launcher: &Launcher, name: &str, holding: Holding) -> Option<OwnedFd> {
     if holding == Holding::NotHeld {
         return None;
     }
@@ -109,7 +109,7 @@ async fn held(launcher: &Launcher, name: &str, holding: Holding) -> Option<Owned
     })
 }
 
-async fn hold(launcher: &Launcher, name: &str, copy: io::Result<OwnedFd>) {
+pub(crate) async fn hold(launcher: &Launcher, name: &str, copy: io::Result<OwnedFd>) {
     let held = match copy {
         Ok(copy) => launcher.hold(name, copy).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
@@ -120,7 +120,7 @@ async fn hold(launcher: &Launcher, name: &str, copy: io::Result<OwnedFd>) {
     }
 }
 
-async fn let_go(launcher: &Launcher, name: &str) {
+pub(crate) async fn let_go(launcher: &Launcher, name: &str) {
     if let Err(error) = launcher.let_go(name).await {
         tracing::debug!(name, %error, "a held socket was not let go");
     }
@@ -130,7 +130,7 @@ fn unix(socket: OwnedFd) -> Option<UnixListener> {
     is_listener(&socket, AddressFamily::UNIX).then(|| UnixListener::from(socket))
 }
 
-fn tcp(socket: OwnedFd) -> Option<TcpListener> {
+pub(crate) fn tcp(socket: OwnedFd) -> Option<TcpListener> {
     let inet = is_listener(&socket, AddressFamily::INET) || is_listener(&socket, AddressFamily::INET6);
     let listener = inet.then(|| TcpListener::from(socket))?;
     listener.set_nonblocking(true).ok().map(|()| listener)

@@ -8,6 +8,7 @@ use plugvisor_core::{breaker::Position, route::Reason};
 use crate::{
     broker::{CallSeries, DURATION_BOUNDS, Snapshot},
     driver::{PluginHandle, PluginView},
+    ingress::Outcome,
     observe::exposition::{Kind, Page},
     stats::{self, Stalled, Usage},
     supervisor::Supervisor,
@@ -63,6 +64,7 @@ pub async fn page(supervisor: &Supervisor) -> String {
     pressure(&mut page, &rows);
     denials(&mut page, &snapshot, &rows);
     egress(&mut page, &rows);
+    ingress(&mut page, &rows);
     calls(&mut page, &snapshot);
     breakers(&mut page, &snapshot, supervisor, &rows);
     logs(&mut page, supervisor, &rows);
@@ -247,6 +249,42 @@ fn egress(page: &mut Page, rows: &[Row]) {
     for Row { view, .. } in rows {
         page.sample(&[("plugin", &view.name), ("direction", "in")], view.figures.egress.bytes_in());
         page.sample(&[("plugin", &view.name), ("direction", "out")], view.figures.egress.bytes_out());
+    }
+}
+
+/// Of plugins that have an address, which the configuration decides.
+fn ingress(page: &mut Page, rows: &[Row]) {
+    let figures = || rows.iter().filter_map(|row| Some((&row.view.name, row.view.figures.ingress.as_deref()?)));
+    page.family(
+        "plugvisor_ingress_bytes_total",
+        Kind::Counter,
+        "Bytes between a plugin and who connected to it from outside: out of the plugin, and into it.",
+    );
+    for (plugin, figures) in figures() {
+        page.sample(&[("plugin", plugin), ("direction", "in")], figures.traffic().bytes_in());
+        page.sample(&[("plugin", plugin), ("direction", "out")], figures.traffic().bytes_out());
+    }
+    page.family("plugvisor_ingress_connections", Kind::Gauge, "Connections from outside to a plugin that are open.");
+    for (plugin, figures) in figures() {
+        page.sample(&[("plugin", plugin)], figures.connections());
+    }
+    page.family(
+        "plugvisor_ingress_connections_total",
+        Kind::Counter,
+        "Connections from outside to a plugin that are over, by how they went.",
+    );
+    for (plugin, figures) in figures() {
+        for outcome in Outcome::ALL {
+            page.sample(&[("plugin", plugin), ("outcome", outcome.as_str())], figures.outcomes(outcome));
+        }
+    }
+    page.family(
+        "plugvisor_ingress_sockets_lost_total",
+        Kind::Counter,
+        "Sockets into a plugin that could not be used again; each is one connection less until it is restarted.",
+    );
+    for (plugin, figures) in figures() {
+        page.sample(&[("plugin", plugin)], figures.sockets_lost());
     }
 }
 

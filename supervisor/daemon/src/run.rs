@@ -29,6 +29,7 @@ use crate::{
     events::{Events, Subject},
     fleet::Fleet,
     host_events::{HostEvents, PublishLimits},
+    ingress::{Ingress, IngressError},
     launcher::{Inventory, Launcher, LauncherEnd, LauncherError, Link, Tie},
     listeners::{self, Holding, ListenError, Listeners},
     logs::{LogDirectory, LogFiles, Logs},
@@ -93,6 +94,9 @@ pub enum RunError {
     /// The sockets that others know.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Where others reach a plugin.
+    #[error(transparent)]
+    Ingress(#[from] IngressError),
     /// The launcher does not start with what it was given.
     #[error(
         "the launcher refused how it was started: correct what it says above, in the line that begins with \
@@ -121,6 +125,7 @@ impl RunError {
             | Self::Broker(_)
             | Self::Traces(_)
             | Self::Listen(_)
+            | Self::Ingress(_)
             | Self::LauncherStart(_)
             | Self::LauncherLost(_) => 74,
         }
@@ -164,6 +169,8 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         events.publish(Subject::Supervisor, started);
         let file = config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
         events.publish(Subject::Supervisor, ConfigEvent::Loaded { file });
+        let ingress = Ingress::bind(&client, &config.plugins, &inventory.held, holding, &events).await?;
+        let ingress = Arc::new(ingress);
         let features = client.probe().await?;
 
         let plugins: Plugins = Arc::new(ArcSwap::default());
@@ -186,6 +193,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
             plugins,
             egress: Arc::new(EgressHost::new(EgressLimits::default())),
+            ingress: Arc::clone(&ingress),
             state: store.clone(),
             starts: Starts::new(config.supervisor.parallel_starts),
             reattached,
@@ -210,6 +218,10 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         edges.spawn({
             let end = edges_end.clone();
             async move { end.run_until_cancelled(service::lives()).await.unwrap_or(()) }
+        });
+        edges.spawn({
+            let (ingress, end) = (Arc::clone(&ingress), edges_end.clone());
+            async move { end.run_until_cancelled(ingress.serve()).await.unwrap_or(()) }
         });
         edges.spawn({
             let serving = admin::serve(admin, Arc::clone(&state), allowed, edges_end.clone());

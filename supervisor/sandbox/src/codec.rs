@@ -51,6 +51,8 @@ pub mod kind {
     pub const REATTACH: u16 = 16;
     /// [`Request::Acknowledge`](crate::protocol::Request::Acknowledge).
     pub const ACKNOWLEDGE: u16 = 17;
+    /// [`Request::Inward`](crate::protocol::Request::Inward).
+    pub const INWARD: u16 = 19;
     /// [`Request::End`](crate::protocol::Request::End).
     pub const END: u16 = 18;
     /// [`Reply::Hello`](crate::protocol::Reply::Hello).
@@ -73,6 +75,8 @@ pub mod kind {
     pub const TAKEN: u16 = 0x10e;
     /// [`Reply::Reattached`](crate::protocol::Reply::Reattached).
     pub const REATTACHED: u16 = 0x110;
+    /// [`Reply::Inward`](crate::protocol::Reply::Inward).
+    pub const INWARD_REPLY: u16 = 0x113;
     /// [`Reply::Done`](crate::protocol::Reply::Done).
     pub const DONE: u16 = 0x1fe;
     /// [`Reply::Refused`](crate::protocol::Reply::Refused).
@@ -182,6 +186,7 @@ pub fn encode_request(id: u64, request: &Request) -> Result<Vec<u8>, EncodeError
         Request::HoldFd { name } => packet(kind::HOLD_FD, id, name),
         Request::TakeFd { name, keep } => packet(kind::TAKE_FD, id, &(name, keep)),
         Request::Reattach { launch } => packet(kind::REATTACH, id, launch),
+        Request::Inward { launch, from } => packet(kind::INWARD, id, &(launch, from)),
         Request::Acknowledge { launch } => packet(kind::ACKNOWLEDGE, id, launch),
         Request::End => packet(kind::END, id, &()),
         Request::Import(step) => packet(kind::IMPORT, id, step),
@@ -219,6 +224,10 @@ pub fn decode_request(bytes: &[u8]) -> Result<(u64, Request), DecodeError> {
             Request::TakeFd { name, keep }
         }
         kind::REATTACH => Request::Reattach { launch: parse(kind, id, body)? },
+        kind::INWARD => {
+            let (launch, from) = parse::<(LaunchId, u16)>(kind, id, body)?;
+            Request::Inward { launch, from }
+        }
         kind::ACKNOWLEDGE => Request::Acknowledge { launch: parse(kind, id, body)? },
         kind::END => {
             parse::<()>(kind, id, body)?;
@@ -246,6 +255,7 @@ pub fn encode_reply(id: u64, reply: &Reply) -> Result<Vec<u8>, EncodeError> {
         Reply::Listed(listed) => packet(kind::LISTED, id, listed),
         Reply::Taken => packet(kind::TAKEN, id, &()),
         Reply::Reattached(reattached) => packet(kind::REATTACHED, id, reattached),
+        Reply::Inward { all } => packet(kind::INWARD_REPLY, id, all),
     }
 }
 
@@ -281,6 +291,7 @@ pub fn decode_from_launcher(bytes: &[u8]) -> Result<FromLauncher, DecodeError> {
             parse::<()>(kind, id, body)?;
             Reply::Taken
         }
+        kind::INWARD_REPLY => Reply::Inward { all: parse(kind, id, body)? },
         kind::REATTACHED => Reply::Reattached(parse::<Reattached>(kind, id, body)?),
         kind::EXITED => {
             let (launch, exit, oom_killed) = parse::<(LaunchId, Exit, bool)>(kind, id, body)?;

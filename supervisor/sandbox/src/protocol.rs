@@ -106,6 +106,13 @@ pub enum Request {
         /// The launch.
         launch: LaunchId,
     },
+    /// Hands over some of the sockets by which a running launch is connected to.
+    Inward {
+        /// The launch.
+        launch: LaunchId,
+        /// From which one on, counted from 0.
+        from: u16,
+    },
     /// What was kept for this launch has arrived and may be forgotten: its end, and the output of [`Reattached`]. Until
     /// then it is told to every supervisor anew.
     Acknowledge {
@@ -155,6 +162,8 @@ pub struct Launch {
     pub grants: Vec<Grant>,
     /// The operator's variables, with [`Grant::AccessEnv`] only: by name, each once.
     pub environment: Vec<(String, String)>,
+    /// Sockets by which the supervisor connects to it, with [`Grant::TcpServer`] only; at most [`MAX_INWARD`].
+    pub inward: u16,
     /// Controls that the operator allows to be missing.
     pub allow_degraded: Vec<Control>,
 }
@@ -271,6 +280,9 @@ pub enum Grant {
     /// TCP sockets in its own network namespace, where somebody listens at [`EGRESS`] and nothing else is: the supervisor,
     /// as a proxy.
     Egress,
+    /// TCP sockets in its own network namespace, where it may listen at the ports of its manifest; the supervisor connects
+    /// there with sockets that were made inside.
+    TcpServer,
     /// The operator's variables.
     AccessEnv,
     /// Signals to others in its own PID namespace: its children.
@@ -285,10 +297,11 @@ pub enum Grant {
 
 impl Grant {
     /// Every grant.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::WriteTemp,
         Self::SpawnChild,
         Self::Egress,
+        Self::TcpServer,
         Self::AccessEnv,
         Self::SignalHandling,
         Self::ReadConfig,
@@ -303,6 +316,7 @@ impl Grant {
             Capability::WriteTemp => Some(Self::WriteTemp),
             Capability::SpawnChild => Some(Self::SpawnChild),
             Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve => Some(Self::Egress),
+            Capability::TcpServer => Some(Self::TcpServer),
             Capability::AccessEnv => Some(Self::AccessEnv),
             Capability::SignalHandling => Some(Self::SignalHandling),
             Capability::ReadConfig => Some(Self::ReadConfig),
@@ -318,7 +332,7 @@ impl Grant {
     pub const fn is_of_name(self) -> bool {
         match self {
             Self::AccessEnv | Self::ReadConfig | Self::ReadData | Self::WriteData => true,
-            Self::WriteTemp | Self::SpawnChild | Self::Egress | Self::SignalHandling => false,
+            Self::WriteTemp | Self::SpawnChild | Self::Egress | Self::TcpServer | Self::SignalHandling => false,
         }
     }
 
@@ -337,6 +351,9 @@ impl Grant {
 
 /// Where the egress proxy is reached inside the network namespace of a launch with [`Grant::Egress`].
 pub const EGRESS: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 3128);
+
+/// The most sockets by which one plugin is connected to.
+pub const MAX_INWARD: u16 = 256;
 
 /// One control of the walls, each with its name in `allow_degraded` and in every report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -478,6 +495,12 @@ pub enum Reply {
     Taken,
     /// To [`Request::Reattach`]. Its descriptors are described there.
     Reattached(Reattached),
+    /// To [`Request::Inward`]. Descriptors: at most [`MAX_DESCRIPTORS`] TCP sockets that were made in the plugin's network
+    /// namespace, the first ones from the one that was named on; one that a supervisor left connected was disconnected.
+    Inward {
+        /// How many the launch has in all.
+        all: u16,
+    },
 }
 
 /// What the host can enforce.

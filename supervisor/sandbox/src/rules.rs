@@ -139,8 +139,8 @@ impl Action {
 pub enum Granted {
     /// Children.
     SpawnChild,
-    /// TCP sockets in its own network namespace.
-    Egress,
+    /// TCP sockets in its own network namespace, for whichever network grant.
+    Tcp,
     /// Signals to its children.
     SignalHandling,
     /// Not a plugin's: what a machine is made by.
@@ -151,26 +151,32 @@ pub enum Granted {
 
 impl Granted {
     /// Those that a plugin may have.
-    pub const ALL: [Self; 3] = [Self::SpawnChild, Self::Egress, Self::SignalHandling];
+    pub const ALL: [Self; 3] = [Self::SpawnChild, Self::Tcp, Self::SignalHandling];
 
-    /// What is granted.
+    /// The grants of which each brings it.
     #[must_use]
-    pub const fn grant(self) -> Option<Grant> {
+    pub const fn grants(self) -> &'static [Grant] {
         match self {
-            Self::SpawnChild => Some(Grant::SpawnChild),
-            Self::Egress => Some(Grant::Egress),
-            Self::SignalHandling => Some(Grant::SignalHandling),
-            Self::Machine | Self::MachineDevice => None,
+            Self::SpawnChild => &[Grant::SpawnChild],
+            Self::Tcp => &[Grant::Egress, Grant::TcpServer],
+            Self::SignalHandling => &[Grant::SignalHandling],
+            Self::Machine | Self::MachineDevice => &[],
         }
+    }
+
+    /// Whether one of these grants brings it.
+    #[must_use]
+    pub fn of_any(self, grants: &[Grant]) -> bool {
+        self.grants().iter().any(|grant| grants.contains(grant))
     }
 
     /// Those of a machine. Its monitor starts the emulator.
     #[must_use]
-    pub fn machine(egress: bool, device: bool) -> Vec<Self> {
+    pub fn machine(tcp: bool, device: bool) -> Vec<Self> {
         // The emulator signals its own threads. Nobody else is in its PID namespace but the monitor.
         let all = [
             (Self::SpawnChild, true),
-            (Self::Egress, egress),
+            (Self::Tcp, tcp),
             (Self::SignalHandling, true),
             (Self::Machine, true),
             (Self::MachineDevice, device),
@@ -181,14 +187,13 @@ impl Granted {
     /// Every set that a machine may have.
     #[must_use]
     pub fn machines() -> [Vec<Self>; 4] {
-        [(false, false), (false, true), (true, false), (true, true)]
-            .map(|(egress, device)| Self::machine(egress, device))
+        [(false, false), (false, true), (true, false), (true, true)].map(|(tcp, device)| Self::machine(tcp, device))
     }
 
     /// Those of a plugin with these grants, in order.
     #[must_use]
     pub fn of(grants: &[Grant]) -> Vec<Self> {
-        Self::ALL.into_iter().filter(|lift| lift.grant().is_some_and(|grant| grants.contains(&grant))).collect()
+        Self::ALL.into_iter().filter(|lift| lift.of_any(grants)).collect()
     }
 
     /// Every set that a plugin may have.

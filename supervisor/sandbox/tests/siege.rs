@@ -70,6 +70,7 @@ fn requests(launch: LaunchId) -> Vec<Request> {
         Request::Stats { launch },
         Request::Reattach { launch },
         Request::Acknowledge { launch },
+        Request::Inward { launch, from: 0 },
     ]
 }
 

@@ -56,18 +56,13 @@ fn corpus() -> Vec<Wrong> {
             "manifest.unsupported",
             &["guards"],
         ),
-        (
-            hostile("wants-network").capabilities(&["network:tcp-server"]),
-            "security.capability_not_implemented",
-            &["network:tcp-server"],
-        ),
     ]
 }
 
 /// Each is refused with its code, its words and a hint; in the status, as an event and on the command line. The good
 /// citizen beside them is loaded and answers.
 async fn each_wrong_bundle_is_named(lane: Lane) -> anyhow::Result<()> {
-    let mut world = world(lane)?.grants(&["network:tcp-server"]);
+    let mut world = world(lane)?;
     for (bundle, ..) in corpus() {
         world = world.plugin(&bundle)?;
     }

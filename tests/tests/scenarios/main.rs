@@ -10,6 +10,7 @@ mod egress;
 mod faults;
 mod floods;
 mod grants;
+mod ingress;
 mod levels;
 mod life;
 mod looks;

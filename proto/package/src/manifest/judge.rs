@@ -289,7 +289,7 @@ fn runtime(raw: raw::Runtime, name: Option<&PluginName>, notes: &mut Notes) -> R
         network,
         config,
     } = raw;
-    let raw::Network { egress } = network.unwrap_or_default();
+    let raw::Network { egress, listen } = network.unwrap_or_default();
     let raw::Config { schema, defaults } = config.unwrap_or_default();
     let activation = activation.unwrap_or_default();
     if activation == Activation::OnDemand {
@@ -307,8 +307,31 @@ fn runtime(raw: raw::Runtime, name: Option<&PluginName>, notes: &mut Notes) -> R
         descriptor_set_stated: descriptor_set.is_some(),
         descriptor_set: descriptor_set.map_or_else(|| Runtime::DESCRIPTOR_SET.to_owned(), |path| path.0),
         egress: egress.unwrap_or_default().into_values().into_iter().map(|text| text.0).collect(),
+        listen: ports(listen.unwrap_or_default(), notes),
         config: Config { schema, defaults: defaults.unwrap_or_default() },
     }
+}
+
+/// The ports that it listens at.
+fn ports<const MIN: u64, const MAX: u64>(listen: List<Whole<MIN, MAX>>, notes: &mut Notes) -> Vec<u16> {
+    const { assert!(MAX <= u16::MAX as u64, "the type's upper bound fits") };
+    let network = At::Key(&RUNTIME, "network");
+    let at = At::Key(&network, "listen");
+    if listen.0.len() > Runtime::MOST_PORTS {
+        let message = format!("{} ports; at most {} may be listened at", listen.0.len(), Runtime::MOST_PORTS);
+        notes.findings.add(at, message, None);
+    }
+    let mut ports = Vec::new();
+    for (index, port) in listen.0 {
+        let port = u16::try_from(port.0).expect("the type's upper bound was checked when it was compiled");
+        if port == Runtime::PROXY_PORT {
+            let message = format!("{port} is the port of the egress proxy in every plugin's network namespace");
+            notes.findings.add(At::Index(&at, index), message, Some("listen at another one".to_owned()));
+        } else {
+            ports.push(port);
+        }
+    }
+    ports
 }
 
 fn environment(env: BTreeMap<String, String>, notes: &mut Notes) -> BTreeMap<String, String> {

@@ -22,6 +22,7 @@ const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 type Bytes = Whole<1, MAX_INTEGER>;
 type Millis = Whole<1, DAY_MS>;
 type Count = Whole<1, 10_000>;
+type InsidePort = Whole<1_024, 65_535>;
 
 table! {
     /// The whole document.
@@ -313,6 +314,8 @@ table! {
     Network {
         /// Destinations as `host:port`; `*.example.com:443` means every name under example.com.
         Active egress: List<Destination> = "egress";
+        /// Ports of TCP that it listens at in its own network namespace, with `network:tcp-server`; not 3128.
+        Active listen: List<InsidePort> = "listen";
     }
 }
 

@@ -184,6 +184,22 @@ pub enum BrokerEvent {
         #[serde(skip)]
         hint: String,
     },
+    /// A connection from outside to a plugin was closed without having been carried.
+    IngressFailed {
+        /// Who connected.
+        peer: String,
+        /// To which of the plugin's addresses.
+        address: String,
+        /// Why: `not_ready`, `refused`, `not_taken` and so on, as in the metrics.
+        failure: &'static str,
+        /// What was closed and why.
+        message: String,
+        /// Further ones since the last such event, which had none of their own.
+        more: u64,
+        /// What to do next.
+        #[serde(skip)]
+        hint: String,
+    },
     /// Calls were refused because a plugin has too many.
     OverloadShed {
         /// Calls refused since the last such event.
@@ -360,6 +376,7 @@ group!(BrokerEvent {
     Self::ServiceWithdrawn { .. } => "broker.service_withdrawn", Severity::Info, "not_ready", "";
     Self::CallDenied { denial, hint, .. } => "broker.call_denied", Severity::Warning, denial, hint.as_str();
     Self::EgressDenied { denial, hint, .. } => "broker.egress_denied", Severity::Warning, denial, hint.as_str();
+    Self::IngressFailed { failure, hint, .. } => "broker.ingress_failed", Severity::Warning, failure, hint.as_str();
     Self::ProtocolError { .. } => "broker.protocol_error", Severity::Error, "protocol",
         "the peer must speak gRPC over HTTP/2";
     Self::PayloadRejected { .. } => "broker.payload_rejected", Severity::Warning, "too_large",

@@ -87,10 +87,6 @@ impl WhyNot {
     }
 }
 
-/// The capabilities whose mechanism this version has: the kernel's part of it, or the decision whether a call to the host
-/// is let through. What is missing refuses the load of whoever would be granted it.
-pub const IMPLEMENTED: CapabilitySet = CapabilitySet::ALL.minus(CapabilitySet::of(&[Capability::TcpServer]));
-
 impl Policy {
     /// What a plugin may do, whether it may run at all or not.
     #[must_use]
@@ -103,9 +99,8 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// Every reason why it may not run at all, so that they can be mended at once: its tier never runs, or a capability
-    /// that would be granted has no mechanism in this version.
-    pub fn decide(&self, name: &PluginName, asked: &Asked, operator: &Operator) -> Result<Verdict, Vec<Error>> {
+    /// Why it may not run at all: its tier never runs.
+    pub fn decide(&self, name: &PluginName, asked: &Asked, operator: &Operator) -> Result<Verdict, Error> {
         let tier = tier(asked, operator);
         let rules = self.rules(tier);
         let Some(weakest) = rules.weakest else {
@@ -114,14 +109,13 @@ impl Policy {
             } else {
                 "its plugin.json limits it to this tier with security.trustLevel"
             };
-            return Err(vec![Error::new(
+            return Err(Error::new(
                 Code::TierNeverRuns,
                 format!("plugin {name} is of the tier {tier}, which never runs"),
                 hint,
-            )]);
+            ));
         };
 
-        let mut errors = Vec::new();
         let level = asked.level.unwrap_or(IsolationLevel::Process).max(weakest);
 
         let rights = self.rights(asked, operator);
@@ -137,16 +131,6 @@ impl Policy {
                 None
             };
             capabilities.push(CapabilityVerdict { capability, why_not });
-        }
-        errors.extend(rights.granted().minus(IMPLEMENTED).iter().map(|capability| {
-            Error::new(
-                Code::CapabilityNotImplemented,
-                format!("plugin {name} would be granted {capability}, which is not implemented in this version"),
-                format!("remove {capability} from its grants in plugvisor.toml"),
-            )
-        }));
-        if !errors.is_empty() {
-            return Err(errors);
         }
         let (limits, limit_notes) =
             Limits::effective(&asked.limits, &operator.limits, &rules.defaults, &rules.ceilings, tier);

@@ -26,9 +26,10 @@ use super::wire;
 use crate::{
     broker::{ProviderSnapshot, Snapshot},
     calls,
-    config::PluginConfig,
+    config::{ListenConfig, PluginConfig},
     driver::{ExitView, PluginView},
     events::Record,
+    ingress::Front,
     logs::{self, LogLine},
     state::{Health, Rebuilt, TransitionRecord, Writing},
     stats,
@@ -167,6 +168,7 @@ fn plugin_state(state: &State) -> PluginState {
 pub(super) fn describe(
     view: &PluginView,
     config: &PluginConfig,
+    front: Option<&Front>,
     calls: &Snapshot,
     controls: &[ControlState],
     stderr_tail: Vec<String>,
@@ -176,7 +178,7 @@ pub(super) fn describe(
     let mut controls: Vec<Control> = controls.iter().map(control).collect();
     if let Some(verdict) = &view.verdict {
         if let Some(bundle) = bundle.filter(|_| !controls.is_empty()) {
-            controls.extend(proxied(&bundle.manifest, verdict));
+            controls.extend(network(front, &bundle.manifest, verdict));
             controls.extend(environment(config, verdict));
             controls.extend(view.process.iter().flat_map(|process| &process.directories).map(directory));
         }
@@ -274,29 +276,64 @@ fn environment(config: &PluginConfig, verdict: &Verdict) -> Option<Control> {
     })
 }
 
-/// What the supervisor itself holds a plugin to, in its egress proxy: there is nothing to be read back from the kernel.
-fn proxied(manifest: &Manifest, verdict: &Verdict) -> Vec<Control> {
+/// What the supervisor itself holds a plugin's network to: there is nothing to be read back from the kernel.
+fn network(front: Option<&Front>, manifest: &Manifest, verdict: &Verdict) -> Vec<Control> {
+    let mut controls: Vec<Control> =
+        proxied(manifest, verdict).into_iter().chain(connected(front, manifest, verdict)).collect();
+    if let Some(bytes) = verdict.limits.network_bytes.filter(|_| !controls.is_empty()) {
+        controls.push(Control {
+            name: "network-bandwidth".to_owned(),
+            requested: format!("{bytes} bytes per second"),
+            enforced: "both directions together".to_owned(),
+            read_from: "the supervisor, which carries every byte".to_owned(),
+            unavailable: String::new(),
+        });
+    }
+    controls
+}
+
+/// What its egress proxy lets it reach.
+fn proxied(manifest: &Manifest, verdict: &Verdict) -> Option<Control> {
     let network = [Capability::HttpClient, Capability::WebSocket, Capability::DnsResolve];
     if !network.iter().any(|capability| verdict.granted().contains(*capability)) {
-        return Vec::new();
+        return None;
     }
-    let held = |name: &str, requested: String, enforced: &str| Control {
-        name: name.to_owned(),
-        requested,
-        enforced: enforced.to_owned(),
-        read_from: "the supervisor's egress proxy".to_owned(),
-        unavailable: String::new(),
-    };
     let list: Vec<String> = manifest.runtime.egress.iter().map(ToString::to_string).collect();
     let (list, open) = match list.as_slice() {
         [] => ("no destination".to_owned(), "nothing is let through"),
         list => (list.join(", "), "their public addresses, and those that [plugin.NAME.network] addresses lists"),
     };
-    let mut controls = vec![held("egress", list, open)];
-    if let Some(bytes) = verdict.limits.network_bytes {
-        controls.push(held("network-bandwidth", format!("{bytes} bytes per second"), "both directions together"));
+    Some(Control {
+        name: "egress".to_owned(),
+        requested: list,
+        enforced: open.to_owned(),
+        read_from: "the supervisor's egress proxy".to_owned(),
+        unavailable: String::new(),
+    })
+}
+
+/// What the supervisor holds connections to it to. That it listens at these ports alone is the kernel's: Landlock, and the
+/// network namespace, which nobody else is in.
+fn connected(front: Option<&Front>, manifest: &Manifest, verdict: &Verdict) -> Option<Control> {
+    if !verdict.granted().contains(Capability::TcpServer) {
+        return None;
     }
-    controls
+    let ports: Vec<String> = manifest.runtime.listen.iter().map(u16::to_string).collect();
+    let ports = if ports.is_empty() { "no port".to_owned() } else { format!("ports {}", ports.join(", ")) };
+    let address = |(address, listen): (std::net::SocketAddr, ListenConfig)| {
+        format!("{address} leads to port {}, {} connections at most", listen.port, listen.max_connections)
+    };
+    let addresses: Vec<String> = front.iter().flat_map(|front| front.addresses().map(address)).collect();
+    Some(Control {
+        name: "ingress".to_owned(),
+        requested: format!("{ports} of its network namespace"),
+        enforced: match addresses.as_slice() {
+            [] => "nobody connects to it: [[plugin.NAME.network.listen]] has no address".to_owned(),
+            addresses => addresses.join("; "),
+        },
+        read_from: "the supervisor's listening sockets".to_owned(),
+        unavailable: String::new(),
+    })
 }
 
 /// Where a limit is not the one that the manifest asked for, the control that holds it says so too.

@@ -72,7 +72,6 @@ fn grpc_code(code: Code) -> Grpc {
         | Code::DependencyRequired
         | Code::TierNeverRuns
         | Code::TierTooHigh
-        | Code::CapabilityNotImplemented
         | Code::DigestMismatch
         | Code::PeerMismatch
         | Code::LevelNotImplemented

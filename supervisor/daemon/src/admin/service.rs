@@ -150,7 +150,8 @@ impl Admin for AdminService {
             Err(_) => Vec::new(),
         };
         let config = view.name.parse().map(|plugin| self.state.config.plugin(&plugin)).unwrap_or_default();
-        Ok(Response::new(convert::describe(&view, &config, &self.calls().await, &controls, tail)))
+        let front = view.name.parse().ok().and_then(|plugin| self.state.shared.ingress.front(&plugin));
+        Ok(Response::new(convert::describe(&view, &config, front.as_deref(), &self.calls().await, &controls, tail)))
     }
 
     async fn load_plugin(&self, request: Request<LoadPluginRequest>) -> Result<Response<LoadPluginResponse>, Status> {

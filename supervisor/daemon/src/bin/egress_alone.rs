@@ -14,6 +14,7 @@ use plugvisor_core::{
 use plugvisor_daemon::{
     egress::{EgressHost, EgressLimits, Figures, Proxy, Rules},
     events::{Events, Subject},
+    meter::Meter,
 };
 use plugvisor_package::{Capability, Destination};
 
@@ -33,7 +34,7 @@ fn main() -> anyhow::Result<()> {
         allow: AllowList::new(destination, None),
         addresses: AddressRules { listed: vec!["127.0.0.0/8".parse()?] },
         rights: Rights::of(CapabilitySet::of(&[Capability::HttpClient, Capability::WebSocket])),
-        bandwidth: bytes_per_second,
+        bandwidth: bytes_per_second.map(|rate| Arc::new(Meter::new(rate))),
     };
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;

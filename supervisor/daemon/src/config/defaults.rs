@@ -66,3 +66,14 @@ pub const EGRESS_STAGGER: Duration = Duration::from_millis(250);
 pub const EGRESS_CONNECT_TIME: Duration = Duration::from_secs(10);
 /// How long nothing may pass through a connection in either direction.
 pub const EGRESS_IDLE: Duration = Duration::from_secs(300);
+
+/// Connections to one address of a plugin at once; each takes two descriptors of the supervisor.
+pub const INGRESS_CONNECTIONS: u16 = 64;
+/// How long a connection may wait for the plugin to be ready and to take it.
+pub const INGRESS_CONNECT_TIME: Duration = Duration::from_secs(10);
+/// How long nothing may pass through it in either direction.
+pub const INGRESS_IDLE: Duration = Duration::from_secs(300);
+/// How long a plugin may take to take the last bytes of a connection that both sides have ended.
+pub const INGRESS_SETTLE: Duration = Duration::from_secs(5);
+/// How long a connection that a plugin's process refuses waits to hear that the process has ended.
+pub const INGRESS_END_HEARD: Duration = Duration::from_secs(3);

@@ -4,6 +4,7 @@
 //! its line, its key and, for a misspelt name, a suggestion. This module knows no socket, no plugin and no kernel.
 
 pub mod defaults;
+mod listen;
 mod problem;
 mod raw;
 mod reader;
@@ -25,7 +26,7 @@ use std::{
 };
 
 use plugvisor_core::egress::Network;
-use plugvisor_package::{Capability, Destination, PluginName, TrustTier, VariableName};
+use plugvisor_package::{Capability, Destination, Manifest, PluginName, TrustTier, VariableName};
 use plugvisor_sandbox::protocol::Control;
 
 use crate::traces::TraceSettings;
@@ -143,7 +144,7 @@ pub struct PluginConfig {
     pub unset: BTreeSet<VariableName>,
     /// Limits that replace the manifest's; the tier's ceilings still hold.
     pub limits: LimitsConfig,
-    /// What it may reach through the egress proxy.
+    /// What it may reach through the egress proxy, and where others reach it.
     pub network: NetworkConfig,
     /// Restart and back-off.
     pub restart: RestartConfig,
@@ -168,17 +169,50 @@ pub struct LimitsConfig {
     pub open_files: Option<u32>,
     /// The longest call that the broker lets run.
     pub call_timeout: Option<Duration>,
-    /// Bytes per second through the egress proxy, both directions together.
+    /// Bytes per second through the egress proxy and by connections to it, both directions together.
     pub network_bytes: Option<u64>,
 }
 
-/// What one plugin may reach through the egress proxy.
+/// What one plugin may reach through the egress proxy, and where others reach it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetworkConfig {
     /// Beyond these it may not go; `None` leaves what the manifest lists.
     pub egress: Option<Vec<Destination>>,
     /// Addresses that are not public and that it may reach all the same.
     pub addresses: Vec<Network>,
+    /// Where others reach it.
+    pub listen: Vec<ListenConfig>,
+}
+
+/// One address where others reach a plugin that serves TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenConfig {
+    /// Where others connect; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// Where the plugin listens in its own network namespace.
+    pub port: u16,
+    /// Connections at once; more wait in the queue of the address.
+    pub max_connections: u16,
+    /// How long a connection may wait for the plugin to be ready and to take it.
+    pub connect_timeout: Duration,
+    /// How long nothing may pass in either direction.
+    pub idle_timeout: Duration,
+}
+
+impl ListenConfig {
+    /// Why it leads nowhere: the plugin does not say that it listens at this port.
+    #[must_use]
+    pub fn unlisted(&self, manifest: &Manifest) -> Option<String> {
+        let ports = &manifest.runtime.listen;
+        let listed: Vec<String> = ports.iter().map(u16::to_string).collect();
+        let listed = if listed.is_empty() { "none".to_owned() } else { listed.join(", ") };
+        (!ports.contains(&self.port)).then(|| {
+            format!(
+                "{} leads to port {} of plugin {}, whose plugin.json says that it listens at (runtime.network.listen): {listed}",
+                self.address, self.port, manifest.name
+            )
+        })
+    }
 }
 
 /// Restart and back-off of one plugin.

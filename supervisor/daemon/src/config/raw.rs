@@ -108,7 +108,7 @@ pub(super) struct Plugin {
     pub(super) pass_env: Option<Vec<String>>,
     /// Limits that replace the manifest's.
     pub(super) limits: Option<Limits>,
-    /// What it may reach through the egress proxy.
+    /// What it may reach through the egress proxy, and where others reach it.
     pub(super) network: Option<Network>,
     /// Restart and back-off.
     pub(super) restart: Option<Restart>,
@@ -135,7 +135,7 @@ pub(super) struct Limits {
     pub(super) open_files: Option<u32>,
     /// Longest call, in milliseconds.
     pub(super) call_timeout_ms: Option<u64>,
-    /// Bytes per second through the egress proxy, both directions together.
+    /// Bytes per second through the egress proxy and by connections to it, both directions together.
     pub(super) network_bytes_per_second: Option<u64>,
 }
 
@@ -150,6 +150,25 @@ pub(super) struct Network {
     /// Addresses and networks, such as "127.0.0.1" or "10.1.0.0/16", that it may reach although they are not public:
     /// loopback, private, link-local, the host's own. Default: none.
     pub(super) addresses: Option<Vec<String>>,
+    /// Where others reach it by TCP, for a plugin with network:tcp-server. Default: nowhere.
+    pub(super) listen: Option<Vec<Listen>>,
+}
+
+/// `[[plugin.NAME.network.listen]]`
+#[derive(Debug, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Listen {
+    /// Address and port where others connect, such as "0.0.0.0:8443"; port 0 takes a free one. Required.
+    pub(super) address: Option<String>,
+    /// Port at which the plugin listens in its own network namespace, one of its manifest's. Required.
+    pub(super) port: Option<u16>,
+    /// Connections at once; more wait in the queue of the address. At most 256 of all addresses of a plugin. Default: 64.
+    pub(super) max_connections: Option<u16>,
+    /// How long a connection may wait for the plugin to be ready and to take it, in milliseconds. Default: 10000.
+    pub(super) connect_timeout_ms: Option<u64>,
+    /// How long nothing may pass through a connection before it is closed, in milliseconds. Default: 300000.
+    pub(super) idle_timeout_ms: Option<u64>,
 }
 
 /// `[plugin.NAME.restart]`

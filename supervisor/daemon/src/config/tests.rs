@@ -242,6 +242,63 @@ fn what_a_plugin_may_reach_is_read_and_judged() {
 }
 
 #[test]
+fn where_a_plugin_is_reached_is_read_and_judged() {
+    let config = parse(
+        "[[plugin.web.network.listen]]\naddress = \"0.0.0.0:8443\"\nport = 8080\n\
+         [[plugin.web.network.listen]]\naddress = \"[::1]:0\"\nport = 8081\nmax_connections = 5\nconnect_timeout_ms = 100\n\
+         idle_timeout_ms = 1000\n[plugin.web.network]\negress = []\n",
+    )
+    .unwrap();
+    let network = config.plugin(&"web".parse().unwrap()).network;
+    assert_eq!(network.egress, Some(Vec::new()));
+    let expected = [
+        ListenConfig {
+            address: "0.0.0.0:8443".parse().unwrap(),
+            port: 8080,
+            max_connections: 64,
+            connect_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(300),
+        },
+        ListenConfig {
+            address: "[::1]:0".parse().unwrap(),
+            port: 8081,
+            max_connections: 5,
+            connect_timeout: Duration::from_millis(100),
+            idle_timeout: Duration::from_secs(1),
+        },
+    ];
+    assert_eq!(network.listen, expected);
+    let shown = config.settings();
+    assert!(shown.iter().any(|setting| setting.key == "plugin.web.network.listen[1].port" && setting.value == "8081"));
+
+    let text = problems(
+        "[[plugin.a.network.listen]]\naddress = \"localhost:80\"\nport = 80\nmax_connections = 0\n\
+         [[plugin.a.network.listen]]\nport = 3128\nidle_timeout_ms = 0\nadress = \"0.0.0.0:1\"\n\
+         [[plugin.b.network.listen]]\naddress = \"0.0.0.0:4001\"\nport = 9000\nmax_connections = 200\n\
+         [[plugin.b.network.listen]]\naddress = \"0.0.0.0:9001\"\nport = 9000\n\
+         [[plugin.c.network.listen]]\naddress = \"127.0.0.1:9001\"\n\
+         [plugin.d.network]\nlisten = [\"0.0.0.0:5\"]\n[plugin.e.network]\nlisten = 5\n",
+    );
+    for part in [
+        "line 2: plugin.a.network.listen[0].address: \"localhost:80\" is not an address",
+        "line 3: plugin.a.network.listen[0].port: 80 is below 1024",
+        "line 4: plugin.a.network.listen[0].max_connections: 0 is not between 1 and 256",
+        "plugin.a.network.listen[1].address: is required",
+        "plugin.a.network.listen[1].port: 3128 is the egress proxy's",
+        "plugin.a.network.listen[1].idle_timeout_ms: must be between",
+        "plugin.a.network.listen[1].adress: unknown key",
+        "plugin.b.network.listen[0].address: 0.0.0.0:4001 cannot be had beside 127.0.0.1:4001, which supervisor.metrics_address",
+        "plugin.b.network.listen: max_connections of all its addresses are 264 together",
+        "plugin.c.network.listen[0].address: 127.0.0.1:9001 cannot be had beside 0.0.0.0:9001, which plugin.b.network.listen[1].address",
+        "plugin.c.network.listen[0].port: is required",
+        "plugin.d.network.listen[0]: must be a table, not string",
+        "plugin.e.network.listen: must be written as [[plugin.e.network.listen]]",
+    ] {
+        assert!(text.contains(part), "no {part}: {text}");
+    }
+}
+
+#[test]
 fn variables_are_written_or_passed_on() {
     let surroundings = Surroundings {
         variables: [("TZ", "Europe/Vaduz"), ("PASSED", "yes")].map(|(name, value)| (name.into(), value.into())).into(),

@@ -19,6 +19,7 @@ use toml::{
 use super::{
     BreakerConfig, Config, DirectoryConfig, HealthConfig, LauncherConfig, LimitsConfig, LoadMode, NetworkConfig,
     PluginConfig, Problem, RestartConfig, Surroundings, defaults,
+    listen::{self, Outer},
     problem::{Problems, nearest},
     raw,
     reader::{Section, into_table, section},
@@ -44,6 +45,7 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
         return problems.finish(config);
     }
     config.places = Places::of(text, document.get_ref());
+    let mut outer = Vec::new();
     let base = path.parent().unwrap_or(Path::new("."));
     for (key, value) in document.into_inner() {
         match key.get_ref().as_ref() {
@@ -52,7 +54,7 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
             "launcher" => launcher(&section("launcher", value, &mut problems), base, &mut config, &mut problems),
             "traces" => traces(&section("traces", value, &mut problems), &mut config, &mut problems),
             "directory" => config.directories = directories(value, base, &mut problems),
-            "plugin" => config.plugins = plugins(value, surroundings, &mut problems),
+            "plugin" => config.plugins = plugins(value, surroundings, &mut outer, &mut problems),
             other => {
                 let suggestion = nearest(other, ["supervisor", "launcher", "logs", "traces", "directory", "plugin"]);
                 let message = "unknown key; the tables are [supervisor], [launcher], [logs], [traces], [[directory]] and [plugin.NAME]";
@@ -60,6 +62,7 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
             }
         }
     }
+    listen::conflicts(&outer, (config.supervisor.metrics_address, "supervisor.metrics_address"), &mut problems);
     problems.finish(config)
 }
 
@@ -240,6 +243,7 @@ fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems
 fn plugins(
     value: Spanned<DeValue<'_>>,
     surroundings: &Surroundings,
+    outer: &mut Vec<Outer>,
     problems: &mut Problems<'_>,
 ) -> BTreeMap<PluginName, PluginConfig> {
     let mut found = BTreeMap::new();
@@ -252,7 +256,7 @@ fn plugins(
                 None
             }
         };
-        let config = plugin(&path, value, surroundings, problems);
+        let config = plugin(&path, value, surroundings, outer, problems);
         found.extend(name.map(|name| (name, config)));
     }
     found
@@ -262,12 +266,14 @@ fn plugin(
     path: &str,
     value: Spanned<DeValue<'_>>,
     surroundings: &Surroundings,
+    outer: &mut Vec<Outer>,
     problems: &mut Problems<'_>,
 ) -> PluginConfig {
     // The nested tables are read by themselves, so that each of their keys is judged alone too.
     let span = value.span();
     let Some(mut table) = into_table(path, value, problems) else { return PluginConfig::default() };
     let limits = nested(&mut table, path, "limits", problems);
+    let listen = listen::taken_from(&mut table, path, outer, problems);
     let network = nested(&mut table, path, "network", problems);
     let restart = nested(&mut table, path, "restart", problems);
     let breaker = nested(&mut table, path, "breaker", problems);
@@ -310,7 +316,7 @@ fn plugin(
         environment,
         unset,
         limits: limits.map(|table| limits_config(&table, problems)).unwrap_or_default(),
-        network: network.map(|table| network_config(&table, problems)).unwrap_or_default(),
+        network: NetworkConfig { listen, ..network.map(|table| network_config(&table, problems)).unwrap_or_default() },
         restart: restart.map(|table| restart_config(&table, problems)).unwrap_or_default(),
         breaker: breaker.map(|table| breaker_config(&table, problems)).unwrap_or_default(),
         health: health.map(|table| health_config(&table, problems)).unwrap_or_default(),
@@ -390,10 +396,12 @@ fn limits_config(table: &Section<raw::Limits>, problems: &mut Problems<'_>) -> L
 }
 
 fn network_config(table: &Section<raw::Network>, problems: &mut Problems<'_>) -> NetworkConfig {
-    let raw::Network { egress, addresses } = &table.value;
+    let raw::Network { egress, addresses, listen: None } = &table.value else {
+        unreachable!("the entries of listen were taken out above")
+    };
     let egress = egress.as_ref().map(|texts| parsed(table, "egress", texts, problems));
     let addresses = addresses.as_ref().map(|texts| parsed(table, "addresses", texts, problems));
-    NetworkConfig { egress, addresses: addresses.unwrap_or_default() }
+    NetworkConfig { egress, addresses: addresses.unwrap_or_default(), listen: Vec::new() }
 }
 
 /// A list of texts, each with a grammar of its own.
@@ -469,7 +477,12 @@ fn health_config(table: &Section<raw::Health>, problems: &mut Problems<'_>) -> H
     }
 }
 
-fn millis<T>(table: &Section<T>, key: &str, value: Option<u64>, problems: &mut Problems<'_>) -> Option<Duration> {
+pub(super) fn millis<T>(
+    table: &Section<T>,
+    key: &str,
+    value: Option<u64>,
+    problems: &mut Problems<'_>,
+) -> Option<Duration> {
     let value = Duration::from_millis(value?);
     if value.is_zero() || value > LONGEST {
         problems.add(table.at(key), table.key(key), "must be between 1 ms and one day (86400000)");

@@ -206,7 +206,9 @@ impl Driver {
         let difference = match (&run.adopted, &run.process) {
             (Some(known), Some(running)) => {
                 let environment = protocol::environment_digest(&settings::environment(&verified.verdict, &config));
+                let inward = settings::inward(&verified.verdict, &config);
                 difference(known, &running.view.controls, &verified, environment, &allow_degraded)
+                    .or_else(|| (known.inward != inward).then_some("how many connections to it there may be"))
             }
             (Some(_) | None, _) => None,
         };

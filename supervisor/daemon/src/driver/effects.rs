@@ -20,10 +20,12 @@ impl Driver {
             Effect::Begin { generation, phase } => return self.begin(generation, phase).await,
             Effect::Withdraw { generation } => {
                 self.set_ready(generation, false).await;
+                self.admit_connections(generation, false);
                 self.emit_services(|service| BrokerEvent::ServiceWithdrawn { service });
             }
             Effect::Restore { generation } => {
                 self.set_ready(generation, true).await;
+                self.admit_connections(generation, true);
                 self.emit_services(|service| BrokerEvent::ServiceRegistered { service });
             }
             Effect::Drain { generation, time } => self.drain(generation, time),
@@ -156,6 +158,7 @@ impl Driver {
             inward: self.inward.clone(),
         };
         self.watch_dependencies(generation);
+        self.open_ingress(generation);
         let after_load = started && self.hook_wanted(|hooks| hooks.after_load);
         self.spawn(generation, async move {
             if after_load {
@@ -183,6 +186,15 @@ impl Driver {
     pub(super) async fn set_ready(&mut self, generation: Generation, ready: bool) {
         if self.of(generation).is_some_and(|run| run.registered) {
             let _ = self.shared.calls.broker().set_ready(&self.identity(generation), ready).await;
+        }
+    }
+
+    /// Whether new connections from outside are let in; those under way go on.
+    fn admit_connections(&mut self, generation: Generation, admitted: bool) {
+        if self.of(generation).is_some()
+            && let Some(front) = self.shared.ingress.front(&self.name)
+        {
+            front.set_ready(admitted);
         }
     }
 

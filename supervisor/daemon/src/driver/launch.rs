@@ -7,7 +7,7 @@ use plugvisor_core::{
     event::{PluginEvent, SecurityEvent},
     lifecycle::{Failure, Permanence, Phase},
 };
-use plugvisor_package::PluginName;
+use plugvisor_package::{Capability, PluginName};
 use plugvisor_sandbox::protocol::{self, ControlState, Launch, RefusalCode};
 use tokio::time::Instant;
 
@@ -24,6 +24,7 @@ use crate::{
     events::Subject,
     launcher::{LauncherError, Process},
     logs::LogStream,
+    meter::Meter,
 };
 
 /// What an operator can do where a control is missing.
@@ -50,6 +51,7 @@ impl Driver {
                 limits: settings::kernel_limits(&verdict.limits),
                 grants: protocol::Grant::of_all(verdict.granted().iter()),
                 environment: settings::environment(verdict, &config),
+                inward: settings::inward(verdict, &config),
                 allow_degraded: Vec::new(),
             };
             // What an approval adds is found at the launch, not by importing once more.
@@ -125,13 +127,36 @@ impl Driver {
         });
     }
 
+    /// Lets others connect to it by its outer addresses, from when it serves.
+    pub(super) fn open_ingress(&mut self, generation: Generation) {
+        let Some(front) = self.shared.ingress.front(&self.name) else { return };
+        let launcher = self.shared.launcher.clone();
+        let Some(run) = self.of(generation) else { return };
+        let (Some(running), Some(verified)) = (&run.process, &run.verified) else { return };
+        if !verified.verdict.granted().contains(Capability::TcpServer) {
+            return;
+        }
+        let (launch, meter) = (running.view.launch, running.meter.clone());
+        front.set_ready(true);
+        self.spawn(generation, async move {
+            match launcher.inward(launch).await {
+                Ok(sockets) => front.stand_before(generation, sockets, meter).await,
+                // Of one that has just ended, its end is told too.
+                Err(error) => tracing::warn!(%error, "nobody can connect to it; restart the plugin"),
+            }
+            None
+        });
+    }
+
     /// Serves its egress proxy, when it was granted one, from when what it may reach is known.
     pub(super) fn open_egress(&mut self, generation: Generation) {
         let network = self.config.network.clone();
         let Some(run) = self.of(generation) else { return };
         let (Some(running), Some(verified)) = (&mut run.process, &run.verified) else { return };
+        running.meter = verified.verdict.limits.network_bytes.map(|rate| Arc::new(Meter::new(rate)));
         let Some(listener) = running.egress.take() else { return };
-        let rules = settings::egress(&verified.info.manifest, &verified.verdict, network);
+        let bandwidth = running.meter.clone();
+        let rules = settings::egress(&verified.info.manifest, &verified.verdict, network, bandwidth);
         let subject = Subject::Generation(self.name.clone(), generation);
         let figures = Arc::clone(&self.view.borrow().figures.egress);
         let (host, events) = (Arc::clone(&self.shared.egress), Arc::clone(&self.shared.events));
@@ -174,6 +199,7 @@ impl Driver {
             given: Arc::new(worker),
             broker_listener: Some(broker_listener),
             egress,
+            meter: None,
             socket: None,
             worker: None,
         });

@@ -60,8 +60,10 @@ use crate::{
     discovery::Source,
     egress::EgressHost,
     events::Events,
+    ingress::Ingress,
     launcher::{Launcher, Process},
     logs::Logs,
+    meter::Meter,
     starts::{Place, Starts},
     state::{BreakerRecord, Desired, Note, PluginRecord, Store},
     traces::Tracer,
@@ -87,6 +89,8 @@ pub struct Shared {
     pub plugins: Plugins,
     /// What the egress proxies of all plugins share.
     pub egress: Arc<EgressHost>,
+    /// Where others reach plugins.
+    pub ingress: Arc<Ingress>,
     /// What outlives the supervisor.
     pub state: Store,
     /// Who may start now.
@@ -176,6 +180,8 @@ struct Running {
     broker_listener: Option<OwnedFd>,
     /// Where it dials the egress proxy, when that was granted, until the proxy has it.
     egress: Option<OwnedFd>,
+    /// What its connections with the outside share.
+    meter: Option<Arc<Meter>>,
     socket: Option<Arc<OwnedFd>>,
     worker: Option<Worker>,
 }
@@ -243,7 +249,10 @@ impl Driver {
             last_exit: None,
             sdk,
             wanted,
-            figures: Figures::default(),
+            figures: Figures {
+                ingress: shared.ingress.front(&name).map(|front| front.figures()),
+                ..Figures::default()
+            },
         };
         let (view, seen) = watch::channel(Arc::new(view));
         let handle = PluginHandle { commands: Some(commands), view: seen, source: source.clone() };

@@ -1,7 +1,7 @@
 //! The rules of one plugin's life, from the manifest, the operator's configuration and the defaults, in that order of
 //! weight: the operator replaces the manifest.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use plugvisor_core::{
     CapabilitySet, Rights, breaker,
@@ -18,6 +18,7 @@ use crate::{
     config::{BreakerConfig, HealthConfig, LimitsConfig, NetworkConfig, PluginConfig, RestartConfig, defaults},
     discovery::Source,
     egress::Rules,
+    meter::Meter,
 };
 
 /// Restart, drain and grace.
@@ -119,14 +120,27 @@ pub(super) fn environment(verdict: &Verdict, config: &PluginConfig) -> Vec<(Stri
     config.environment.iter().map(|(name, value)| (name.to_string(), value.clone())).collect()
 }
 
+/// How many sockets are made to connect to it: one for each connection that its addresses may have.
+pub(super) fn inward(verdict: &Verdict, config: &PluginConfig) -> u16 {
+    if !verdict.granted().contains(Capability::TcpServer) {
+        return 0;
+    }
+    config.network.listen.iter().fold(0, |all, listen| all.saturating_add(listen.max_connections))
+}
+
 /// What the egress proxy lets it reach.
-pub(super) fn egress(manifest: &Manifest, verdict: &Verdict, network: NetworkConfig) -> Rules {
-    let NetworkConfig { egress, addresses } = network;
+pub(super) fn egress(
+    manifest: &Manifest,
+    verdict: &Verdict,
+    network: NetworkConfig,
+    bandwidth: Option<Arc<Meter>>,
+) -> Rules {
+    let NetworkConfig { egress, addresses, listen: _ } = network;
     Rules {
         allow: AllowList::new(manifest.runtime.egress.clone(), egress),
         addresses: AddressRules { listed: addresses },
         rights: verdict.rights,
-        bandwidth: verdict.limits.network_bytes,
+        bandwidth,
     }
 }
 

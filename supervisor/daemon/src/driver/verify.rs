@@ -114,14 +114,9 @@ fn verify(
     let directory_tier = source.tier();
     let tier = approval.as_ref().map_or(directory_tier, |approval| approval.tier);
     let (asked, operator) = (settings::asked(&bundle.manifest), settings::operator(tier, source.grants(), config));
-    let verdict = match Policy::default().decide(name, &asked, &operator) {
-        Ok(verdict) => verdict,
-        Err(errors) => {
-            let bug = || Error::new(Code::Bug, "the policy refused without a reason", "report this as a bug");
-            return Err(permanent(joined(errors).unwrap_or_else(bug)));
-        }
-    };
-    if let Some(error) = ungiven(name, &verdict, config) {
+    let verdict = Policy::default().decide(name, &asked, &operator).map_err(permanent)?;
+    let unmet = ungiven(name, &verdict, config).into_iter().chain(unreachable(name, &bundle, &verdict, config));
+    if let Some(error) = joined(unmet) {
         return Err(permanent(error));
     }
     let read = |error: std::io::Error| {
@@ -174,6 +169,35 @@ fn ungiven(name: &PluginName, verdict: &Verdict, config: &crate::config::PluginC
             lack.why()
         ),
         format!("{}; or remove env and pass_env from [plugin.{name}]", lack.hint(name.as_str())),
+    ))
+}
+
+/// Why an address that the operator set for it cannot lead to it. It would be connected to in vain.
+fn unreachable(
+    name: &PluginName,
+    bundle: &Bundle,
+    verdict: &Verdict,
+    config: &crate::config::PluginConfig,
+) -> Option<Error> {
+    let first = config.network.listen.first()?;
+    let lack = verdict.rights.lack(Capability::TcpServer);
+    if !verdict.rights.hold(Capability::TcpServer) {
+        return Some(Error::new(
+            Code::ConfigurationInvalid,
+            format!(
+                "plugvisor.toml has {} lead to plugin {name}, which may serve nobody without {}: {}",
+                first.address,
+                lack.capability,
+                lack.why()
+            ),
+            format!("{}; or remove [[plugin.{name}.network.listen]]", lack.hint(name.as_str())),
+        ));
+    }
+    let wrong = config.network.listen.iter().find_map(|listen| listen.unlisted(&bundle.manifest))?;
+    Some(Error::new(
+        Code::ConfigurationInvalid,
+        format!("plugvisor.toml: {wrong}"),
+        format!("set port in [[plugin.{name}.network.listen]] to one of them, or have its author list this one"),
     ))
 }
 

@@ -112,6 +112,8 @@ pub struct Figures {
     pub start_duration: Option<Duration>,
     /// What passed through its egress proxy.
     pub egress: Arc<crate::egress::Figures>,
+    /// What became of connections to it, when it has an address.
+    pub ingress: Option<Arc<crate::ingress::Figures>>,
 }
 
 impl PluginView {

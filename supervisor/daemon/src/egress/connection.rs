@@ -11,12 +11,11 @@ use tokio::net::TcpStream;
 use super::{
     EgressLimits, Proxy,
     client::{Client, NoHead},
-    forward,
-    meter::Activity,
-    names,
+    forward, names,
     refusal::Refusal,
     tunnel,
 };
+use crate::meter::Activity;
 
 /// The most fields that a parser is given room for.
 const MOST_FIELDS: usize = 128;

@@ -1,24 +1,22 @@
 //! What passed through a plugin's proxy, over all its generations.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::meter::Traffic;
 
 /// Counters.
 #[derive(Debug, Default)]
 pub struct Figures {
-    /// Bytes from the plugin.
-    out: AtomicU64,
-    /// Bytes to it.
-    r#in: AtomicU64,
+    traffic: Arc<Traffic>,
     denials: AtomicU64,
 }
 
 impl Figures {
-    pub(super) fn sent(&self, bytes: u64) {
-        self.out.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn received(&self, bytes: u64) {
-        self.r#in.fetch_add(bytes, Ordering::Relaxed);
+    pub(super) fn traffic(&self) -> Arc<Traffic> {
+        Arc::clone(&self.traffic)
     }
 
     pub(super) fn denied(&self) {
@@ -28,13 +26,13 @@ impl Figures {
     /// Bytes that the plugin sent to its destinations.
     #[must_use]
     pub fn bytes_out(&self) -> u64 {
-        self.out.load(Ordering::Relaxed)
+        self.traffic.bytes_out()
     }
 
     /// Bytes that it received from them.
     #[must_use]
     pub fn bytes_in(&self) -> u64 {
-        self.r#in.load(Ordering::Relaxed)
+        self.traffic.bytes_in()
     }
 
     /// Requests that were refused.

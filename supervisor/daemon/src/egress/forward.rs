@@ -26,9 +26,9 @@ use super::{
     Proxy,
     client::{Client, Reader},
     connection::{After, Request},
-    meter::Activity,
     refusal::Refusal,
 };
+use crate::meter::Activity;
 
 /// Pieces of a request's body that wait to be sent on.
 const AHEAD: usize = 4;

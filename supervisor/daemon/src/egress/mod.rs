@@ -18,7 +18,6 @@ mod dial;
 mod figures;
 mod forward;
 mod limits;
-mod meter;
 mod names;
 mod own;
 mod refusal;
@@ -50,10 +49,11 @@ pub use self::{
     figures::Figures,
     limits::EgressLimits,
 };
-use self::{meter::Meter, own::OwnAddresses, refusal::Refusal};
+use self::{own::OwnAddresses, refusal::Refusal};
 use crate::{
     bucket::{Bucket, Rate},
     events::{Events, Subject},
+    meter::Meter,
 };
 
 /// The pause after an accept that failed for want of descriptors or memory: nothing tells when there are some again.
@@ -71,8 +71,8 @@ pub struct Rules {
     pub addresses: AddressRules,
     /// What it may do: plain HTTP, WebSocket, names.
     pub rights: Rights,
-    /// Bytes per second, both directions together.
-    pub bandwidth: Option<u64>,
+    /// What its connections share with others of the plugin.
+    pub bandwidth: Option<Arc<Meter>>,
 }
 
 /// What all plugins' proxies share.
@@ -105,7 +105,6 @@ pub struct Proxy {
     host: Arc<EgressHost>,
     figures: Arc<Figures>,
     events: Arc<Events>,
-    meter: Option<Arc<Meter>>,
     lookups: Arc<Semaphore>,
     told: Mutex<Told>,
 }
@@ -129,9 +128,8 @@ impl Proxy {
         events: Arc<Events>,
     ) -> Self {
         let told = Mutex::new(Told { left: Bucket::new(TOLD, Instant::now()), untold: 0 });
-        let meter = rules.bandwidth.map(|rate| Arc::new(Meter::new(rate)));
         let lookups = Arc::new(Semaphore::new(host.limits.lookups));
-        Self { subject, rules, host, figures, events, meter, lookups, told }
+        Self { subject, rules, host, figures, events, lookups, told }
     }
 
     /// Accepts on a listening TCP socket, such as the launcher's, until it is dropped; every connection ends with it.

@@ -6,11 +6,8 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{
-    Proxy,
-    client::Client,
-    meter::{Activity, Metered},
-};
+use super::{Proxy, client::Client};
+use crate::meter::{Activity, Metered};
 
 const BUFFER: usize = 16 * 1024;
 
@@ -42,7 +39,7 @@ pub(super) async fn carry(
 impl Proxy {
     /// A connection whose bytes are counted.
     pub(super) fn metered(&self, stream: TcpStream, activity: &std::sync::Arc<Activity>) -> Metered {
-        let (meter, figures) = (self.meter.clone(), std::sync::Arc::clone(&self.figures));
-        Metered::new(stream, meter, figures, std::sync::Arc::clone(activity))
+        let (meter, traffic) = (self.rules.bandwidth.clone(), self.figures.traffic());
+        Metered::new(stream, meter, traffic, std::sync::Arc::clone(activity))
     }
 }

@@ -130,6 +130,8 @@ pub(super) enum Answer {
     Launched(Box<Process>),
     Reattached(Box<Reattachment>),
     Socket(OwnedFd),
+    /// How many there are in all, and some of them.
+    Inward(u16, Vec<OwnedFd>),
 }
 
 impl Launcher {
@@ -184,7 +186,9 @@ impl Launcher {
         let request = Request::Launch(Box::new(launch));
         match self.ask(request, Vec::new(), LAUNCH_PATIENCE).await? {
             Answer::Launched(process) => Ok(*process),
-            Answer::Plain(_) | Answer::Reattached(_) | Answer::Socket(_) => Err(LauncherError::Mismatch),
+            Answer::Plain(_) | Answer::Reattached(_) | Answer::Socket(_) | Answer::Inward(..) => {
+                Err(LauncherError::Mismatch)
+            }
         }
     }
 
@@ -248,6 +252,7 @@ enum Kind {
     Launch,
     Reattach,
     Take,
+    Inward,
     Plain,
 }
 
@@ -289,6 +294,7 @@ impl Task {
             Request::Launch(_) => Kind::Launch,
             Request::Reattach { .. } => Kind::Reattach,
             Request::TakeFd { .. } => Kind::Take,
+            Request::Inward { .. } => Kind::Inward,
             _ => Kind::Plain,
         };
         self.waiting.insert(id, Waiting { reply: Some(reply), kind });
@@ -351,6 +357,7 @@ impl Task {
                 let socket = descriptors.into_iter().next().ok_or("a held socket came without its descriptor")?;
                 Ok(Answer::Socket(socket))
             }
+            Reply::Inward { all } if waiting.kind == Kind::Inward => Ok(Answer::Inward(all, descriptors)),
             Reply::Refused(refusal) => Err(LauncherError::Refused(refusal)),
             other => Ok(Answer::Plain(other)),
         };
@@ -463,6 +470,7 @@ mod tests {
             limits: Limits::default(),
             grants: Vec::new(),
             environment: Vec::new(),
+            inward: 0,
             allow_degraded: Vec::new(),
         }
     }

@@ -92,7 +92,7 @@ impl Launcher {
         match self.ask(Request::Import(step), descriptors, patience).await? {
             Answer::Plain(Reply::Imported(stored)) => Ok(stored),
             Answer::Plain(Reply::Done) => Ok(None),
-            Answer::Plain(_) | Answer::Launched(_) | Answer::Reattached(_) | Answer::Socket(_) => {
+            Answer::Plain(_) | Answer::Launched(_) | Answer::Reattached(_) | Answer::Socket(_) | Answer::Inward(..) => {
                 Err(LauncherError::Mismatch)
             }
         }

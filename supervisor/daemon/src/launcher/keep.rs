@@ -8,7 +8,7 @@ use std::{
 };
 
 use plugvisor_sandbox::protocol::{
-    Kept, Known, LaunchId, Listed, Over, ReattachState, Reattached, RefusalCode, Reply, Request, Stats,
+    Kept, Known, LaunchId, Listed, MAX_INWARD, Over, ReattachState, Reattached, RefusalCode, Reply, Request, Stats,
 };
 use tokio::sync::mpsc;
 
@@ -101,7 +101,27 @@ impl Launcher {
     pub async fn reattach(&self, launch: LaunchId) -> Result<Reattachment, LauncherError> {
         match self.ask(Request::Reattach { launch }, Vec::new(), PATIENCE).await? {
             Answer::Reattached(reattachment) => Ok(*reattachment),
-            Answer::Plain(_) | Answer::Launched(_) | Answer::Socket(_) => Err(LauncherError::Mismatch),
+            Answer::Plain(_) | Answer::Launched(_) | Answer::Socket(_) | Answer::Inward(..) => {
+                Err(LauncherError::Mismatch)
+            }
+        }
+    }
+
+    /// The sockets by which a running launch is connected to.
+    pub async fn inward(&self, launch: LaunchId) -> Result<Vec<OwnedFd>, LauncherError> {
+        let mut sockets = Vec::new();
+        loop {
+            let from = u16::try_from(sockets.len()).map_err(|_| LauncherError::Mismatch)?;
+            let answer = self.ask(Request::Inward { launch, from }, Vec::new(), PATIENCE).await?;
+            let Answer::Inward(all, mut some) = answer else { return Err(LauncherError::Mismatch) };
+            let over = usize::from(all) > usize::from(MAX_INWARD) || sockets.len() + some.len() > usize::from(all);
+            if over || (some.is_empty() && sockets.len() < usize::from(all)) {
+                return Err(LauncherError::Mismatch);
+            }
+            sockets.append(&mut some);
+            if sockets.len() == usize::from(all) {
+                return Ok(sockets);
+            }
         }
     }
 
@@ -142,7 +162,9 @@ impl Launcher {
         let request = Request::TakeFd { name: name.to_owned(), keep };
         match self.ask(request, Vec::new(), PATIENCE).await {
             Ok(Answer::Socket(socket)) => Ok(Some(socket)),
-            Ok(Answer::Plain(_) | Answer::Launched(_) | Answer::Reattached(_)) => Err(LauncherError::Mismatch),
+            Ok(Answer::Plain(_) | Answer::Launched(_) | Answer::Reattached(_) | Answer::Inward(..)) => {
+                Err(LauncherError::Mismatch)
+            }
             Err(LauncherError::Refused(refusal)) if refusal.code == RefusalCode::NotHeld => Ok(None),
             Err(error) => Err(error),
         }

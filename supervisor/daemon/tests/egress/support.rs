@@ -10,6 +10,7 @@ use plugvisor_core::{
 use plugvisor_daemon::{
     egress::{EgressHost, EgressLimits, Figures, Proxy, Rules},
     events::{Events, Subject},
+    meter::Meter,
 };
 use plugvisor_package::Capability;
 use tokio::{
@@ -58,7 +59,7 @@ impl Setting {
             allow: AllowList::new(egress, None),
             addresses: AddressRules { listed },
             rights: Rights::of(granted),
-            bandwidth,
+            bandwidth: bandwidth.map(|rate| Arc::new(Meter::new(rate))),
         };
         let (figures, events) = (Arc::new(Figures::default()), Arc::new(Events::new()));
         let subject = Subject::Plugin("sample".to_owned());

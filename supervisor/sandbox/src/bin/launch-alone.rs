@@ -159,6 +159,7 @@ impl Asker {
             },
             grants: Vec::new(),
             environment: Vec::new(),
+            inward: 0,
             allow_degraded: Control::ALL.to_vec(),
         }));
         let began = clock_gettime(ClockId::Monotonic);

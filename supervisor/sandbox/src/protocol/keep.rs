@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{Control, ControlState, Exit, Grant, LaunchId, Launched, Level, Limits, Tier};
 
 /// The most descriptors that are held under names.
-pub const MAX_HELD: usize = 16;
+pub const MAX_HELD: usize = 64;
 
 /// The longest name of a held descriptor: 1 to this many of `a-z`, `0-9`, `.` and `-`.
 pub const MAX_HELD_NAME: usize = 64;
@@ -49,6 +49,8 @@ pub struct Known {
     pub limits: Limits,
     /// What it was granted.
     pub grants: Vec<Grant>,
+    /// How many sockets connect to it.
+    pub inward: u16,
     /// The [`environment_digest`](super::environment_digest) of the operator's variables.
     pub environment: [u8; 32],
     /// What was allowed to be missing.

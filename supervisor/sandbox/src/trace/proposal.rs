@@ -161,9 +161,10 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
     }
 }
 
-/// The capabilities by which this manifest reaches the proxy, or would: a trace cannot tell them apart.
+/// The capabilities by which this manifest uses TCP, or would reach the proxy: a trace cannot tell them apart.
 fn network_of(capabilities: &[Capability]) -> Vec<Capability> {
-    let asked: Vec<Capability> = PROXY.into_iter().filter(|capability| capabilities.contains(capability)).collect();
+    let known = PROXY.into_iter().chain([Capability::TcpServer]);
+    let asked: Vec<Capability> = known.filter(|capability| capabilities.contains(capability)).collect();
     if asked.is_empty() { vec![Capability::HttpClient] } else { asked }
 }
 
@@ -171,7 +172,7 @@ fn opened_by(lift: Granted, network: &[Capability]) -> Vec<Capability> {
     match lift {
         Granted::SpawnChild => vec![Capability::SpawnChild],
         Granted::SignalHandling => vec![Capability::SignalHandling],
-        Granted::Egress => network.to_vec(),
+        Granted::Tcp => network.to_vec(),
         Granted::Machine | Granted::MachineDevice => Vec::new(),
     }
 }

@@ -107,6 +107,8 @@ enum Granted {
     WriteData,
     /// From PROCESS up: at NONE nothing needs it.
     Egress,
+    /// The same.
+    TcpServer,
 }
 
 /// Limits that are asked for from PROCESS up.
@@ -217,6 +219,7 @@ impl Row {
             Granted::ReadData => Some(Grant::ReadData),
             Granted::WriteData => Some(Grant::WriteData),
             Granted::Egress => (level != Level::None).then_some(Grant::Egress),
+            Granted::TcpServer => (level != Level::None).then_some(Grant::TcpServer),
         };
         self.grants.iter().filter_map(grant).collect()
     }

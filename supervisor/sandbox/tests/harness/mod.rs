@@ -104,6 +104,9 @@ pub struct Harness {
     pub place: Place,
 }
 
+/// Where every bundle's manifest says that it listens.
+pub const PORTS: [u16; 2] = [8080, 8443];
+
 /// What a bundle's manifest says is executed, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manner {
@@ -122,7 +125,7 @@ impl Default for Manner {
             socket: SocketMode::Inherit,
             security: serde_json::json!({ "capabilities": [
                 "filesystem:write-temp", "filesystem:read-config", "filesystem:read-data", "filesystem:write-data",
-                "process:spawn-child", "process:signal-handling", "network:http-client"
+                "process:spawn-child", "process:signal-handling", "network:http-client", "network:tcp-server"
             ] }),
         }
     }
@@ -140,7 +143,7 @@ impl Manner {
         let socket = if *socket == SocketMode::Bind { "bind" } else { "inherit" };
         let manifest = serde_json::json!({
             "name": name, "version": "1.0.0", "security": security,
-            "runtime": { "exec": exec, "args": args, "env": env, "socket": socket },
+            "runtime": { "exec": exec, "args": args, "env": env, "socket": socket, "network": { "listen": PORTS } },
         });
         serde_json::to_string_pretty(&manifest).expect("JSON")
     }
@@ -538,6 +541,7 @@ impl Harness {
             limits: Limits::default(),
             grants: Vec::new(),
             environment: Vec::new(),
+            inward: 0,
             allow_degraded: if self.as_ == As::Ordinary { lacking.to_vec() } else { Vec::new() },
         }
     }

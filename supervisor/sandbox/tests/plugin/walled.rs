@@ -82,6 +82,8 @@ fn all(words: Vec<String>) {
             "tcp" => io(TcpStream::connect(next())),
             "tcp-bind" => io(TcpListener::bind(next())),
             "tcp-say" => tcp_say(&next(), &next()),
+            "tcp-serve" => tcp_serve(&next(), number(&next())),
+            "inet-descriptors" => inet_descriptors(),
             "listen-unbound" => listen_unbound(),
             "fastopen" => fastopen(number(&next())),
             "kill" => sys(libc::SYS_kill, [number(&next()), 0, 0, 0, 0, 0]),
@@ -212,6 +214,40 @@ fn tcp_say(to: &str, text: &str) -> String {
         Ok(answer)
     });
     answer.unwrap_or_else(|error| io::<()>(Err(error)))
+}
+
+/// Listens, says so, and serves so many connections one after the other: what each says to its end is said back. A line for
+/// each of them.
+fn tcp_serve(to: &str, count: i64) -> String {
+    let listener = match TcpListener::bind(to) {
+        Ok(listener) => listener,
+        Err(error) => return io::<()>(Err(error)),
+    };
+    println!("listening");
+    for _ in 0..count {
+        let served = listener.accept().and_then(|(mut stream, _)| {
+            println!("accepted");
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            stream.write_all(format!("heard {text}").as_bytes())?;
+            Ok(text)
+        });
+        println!("served {}", served.unwrap_or_else(|error| io::<()>(Err(error))));
+    }
+    "ok".to_owned()
+}
+
+/// How many of its descriptors are sockets of IPv4 or IPv6.
+fn inet_descriptors() -> String {
+    let inet = |fd: &i32| {
+        let (mut domain, mut size) = (0_i32, libc::socklen_t::try_from(size_of::<i32>()).unwrap_or(0));
+        // SAFETY: the buffer is an int, as SO_DOMAIN asks for, and as large as it is said to be.
+        let result = unsafe {
+            libc::getsockopt(*fd, libc::SOL_SOCKET, libc::SO_DOMAIN, (&raw mut domain).cast(), &raw mut size)
+        };
+        result == 0 && [libc::AF_INET, libc::AF_INET6].contains(&domain)
+    };
+    (0..1024).filter(inet).count().to_string()
 }
 
 /// Listens at no address of its own choice, and connects to what the kernel chose.

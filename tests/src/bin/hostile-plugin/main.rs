@@ -14,11 +14,13 @@ mod flood;
 mod health;
 mod serve;
 mod socket;
+mod tcp;
 
 use std::process::ExitCode;
 
 use flood::Shape;
 use serve::Manners;
+use tcp::Tcp;
 
 /// What the process does from the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,8 @@ enum Behaviour {
     HangsInHealth,
     /// `not-serving`: serves, and says NOT_SERVING for ever.
     NotServing,
+    /// `serves-tcp PORT HOW`: serves, and TCP too at this port of its network namespace, see [`Tcp`].
+    ServesTcp(u16, Tcp),
     /// `keeps-calling`: serves, and calls the echo service all the time.
     KeepsCalling,
     /// `orphan`: not a plugin; leaves its session, starts `lingers` and ends.
@@ -68,6 +72,7 @@ impl Behaviour {
             "ignores-sigterm" => Self::IgnoresSigterm,
             "hangs-in-health" => Self::HangsInHealth,
             "not-serving" => Self::NotServing,
+            "serves-tcp" => Self::ServesTcp(number()?.try_into().ok()?, Tcp::parse(arguments.get(2)?)?),
             "keeps-calling" => Self::KeepsCalling,
             "orphan" => Self::Orphan,
             "lingers" => Self::Lingers,
@@ -98,6 +103,7 @@ fn main() -> ExitCode {
         Behaviour::Echo => serve::serve(Manners::default()),
         Behaviour::FloodsLines => flood::begin(Shape::Lines).and_then(|()| serve::serve(Manners::default())),
         Behaviour::FloodsBytes => flood::begin(Shape::OneLine).and_then(|()| serve::serve(Manners::default())),
+        Behaviour::ServesTcp(port, how) => how.begin(port).and_then(|()| serve::serve(Manners::default())),
         Behaviour::KeepsCalling => caller::begin().and_then(|()| serve::serve(Manners::default())),
         Behaviour::IgnoresSigterm => serve::serve(Manners { ignore_sigterm: true, ..Manners::default() }),
         Behaviour::HangsInHealth => serve::serve(Manners { hang_health: true, ..Manners::default() }),

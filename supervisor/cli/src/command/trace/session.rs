@@ -137,6 +137,7 @@ pub(crate) fn start(bundle: &Bundle, level: Level, hand_over: impl FnOnce(OwnedF
         },
         grants,
         environment: Vec::new(),
+        inward: 0,
         // What an author's machine cannot hold, it cannot hold in a trace.
         allow_degraded: vec![Control::OwnUid, Control::MemoryLimit, Control::CpuLimit, Control::PidsLimit],
     }));

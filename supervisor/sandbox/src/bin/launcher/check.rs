@@ -7,7 +7,9 @@ use std::{
 };
 
 use plugvisor_package::{PluginName, VariableName};
-use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, Launch, Limits, Refusal, RefusalCode, SocketMode};
+use plugvisor_sandbox::protocol::{
+    Control, EGRESS, Grant, Launch, Limits, MAX_INWARD, Refusal, RefusalCode, SocketMode,
+};
 
 use crate::{
     directories::Kind,
@@ -29,6 +31,8 @@ pub(crate) struct Checked {
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
     pub(crate) socket: SocketMode,
+    /// Where it listens in its own network namespace.
+    pub(crate) listen: Vec<u16>,
 }
 
 pub(crate) fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
@@ -53,6 +57,7 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
             request.level.as_str()
         ));
     }
+    inward(&plugin, request, &walls)?;
     let outside = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData];
     if let Some(grant) = outside.iter().find(|grant| walls.kernel == Kernel::Own && request.grants.contains(grant)) {
         return policy(format!(
@@ -65,6 +70,36 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
     limits(&plugin, request)?;
     environment(&plugin, request)?;
     Ok((plugin, walls))
+}
+
+/// Whether it may be connected to, and by so many sockets.
+fn inward(plugin: &PluginName, request: &Launch, walls: &Walls) -> Result<(), Refusal> {
+    let granted = request.grants.contains(&Grant::TcpServer);
+    let level = request.level.as_str();
+    if walls.tree == Tree::Host && granted {
+        // In the host's own network it would listen to everybody, at any port.
+        return policy(format!(
+            "{plugin} was not started: at the level {level} it has the host's network, where nothing holds who listens to \
+             whom; take network:tcp-server back, or run it at the level process"
+        ));
+    }
+    if walls.kernel == Kernel::Own && granted {
+        return policy(format!(
+            "{plugin} was not started: at the level {level} it listens in a machine of its own, and nothing connects into \
+             that in this version; take network:tcp-server back, or run it at the level sandbox"
+        ));
+    }
+    match request.inward {
+        0 => Ok(()),
+        _ if !granted => policy(format!(
+            "{plugin} was not started: sockets that connect to it come with network:tcp-server alone; grant it, or remove \
+             network.listen"
+        )),
+        1..=MAX_INWARD => Ok(()),
+        more => policy(format!(
+            "{plugin} was not started: {more} connections to it at once are too many; at most {MAX_INWARD} can be had"
+        )),
+    }
 }
 
 /// What a launch says beside what its manifest does.
@@ -122,7 +157,9 @@ pub(crate) fn program(
     walls: Walls,
 ) -> Result<Checked, Refusal> {
     let (argv, envp) = (argv(plugin, stated)?, envp(plugin, asked, stated, &walls)?);
-    Ok(Checked { plugin: plugin.clone(), walls, argv, envp, socket: stated.socket })
+    // Without the grant nothing in the kernel goes by them.
+    let listen = if asked.grants.contains(&Grant::TcpServer) { stated.listen.clone() } else { Vec::new() };
+    Ok(Checked { plugin: plugin.clone(), walls, argv, envp, socket: stated.socket, listen })
 }
 
 fn limits(plugin: &PluginName, request: &Launch) -> Result<(), Refusal> {

@@ -39,10 +39,11 @@ pub(crate) fn restrict(
     walls: &Walls,
     socket: SocketMode,
     grants: &[Grant],
+    listen: &[u16],
     device: Option<&str>,
 ) -> Result<(), Failure> {
     let failure = |error: &RulesetError| Failure::new(Step::Landlock, errno(error));
-    apply(version, walls, socket, grants, device).map_err(|error| match error {
+    apply(version, walls, socket, grants, listen, device).map_err(|error| match error {
         Wrong::Rules(error) => failure(&error),
         Wrong::Path => Failure::new(Step::Landlock, Errno::NOENT),
     })?;
@@ -76,6 +77,7 @@ fn apply(
     walls: &Walls,
     socket: SocketMode,
     grants: &[Grant],
+    listen: &[u16],
     machine_device: Option<&str>,
 ) -> Result<(), Wrong> {
     let tree = walls.tree;
@@ -135,6 +137,12 @@ fn apply(
     if grants.contains(&Grant::Egress) && version >= TCP {
         // Nothing else is there to be reached: without this version, the empty namespace holds it alone.
         ruleset = ruleset.add_rule(NetPort::new(EGRESS.port(), AccessNet::ConnectTcp))?;
+    }
+    if grants.contains(&Grant::TcpServer) && version >= TCP {
+        // Nobody else is in its namespace, and it connects to nothing in it.
+        for port in listen {
+            ruleset = ruleset.add_rule(NetPort::new(*port, AccessNet::BindTcp))?;
+        }
     }
     ruleset.restrict_self()?;
     Ok(())

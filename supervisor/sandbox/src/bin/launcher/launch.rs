@@ -135,6 +135,8 @@ pub(crate) struct Running {
     pub(crate) ends: Vec<OwnedFd>,
     /// For the supervisor, when egress was granted: what its child listens with in its network namespace.
     pub(crate) egress: Option<OwnedFd>,
+    /// For the supervisor, with the grant to serve: what connects to it in its network namespace.
+    pub(crate) inward: Vec<OwnedFd>,
     /// The content digest of its bundle.
     pub(crate) bundle: [u8; 32],
     /// The program waits for its uid to be on the disk.
@@ -289,6 +291,7 @@ impl Launcher {
                 oom: false,
                 ends: begun.ends,
                 egress: None,
+                inward: Vec::new(),
                 bundle: request.bundle,
                 unsaved,
             }),
@@ -340,6 +343,8 @@ impl Launcher {
             temp: (walls.kernel == Kernel::Host && request.grants.contains(&Grant::WriteTemp)).then_some(TEMP_BYTES),
             device: program.device.map(str::to_owned),
             grants: request.grants.clone(),
+            listen: checked.listen.clone(),
+            inward: request.inward,
             argv: checked.argv.clone(),
             envp: checked.envp.clone(),
             marks,
@@ -675,6 +680,7 @@ impl Running {
                 Message::Failed { step, errno } => self.failure = self.failure.or(Some(Failure { step, errno })),
                 Message::Ready => {}
                 Message::Listening => self.egress = descriptor,
+                Message::Inward => self.inward.extend(descriptor),
                 Message::Asks => self.listener = descriptor,
                 Message::Executing { marks } => {
                     self.program = descriptor;

@@ -133,6 +133,7 @@ impl Launcher {
             limits: Limits { pids: Some(4), ..Limits::default() },
             grants: Vec::new(),
             environment: Vec::new(),
+            inward: 0,
             allow_degraded: Control::ALL.to_vec(),
         };
         let own = own_program::sealed().map_err(plain)?;
@@ -141,7 +142,8 @@ impl Launcher {
         let argv = vec![c"plugvisor-launcher".to_owned(), c"--trial".to_owned()];
         let plugin = request.plugin.parse().expect("a plugin's name");
         let walls = level::walls(level);
-        let checked = Checked { plugin, walls, argv, envp: Vec::new(), socket: SocketMode::Inherit };
+        let checked =
+            Checked { plugin, walls, argv, envp: Vec::new(), socket: SocketMode::Inherit, listen: Vec::new() };
         let program = Program {
             directory: here.as_fd(),
             path: &path,

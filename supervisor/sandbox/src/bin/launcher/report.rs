@@ -38,6 +38,8 @@ pub(crate) enum Message {
     Executing { marks: Marks },
     /// Before its mounts, with a TCP socket that listens in its network namespace.
     Listening,
+    /// Before its mounts, with a TCP socket of its network namespace that is not connected yet.
+    Inward,
     /// From the program, with the listener that answers for its exec.
     Asks,
     /// From the init or the guard: how the program ended.
@@ -61,6 +63,7 @@ impl Message {
             Self::Asks => (7, 0, 0, None),
             Self::Ended { signal, value } => (5, u8::from(signal), value, None),
             Self::Listening => (6, 0, 0, None),
+            Self::Inward => (8, 0, 0, None),
         };
         let mut bytes = [0; SIZE];
         bytes[0] = tag;
@@ -80,6 +83,7 @@ impl Message {
             7 => Self::Asks,
             5 => Self::Ended { signal: *detail != 0, value },
             6 => Self::Listening,
+            8 => Self::Inward,
             _ => return None,
         })
     }

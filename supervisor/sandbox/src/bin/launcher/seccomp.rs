@@ -56,7 +56,7 @@ impl Filters {
     pub(crate) fn of(&self, calls: Calls, grants: &[Grant], device: bool) -> Option<&BpfProgram> {
         let lifted = match calls {
             Calls::Listed | Calls::Only => Granted::of(grants),
-            Calls::Machine => Granted::machine(grants.contains(&Grant::Egress), device),
+            Calls::Machine => Granted::machine(Granted::Tcp.of_any(grants), device),
             Calls::Traced => Vec::new(),
         };
         let found = self.programs.iter().find(|(list, lifts, _)| *list == calls && *lifts == lifted);
@@ -301,7 +301,7 @@ mod tests {
         values.extend((0..64).step_by(3).map(|bit| 1_u64 << bit));
         values.extend([0x5412, 1, 0, 35].map(|low: u64| low | 0xFFFF_FFFF_0000_0000));
         for lifted in Granted::sets() {
-            let grants: Vec<Grant> = lifted.iter().filter_map(|lift| lift.grant()).collect();
+            let grants: Vec<Grant> = lifted.iter().flat_map(|lift| lift.grants()).copied().collect();
             let (ours, theirs) = (deny_list(&file, &lifted).expect("compiles"), oracle(&file, &grants));
             for number in (0..512).chain([1023, 0x3FFF_FFFF]) {
                 for value in &values {

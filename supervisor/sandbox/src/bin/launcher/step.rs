@@ -52,7 +52,7 @@ steps! {
     Signals = 30, "resetting its signals";
     Seccomp = 31, "installing its seccomp filters";
     Exec = 32, "executing the entry";
-    Network = 34, "listening for its egress proxy in its network namespace";
+    Network = 34, "making the sockets of its network namespace";
     HostName = 35, "giving it a host name of its own";
     LateNamespaces = 36, "entering its UTS and cgroup namespaces";
     WriteExec = 37, "refusing it memory that is written and executed";

@@ -16,7 +16,7 @@ pub(crate) mod spare;
 use std::{
     ffi::{CStr, CString},
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
     path::Path,
 };
 
@@ -103,6 +103,10 @@ pub(crate) struct Order {
     /// The device that runs its machine, if one does.
     pub(crate) device: Option<String>,
     pub(crate) grants: Vec<Grant>,
+    /// Where it may listen in its network namespace.
+    pub(crate) listen: Vec<u16>,
+    /// How many sockets are made there to connect to it.
+    pub(crate) inward: u16,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
     /// What the launcher has done by now.
@@ -225,19 +229,34 @@ fn be_as_killable_as_others() -> io::Result<()> {
     }
 }
 
-/// Listens for the egress proxy, when the plugin may use one. Only here: a launcher without privileges cannot enter this
-/// network namespace later, and a socket made outside of it would give the plugin the network that it was made in.
+/// Makes the sockets that lead out of its network namespace and into it: the one that listens for the egress proxy, when the
+/// plugin may use it, and those that the supervisor connects to it by, when it may serve. Only here: a launcher without
+/// privileges cannot enter this network namespace later, and a socket made outside of it would give the plugin the network
+/// that it was made in. It keeps none of them.
 fn network(kit: &Kit<'_>, order: &Order) -> Result<(), Failure> {
-    if !order.grants.contains(&Grant::Egress) {
+    let (egress, serves) = (order.grants.contains(&Grant::Egress), order.grants.contains(&Grant::TcpServer));
+    if !egress && !serves {
         return Ok(());
     }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).map_err(at(Step::Network))?;
+    let failed = |error: io::Error| Failure::io(Step::Network, &error);
+    let socket = tcp()?;
     // Until then there is no 127.0.0.1 in it.
-    kernel::raise_loopback(socket.as_fd()).map_err(|error| Failure::io(Step::Network, &error))?;
-    bind(&socket, &EGRESS).and_then(|()| listen(&socket, EGRESS_BACKLOG)).map_err(at(Step::Network))?;
-    report::send(kit.report, &Message::Listening, Some(socket.as_fd()))
-        .map_err(|error| Failure::io(Step::Network, &error))
+    kernel::raise_loopback(socket.as_fd()).map_err(failed)?;
+    if egress {
+        bind(&socket, &EGRESS).and_then(|()| listen(&socket, EGRESS_BACKLOG)).map_err(at(Step::Network))?;
+        report::send(kit.report, &Message::Listening, Some(socket.as_fd())).map_err(failed)?;
+    }
+    if serves {
+        for _ in 0..order.inward {
+            report::send(kit.report, &Message::Inward, Some(tcp()?.as_fd())).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn tcp() -> Result<OwnedFd, Failure> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).map_err(at(Step::Network))
 }
 
 /// From the finished mount tree on.
@@ -268,7 +287,7 @@ fn wall_in(kit: &Kit<'_>, entry: Entry<'_>, ends: &Ends<'_>, order: &Order, mark
     arrange(kit, entry, ends).map_err(|error| Failure::io(Step::Descriptors, &error))?;
     marks.done(Part::Descriptors);
     if walls.landlock && kit.landlock > 0 {
-        landlock::restrict(kit.landlock, walls, order.socket, &order.grants, order.device.as_deref())?;
+        landlock::restrict(kit.landlock, walls, order.socket, &order.grants, &order.listen, order.device.as_deref())?;
     }
     // A plugin that binds its own socket must let the supervisor's user connect to it; nobody else sees its directory.
     umask(match order.socket {

@@ -19,9 +19,9 @@ use std::{
 
 use plugvisor_sandbox::protocol::{
     Condition, Control, ControlState, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed,
-    Over, ReattachState, Reattached, Refusal, RefusalCode, Reply, Tier, environment_digest,
+    MAX_DESCRIPTORS, Over, ReattachState, Reattached, Refusal, RefusalCode, Reply, Tier, environment_digest,
 };
-use rustix::event::epoll;
+use rustix::{event::epoll, net::connect_unspec};
 
 use super::{
     Phase, Server, Slot, Source,
@@ -54,6 +54,7 @@ pub(super) struct Origin {
     bundle: [u8; 32],
     pub(super) limits: Limits,
     grants: Vec<Grant>,
+    inward: u16,
     environment: [u8; 32],
     allow_degraded: Vec<Control>,
     tier: Tier,
@@ -71,6 +72,7 @@ impl Origin {
             bundle: request.bundle,
             limits: request.limits.clone(),
             grants: request.grants.clone(),
+            inward: request.inward,
             environment: environment_digest(&request.environment),
             allow_degraded: request.allow_degraded.clone(),
             tier: request.tier,
@@ -89,6 +91,7 @@ impl Origin {
             bundle: self.bundle,
             limits: self.limits.clone(),
             grants: self.grants.clone(),
+            inward: self.inward,
             environment: self.environment,
             allow_degraded: self.allow_degraded.clone(),
             age_nanos: nanos(self.arrived.elapsed()),
@@ -103,6 +106,8 @@ pub(super) struct Ends {
     worker: OwnedFd,
     /// When egress was granted.
     egress: Option<OwnedFd>,
+    /// By which it is connected to.
+    inward: Vec<OwnedFd>,
     streams: Streams,
 }
 
@@ -179,6 +184,9 @@ impl Server {
         if running.egress.is_some() != slot.origin.grants.contains(&Grant::Egress) {
             return Err(gone("the launch has no socket for its egress proxy"));
         }
+        if running.inward.len() != usize::from(slot.origin.inward) {
+            return Err(gone("the launch has not all of the sockets that connect to it"));
+        }
         let egress = running.egress.as_ref().map(copy).transpose()?;
         let mut ends = running.ends.drain(..);
         let (Some(broker), Some(worker)) = (ends.next(), ends.next()) else {
@@ -186,7 +194,13 @@ impl Server {
         };
         descriptors.extend(ends);
         descriptors.extend(egress);
-        slot.ends = Some(Ends { broker, worker, egress: running.egress.take(), streams });
+        slot.ends = Some(Ends {
+            broker,
+            worker,
+            egress: running.egress.take(),
+            inward: std::mem::take(&mut running.inward),
+            streams,
+        });
         slot.phase = Phase::Up;
         let launched = self.launched(id, controls).ok_or_else(|| gone("the launch is gone"))?;
         Ok((launched, descriptors))
@@ -219,6 +233,10 @@ impl Server {
                 }
                 Phase::Refusing { .. } => slot.phase = Phase::Abandoned,
                 Phase::Up | Phase::Abandoned => {}
+            }
+            // Whoever spoke by them is gone, and the plugin is told so: it would wait for a next word otherwise.
+            for socket in slot.ends.iter().flat_map(|ends| &ends.inward) {
+                let _ = connect_unspec(socket);
             }
         }
         let up = self.slots.iter_mut().filter_map(|(id, slot)| Some((*id, &mut slot.ends.as_mut()?.streams)));
@@ -261,9 +279,9 @@ impl Server {
         let Some(over) = slot.over() else { return };
         let Slot { origin, ends, gone, .. } = slot;
         let mut streams = None;
-        if let Some(Ends { broker, worker, egress, streams: mut last }) = ends {
+        if let Some(Ends { broker, worker, egress, inward, streams: mut last }) = ends {
             // The backlog of the broker's socket may hold connections with anything in them.
-            self.closer.take([broker, worker].into_iter().chain(egress).collect());
+            self.closer.take([broker, worker].into_iter().chain(egress).chain(inward).collect());
             if last.attended {
                 last.stdout.close_if_over();
                 last.stderr.close_if_over();
@@ -380,6 +398,22 @@ impl Server {
         }
         files.append(&mut ends);
         Ok((Reply::Reattached(Reattached { state, stdout: kept[0], stderr: kept[1] }), files))
+    }
+
+    /// Some of the sockets by which a running launch is connected to.
+    pub(super) fn inward(&self, launch: LaunchId, from: u16) -> Result<(Reply, Vec<OwnedFd>), Refusal> {
+        let up = self.slots.get(&launch.0).filter(|slot| matches!(slot.phase, Phase::Up) && slot.gone.is_none());
+        let ends = up.and_then(|slot| slot.ends.as_ref()).ok_or_else(|| no_launch(launch))?;
+        let some = ends.inward.iter().skip(usize::from(from)).take(MAX_DESCRIPTORS);
+        let sockets = some.map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>().map_err(|error| {
+            let message = format!(
+                "the sockets that connect to launch {} cannot be handed over: {error}; raise the limit on open files",
+                launch.0
+            );
+            Refusal { code: RefusalCode::Exhausted, message }
+        })?;
+        let all = u16::try_from(ends.inward.len()).unwrap_or(u16::MAX);
+        Ok((Reply::Inward { all }, sockets))
     }
 
     pub(super) fn acknowledge(&mut self, launch: LaunchId) -> Reply {

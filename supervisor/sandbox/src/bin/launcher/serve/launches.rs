@@ -195,7 +195,9 @@ impl Server {
             remove_sockets(slot.running.id);
             // Of a launch that never came up; its program may have connected to its broker all the same.
             let ends = std::mem::take(&mut slot.running.ends);
-            self.closer.take(ends.into_iter().chain(slot.running.egress.take()).collect());
+            self.closer.take(
+                ends.into_iter().chain(slot.running.egress.take()).chain(slot.running.inward.drain(..)).collect(),
+            );
             match slot.phase {
                 Phase::Up => {
                     let exit = slot.running.ended.unwrap_or(Exit::Signal(libc::SIGKILL));

@@ -77,6 +77,13 @@ impl Server {
                 }
                 Err(refusal) => Reply::Refused(refusal),
             },
+            Request::Inward { launch, from } => match self.inward(launch, from) {
+                Ok((reply, sockets)) => {
+                    self.reply(id, &reply, sockets);
+                    return None;
+                }
+                Err(refusal) => Reply::Refused(refusal),
+            },
             Request::Acknowledge { launch } => self.acknowledge(launch),
             Request::End => match &mut self.connection {
                 Some(_) if self.door.as_ref().is_some_and(|door| door.linger == Linger::Forever) => {

@@ -28,6 +28,8 @@ pub(crate) struct Stated {
     pub(crate) tier: Option<Tier>,
     /// What it asks for.
     pub(crate) capabilities: Vec<Capability>,
+    /// The ports that it listens at in its own network namespace.
+    pub(crate) listen: Vec<u16>,
 }
 
 impl Stated {
@@ -44,6 +46,7 @@ impl Stated {
             level: security.sandbox.isolation_level.filter(|_| security.sandbox.enabled).map(Level::from),
             tier: security.trust_level.map(Tier::from),
             capabilities: security.capabilities.clone(),
+            listen: runtime.listen.clone(),
         }
     }
 

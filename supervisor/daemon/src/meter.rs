@@ -1,4 +1,5 @@
-//! A connection to a destination, whose bytes are counted and held to the plugin's bandwidth.
+//! A connection of a plugin's with the outside, whose bytes are counted and held to the plugin's bandwidth. Who began it, the
+//! plugin or somebody outside, is not known here.
 
 use std::{
     io,
@@ -18,18 +19,39 @@ use tokio::{
     time::{Instant, Sleep, sleep, sleep_until},
 };
 
-use super::figures::Figures;
+/// What passed between a plugin and the outside, over all its generations.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    out: AtomicU64,
+    r#in: AtomicU64,
+}
 
-/// The bandwidth that all connections of a plugin share.
+impl Traffic {
+    /// Bytes from the plugin.
+    #[must_use]
+    pub fn bytes_out(&self) -> u64 {
+        self.out.load(Ordering::Relaxed)
+    }
+
+    /// Bytes to it.
+    #[must_use]
+    pub fn bytes_in(&self) -> u64 {
+        self.r#in.load(Ordering::Relaxed)
+    }
+}
+
+/// The bandwidth that all connections of a plugin share, those that it makes and those that it takes.
 #[derive(Debug)]
-pub(super) struct Meter {
+pub struct Meter {
     bucket: Mutex<Bandwidth>,
     piece: usize,
     began: Instant,
 }
 
 impl Meter {
-    pub(super) fn new(rate: u64) -> Self {
+    /// So many bytes per second, both directions together.
+    #[must_use]
+    pub fn new(rate: u64) -> Self {
         let bucket = Bandwidth::new(rate, Time::ZERO);
         Self { piece: bucket.piece(), bucket: Mutex::new(bucket), began: Instant::now() }
     }
@@ -59,14 +81,14 @@ impl Meter {
 
 /// When something last passed through a connection.
 #[derive(Debug)]
-pub(super) struct Activity {
+pub(crate) struct Activity {
     began: Instant,
     /// Milliseconds since then.
     last: AtomicU64,
 }
 
 impl Activity {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self { began: Instant::now(), last: AtomicU64::new(0) })
     }
 
@@ -76,7 +98,7 @@ impl Activity {
     }
 
     /// Ends when nothing has passed for so long.
-    pub(super) async fn idle(&self, limit: Duration) {
+    pub(crate) async fn idle(&self, limit: Duration) {
         loop {
             let last = self.began + Duration::from_millis(self.last.load(Ordering::Relaxed));
             if last.elapsed() >= limit {
@@ -87,25 +109,30 @@ impl Activity {
     }
 }
 
-/// The connection.
+/// The connection with the outside.
 #[derive(Debug)]
-pub(super) struct Metered {
+pub(crate) struct Metered {
     stream: TcpStream,
     meter: Option<Arc<Meter>>,
-    figures: Arc<Figures>,
+    traffic: Arc<Traffic>,
     activity: Arc<Activity>,
     reading: Option<Pin<Box<Sleep>>>,
     writing: Option<Pin<Box<Sleep>>>,
 }
 
 impl Metered {
-    pub(super) fn new(
+    pub(crate) fn new(
         stream: TcpStream,
         meter: Option<Arc<Meter>>,
-        figures: Arc<Figures>,
+        traffic: Arc<Traffic>,
         activity: Arc<Activity>,
     ) -> Self {
-        Self { stream, meter, figures, activity, reading: None, writing: None }
+        Self { stream, meter, traffic, activity, reading: None, writing: None }
+    }
+
+    /// What it passes through.
+    pub(crate) fn stream(&self) -> &TcpStream {
+        &self.stream
     }
 
     fn passed(&self, bytes: usize) -> u64 {
@@ -131,7 +158,7 @@ impl AsyncRead for Metered {
         let read = part.filled().len();
         buffer.advance(read);
         let read = this.passed(read);
-        this.figures.received(read);
+        this.traffic.r#in.fetch_add(read, Ordering::Relaxed);
         Poll::Ready(Ok(()))
     }
 }
@@ -146,7 +173,7 @@ impl AsyncWrite for Metered {
         }
         let written = ready!(Pin::new(&mut this.stream).poll_write(context, bytes))?;
         let sent = this.passed(written);
-        this.figures.sent(sent);
+        this.traffic.out.fetch_add(sent, Ordering::Relaxed);
         Poll::Ready(Ok(written))
     }
 

@@ -1,0 +1,256 @@
+//! TCP served by a plugin (`network:tcp-server`): it listens in its own network namespace, at the ports of its manifest, and is
+//! connected to by sockets that were made there. As root and as an ordinary user, by children made ahead and not.
+#![allow(missing_docs, reason = "tests")]
+
+mod harness;
+
+use std::{
+    fs::File,
+    io::{ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
+    os::fd::{AsFd, OwnedFd},
+    time::Instant,
+};
+
+use harness::{As, Harness, PORTS, patience, wait_readable};
+use plugvisor_sandbox::{
+    options::Linger,
+    protocol::{
+        Control, Exit, Grant, Launch, LaunchId, Level, MAX_DESCRIPTORS, MAX_INWARD, RefusalCode, Reply, Request,
+    },
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{connect, connect_unspec},
+};
+
+const EPERM: &str = "1";
+const EACCES: &str = "13";
+const ENETUNREACH: &str = "101";
+const ECONNREFUSED: &str = "111";
+const ECONNRESET: &str = "104";
+
+const WALLED: [Level; 3] = [Level::Process, Level::Container, Level::Sandbox];
+
+/// The version of Landlock that holds plugins here.
+fn landlock_version(harness: &mut Harness) -> u32 {
+    let request = harness.request(&["exit", "0"]);
+    let plugin = harness.launch(request);
+    let state = plugin.launched.controls.iter().find(|state| state.control == Control::Landlock);
+    let held = state.and_then(|state| state.enforced.as_deref()).expect("it is held by Landlock");
+    let number = held.strip_prefix("Landlock version ").and_then(|rest| rest.split(',').next());
+    number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{held:?} names no version"))
+}
+
+fn serving(mut launch: Launch, inward: u16) -> Launch {
+    launch.grants = vec![Grant::TcpServer];
+    launch.inward = inward;
+    launch
+}
+
+/// With the grant it listens at its ports alone and connects to nobody; without it there is no TCP at all, and with the one for
+/// the proxy nobody may bind.
+#[test]
+fn it_listens_at_its_own_ports_and_nowhere_else() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start_trusting(as_);
+        // The control: something listens on the host's loopback, and others reach it.
+        let host = TcpListener::bind("127.0.0.1:0").expect("the host's port");
+        let host = host.local_addr().expect("its address").to_string();
+        // Landlock has rules for TCP from its version 4 on. Before it the namespace alone holds.
+        let rules = landlock_version(&mut harness) >= 4;
+        let or = |with, without| if rules { with } else { without };
+        let [port, other] = PORTS.map(|port| format!("0.0.0.0:{port}"));
+        let serves: Vec<(Vec<&str>, &str)> = vec![
+            (vec!["inet-descriptors"], "0"),
+            (vec!["tcp-bind", &port], "ok"),
+            (vec!["tcp-bind", &other], "ok"),
+            (vec!["tcp-bind", "127.0.0.1:8081"], or(EACCES, "ok")),
+            (vec!["tcp-bind", "127.0.0.1:3128"], or(EACCES, "ok")),
+            (vec!["tcp-bind", "127.0.0.1:0"], or(EACCES, "ok")),
+            (vec!["listen-unbound"], or("ok then 13", "ok then ok")),
+            (vec!["tcp", "127.0.0.1:8080"], or(EACCES, ECONNREFUSED)),
+            (vec!["tcp", &host], or(EACCES, ECONNREFUSED)),
+            (vec!["tcp", "192.0.2.1:443"], or(EACCES, ENETUNREACH)),
+            (vec!["fastopen", "8080"], EPERM),
+            (vec!["socket", "2", "2"], EPERM),
+            (vec!["socket", "16", "3"], EPERM),
+        ];
+        let dials = vec![(vec!["tcp-bind", port.as_str()], or(EACCES, "ok")), (vec!["tcp", "127.0.0.1:3128"], "ok")];
+        let both = vec![(vec!["tcp-bind", port.as_str()], "ok"), (vec!["tcp", "127.0.0.1:3128"], "ok")];
+        let none = vec![(vec!["tcp-bind", port.as_str()], EPERM), (vec!["tcp", "127.0.0.1:8080"], EPERM)];
+        let cases = [
+            (&[Grant::TcpServer][..], serves),
+            (&[Grant::Egress], dials),
+            (&[Grant::Egress, Grant::TcpServer], both),
+            (&[], none),
+        ];
+        for level in WALLED {
+            for (grants, attempts) in &cases {
+                let args: Vec<&str> = attempts.iter().flat_map(|(args, _)| args.iter().copied()).collect();
+                let allowed = harness.request_at(level, &args).allow_degraded;
+                let got = harness.attempt(
+                    |launch| {
+                        launch.level = level;
+                        launch.grants = grants.to_vec();
+                        launch.inward = if grants.contains(&Grant::TcpServer) { 3 } else { 0 };
+                        launch.allow_degraded = allowed;
+                    },
+                    &args,
+                );
+                let got: Vec<&str> = got.iter().map(|(_, result)| result.as_str()).collect();
+                let expected: Vec<&str> = attempts.iter().map(|(_, expected)| *expected).collect();
+                assert_eq!(got, expected, "{as_:?} {level:?} {grants:?}: {attempts:?}");
+            }
+        }
+    }
+}
+
+/// All sockets into a launch, page by page.
+fn inward(harness: &mut Harness, launch: LaunchId) -> Vec<TcpStream> {
+    let mut sockets = Vec::new();
+    loop {
+        let from = u16::try_from(sockets.len()).expect("few");
+        match harness.ask(&Request::Inward { launch, from }, &[]) {
+            (Reply::Inward { all }, some) => {
+                assert!(some.len() <= MAX_DESCRIPTORS);
+                sockets.extend(some.into_iter().map(TcpStream::from));
+                assert!(!sockets.is_empty() || all == 0);
+                if sockets.len() == usize::from(all) {
+                    return sockets;
+                }
+            }
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Reads one line, byte by byte: what follows is left in the pipe.
+fn line(pipe: &mut File) -> String {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        assert!(wait_readable(pipe.as_fd(), Instant::now() + patience()), "no line: {line:?}");
+        let mut byte = [0];
+        assert_eq!(pipe.read(&mut byte).expect("the pipe"), 1, "it ended: {line:?}");
+        line.push(byte[0]);
+    }
+    String::from_utf8_lossy(&line).trim_end().to_owned()
+}
+
+fn connected(socket: &TcpStream) {
+    let result = connect(socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORTS[0]));
+    assert!(matches!(result, Ok(()) | Err(rustix::io::Errno::INPROGRESS)), "{result:?}");
+    let mut fds = [PollFd::new(socket, PollFlags::OUT)];
+    let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
+    assert_eq!(poll(&mut fds, Some(&limit)), Ok(1), "it is not taken");
+    assert!(socket.take_error().expect("its error").is_none() && socket.peer_addr().is_ok());
+}
+
+/// One connection, both sides of which end in order; the client says first that it has said everything.
+fn talk(mut socket: &TcpStream, stdout: &mut File) {
+    connected(socket);
+    assert_eq!(line(stdout), "accepted");
+    socket.write_all(b"hello").expect("room");
+    socket.shutdown(Shutdown::Write).expect("it goes on hearing");
+    assert_eq!(line(stdout), "served hello");
+    socket.set_nonblocking(false).expect("waits");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).expect("an answer");
+    assert_eq!(answer, "heard hello");
+    connect_unspec(socket).expect("it is disconnected");
+    assert_eq!(socket.peer_addr().expect_err("nobody").kind(), ErrorKind::NotConnected);
+}
+
+/// By sockets that were made inside and are used again; who spoke by a supervisor that went is told so, and the next one gets
+/// the same sockets.
+#[test]
+fn it_is_connected_to_by_sockets_made_inside() {
+    for as_ in As::possible() {
+        for spared in [true, false] {
+            let mut harness = Harness::start_listening(as_, Linger::Forever);
+            if spared {
+                harness.await_spares();
+            }
+            let address = format!("0.0.0.0:{}", PORTS[0]);
+            let request = serving(harness.request(&["tcp-serve", &address, "5"]), 9);
+            let plugin = harness.launch(request);
+            let launch = plugin.launched.launch;
+            let mut stdout = plugin.stdout;
+            assert_eq!(line(&mut stdout), "listening");
+            let sockets = inward(&mut harness, launch);
+            assert_eq!(sockets.len(), 9, "{as_:?}");
+            talk(&sockets[0], &mut stdout);
+            talk(&sockets[0], &mut stdout);
+            talk(&sockets[8], &mut stdout);
+            // Outside there is nothing at this port, and inside nothing at another one.
+            assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, PORTS[0])).is_err(), "it is the namespace's");
+
+            connected(&sockets[3]);
+            assert_eq!(line(&mut stdout), "accepted");
+            drop((plugin.pidfd, plugin.broker, plugin.worker, plugin.stderr, sockets, stdout));
+            harness.disconnect();
+            harness.connect();
+            let (_, [text, _], again) = harness.reattach(launch);
+            let mut stdout = again.expect("it is up").stdout;
+            let text = if text.is_empty() { line(&mut stdout) } else { text.trim_end().to_owned() };
+            assert_eq!(text, format!("served {ECONNRESET}"), "{as_:?}: who spoke to it is gone");
+            let known = harness.list().launches;
+            assert_eq!(known.iter().find(|known| known.launch == launch).map(|known| known.inward), Some(9));
+            let sockets = inward(&mut harness, launch);
+            assert_eq!(sockets.len(), 9);
+            assert!(sockets.iter().all(|socket| socket.peer_addr().is_err()), "none is connected");
+            talk(&sockets[3], &mut stdout);
+            assert_eq!(harness.exit_of(launch), (Exit::Code(0), false));
+            match harness.ask(&Request::Inward { launch, from: 0 }, &[]) {
+                (Reply::Refused(refusal), _) => assert_eq!(refusal.code, RefusalCode::UnknownLaunch),
+                (other, _) => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+/// The most that may be asked for are made, and let go of with the launch.
+#[test]
+fn the_most_sockets_are_made_and_let_go_of() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start(as_);
+        // Whatever the launcher opens once is open by then.
+        let request = harness.request(&["exit", "0"]);
+        let first = harness.launch(request).launched.launch;
+        harness.exit_of(first);
+        let before = harness.descriptors();
+        let request = serving(harness.request(&["pause"]), MAX_INWARD);
+        let plugin = harness.launch(request);
+        let sockets = inward(&mut harness, plugin.launched.launch);
+        assert_eq!(sockets.len(), usize::from(MAX_INWARD), "{as_:?}");
+        let sockets: Vec<OwnedFd> = sockets.into_iter().map(OwnedFd::from).collect();
+        drop(sockets);
+        assert_eq!(harness.ask(&Request::Kill { launch: plugin.launched.launch }, &[]).0, Reply::Done);
+        harness.exit_of(plugin.launched.launch);
+        assert_eq!(harness.descriptors(), before, "{as_:?}");
+    }
+}
+
+/// What does not fit is refused, and says what to do.
+#[test]
+fn what_nothing_holds_is_refused() {
+    for as_ in As::possible() {
+        let mut harness = Harness::start_trusting(as_);
+        let plain = harness.request(&["pause"]);
+        let none = harness.request_at(Level::None, &["pause"]);
+        let cases = [
+            (serving(none, 1), "host's network"),
+            (Launch { level: Level::Vm, ..serving(plain.clone(), 1) }, "machine"),
+            (Launch { inward: 1, ..plain.clone() }, "network:tcp-server"),
+            (serving(plain.clone(), MAX_INWARD + 1), "too many"),
+        ];
+        for (launch, word) in cases {
+            let refusal = harness.try_launch(launch).err().expect("it is refused");
+            assert!(refusal.code == RefusalCode::Policy && refusal.message.contains(word), "{as_:?}: {refusal:?}");
+        }
+        // Without any, it serves nobody and lives.
+        let request = serving(plain, 0);
+        let plugin = harness.launch(request);
+        assert_eq!(inward(&mut harness, plugin.launched.launch).len(), 0);
+    }
+}
