@@ -19,6 +19,10 @@ use crate::protocol::{Control, Tier};
 /// unused, so that neither people, services, nor containers are met there.
 pub const DEFAULT_UIDS: RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
 
+/// The uids of plugins that are traced, in no service manager's range either: a trace knows no book of who has which uid, and
+/// the kernel counts processes, signals and watches by uid, whatever the namespace.
+pub const TRACED_UIDS: RangeInclusive<u32> = 1_879_113_728..=1_879_179_263;
+
 /// The size of all bundles in the store together when the starter names none.
 pub const DEFAULT_STORE_BYTES: u64 = 4 << 30;
 

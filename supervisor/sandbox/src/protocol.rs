@@ -21,7 +21,7 @@ pub use self::keep::{
 pub use self::store::{Approval, Import, ImportBegin, ImportFile, Imported, Stored, Tier, approval_text};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// The largest packet, in bytes. A longer one is refused unread.
 pub const MAX_PACKET: usize = 64 * 1024;

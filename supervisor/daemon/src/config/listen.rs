@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, ops::Range, time::Duration};
 
 use plugvisor_package::Runtime;
-use plugvisor_sandbox::protocol::MAX_INWARD;
+use plugvisor_sandbox::protocol::{MAX_HELD, MAX_INWARD};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -17,6 +17,9 @@ use super::{
     reader::{Section, join, section},
     validate::millis,
 };
+
+/// The most addresses of all plugins together: the launcher holds each across restarts, and the supervisor's own sockets.
+const MOST: usize = MAX_HELD - 16;
 
 /// An address that was written, and where.
 #[derive(Debug)]
@@ -110,6 +113,11 @@ fn port_of(table: &Section<raw::Listen>, port: Option<u16>, problems: &mut Probl
 
 /// Tells of every address that another one takes. `own` is the supervisor's, with its key.
 pub(super) fn conflicts(outer: &[Outer], own: (SocketAddr, &str), problems: &mut Problems<'_>) {
+    if let Some(Outer { key, span, .. }) = outer.get(MOST) {
+        let message =
+            format!("there are {} addresses, and the launcher holds {MOST} at most; take some out", outer.len());
+        problems.add(span, key.as_str(), message);
+    }
     for (index, Outer { address, key, span }) in outer.iter().enumerate() {
         let others = outer[..index].iter().map(|other| (other.address, other.key.as_str()));
         if let Some((other, by)) = std::iter::once(own).chain(others).find(|(other, _)| collide(*address, *other)) {

@@ -74,6 +74,10 @@ impl Ingress {
             .collect();
         // One that nobody wants may be in the way of one that is wanted.
         for gone in held.iter().filter(|held| held.starts_with(PREFIX) && !wanted.contains(held)) {
+            if let Some(listener) = listeners::held(launcher, gone, holding).await {
+                // The launcher closes its copy later; the address must be free now.
+                let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
+            }
             listeners::let_go(launcher, gone).await;
         }
         let mut fronts = BTreeMap::new();

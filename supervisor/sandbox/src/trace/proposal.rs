@@ -79,7 +79,8 @@ const PROXY: [Capability; 3] = [Capability::HttpClient, Capability::WebSocket, C
 /// manifest's.
 #[must_use]
 pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capability]) -> Proposal {
-    let network = network_of(capabilities);
+    let outward = outward(capabilities);
+    let network = network(seen, capabilities, &outward);
     let (strongest, lifted) = strongest(seen, book);
     let mut used: BTreeSet<Capability> = lifted.iter().flat_map(|lift| opened_by(*lift, &network)).collect();
     let mut outside = Vec::new();
@@ -104,8 +105,8 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
                 if *address == EGRESS.into() {
                     proxy += count;
                 }
-                used.extend(network.iter().copied());
-                ("connect", address.to_string(), network[0])
+                used.extend(outward.iter().copied());
+                ("connect", address.to_string(), outward[0])
             }
             SocketUse::Bind(address) => {
                 used.insert(Capability::TcpServer);
@@ -161,11 +162,22 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
     }
 }
 
-/// The capabilities by which this manifest uses TCP, or would reach the proxy: a trace cannot tell them apart.
-fn network_of(capabilities: &[Capability]) -> Vec<Capability> {
-    let known = PROXY.into_iter().chain([Capability::TcpServer]);
-    let asked: Vec<Capability> = known.filter(|capability| capabilities.contains(capability)).collect();
+/// The capabilities by which this manifest reaches the proxy, or would: a trace cannot tell them apart.
+fn outward(capabilities: &[Capability]) -> Vec<Capability> {
+    let asked: Vec<Capability> = PROXY.into_iter().filter(|capability| capabilities.contains(capability)).collect();
     if asked.is_empty() { vec![Capability::HttpClient] } else { asked }
+}
+
+/// The capabilities that its TCP sockets are for. Of one that was neither bound nor connected the manifest alone can say.
+fn network(seen: &Seen, capabilities: &[Capability], outward: &[Capability]) -> Vec<Capability> {
+    let any = |wanted: fn(&SocketUse) -> bool| seen.sockets.keys().any(wanted);
+    let (binds, connects) =
+        (any(|socket| matches!(socket, SocketUse::Bind(_))), any(|socket| matches!(socket, SocketUse::Connect(_))));
+    let serves = capabilities.contains(&Capability::TcpServer);
+    let proxied = PROXY.iter().any(|capability| capabilities.contains(capability));
+    let inward = (binds || (serves && !connects)).then_some(Capability::TcpServer);
+    let goes_out = connects || inward.is_none() || (proxied && !binds);
+    inward.into_iter().chain(outward.iter().copied().filter(|_| goes_out)).collect()
 }
 
 fn opened_by(lift: Granted, network: &[Capability]) -> Vec<Capability> {

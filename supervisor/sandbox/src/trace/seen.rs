@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use super::book::Kind;
 
-/// The most different files, and the most different addresses, that are kept apart.
+/// The most different calls, files, and addresses that are kept apart.
 const MOST: usize = 4096;
 
 /// Everything that was seen.
@@ -16,7 +16,7 @@ pub struct Seen {
     pub files: BTreeMap<FileUse, u64>,
     /// The sockets that it connected or bound.
     pub sockets: BTreeMap<SocketUse, u64>,
-    /// Uses beyond the bound of the two above.
+    /// Uses beyond the bound of the three above.
     pub uncounted: u64,
     /// Calls of which the memory that they point at could not be read: the process ended, or the pointer was wrong.
     pub unread: u64,
@@ -75,7 +75,7 @@ impl Access {
 pub enum Place {
     /// In the plugin's own tree.
     Tree,
-    /// Not in its tree; on this host, at the same path.
+    /// Not in its tree; on this host's root file system, at the same path. Others are not looked into.
     Host,
     /// In neither.
     Nowhere,
@@ -94,6 +94,11 @@ pub enum SocketUse {
 
 impl Seen {
     pub(super) fn call(&mut self, kind: Kind, arguments: [u64; 6]) {
+        // There are more numbers than calls, and whoever is traced may try them all.
+        if self.calls.len() >= MOST && !self.calls.contains_key(&kind) {
+            self.uncounted += 1;
+            return;
+        }
         self.calls.entry(kind).or_insert(Times { count: 0, first: arguments }).count += 1;
     }
 

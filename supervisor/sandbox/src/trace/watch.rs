@@ -42,7 +42,8 @@ const NEW_LISTENER: u64 = 1 << 3;
 /// When the listener can no longer be read. Every call of the program fails with ENOSYS from then on.
 pub fn watch(listener: &OwnedFd, book: &Book) -> io::Result<Seen> {
     notify::wake_up_in_step(listener);
-    let mut watch = Watch { listener: listener.as_fd(), book, seen: Seen::default(), root: None, started: false };
+    let mut watch =
+        Watch { listener: listener.as_fd(), book, seen: Seen::default(), root: None, unproven: None, started: false };
     loop {
         let mut fds = [PollFd::new(listener, PollFlags::IN)];
         match poll(&mut fds, None) {
@@ -69,6 +70,8 @@ struct Watch<'a> {
     seen: Seen,
     /// The plugin's root directory, once it could be opened; it has one for good.
     root: Option<OwnedFd>,
+    /// The root of a thread that may be another's by now.
+    unproven: Option<OwnedFd>,
     /// The plugin's own program is there.
     started: bool,
 }
@@ -122,6 +125,9 @@ impl Watch<'_> {
         if !notify::still_waits(self.listener, waiting) {
             return;
         }
+        if self.root.is_none() {
+            self.root = self.unproven.take();
+        }
         match found {
             Some(Found::File(file)) => self.seen.file(file),
             Some(Found::Socket(socket)) => self.seen.socket(socket),
@@ -143,13 +149,13 @@ impl Watch<'_> {
 
     fn placed(&mut self, caller: Caller, access: Access, path: &Path) -> Option<FileUse> {
         if self.root.is_none() {
-            self.root = caller.root();
+            self.unproven = caller.root();
         }
-        let root = self.root.as_ref()?;
+        let root = self.root.as_ref().or(self.unproven.as_ref())?;
         // What is in /proc is different for each who looks.
         let place = if path.starts_with("/proc") || exists(root.as_fd(), path) {
             Place::Tree
-        } else if fs::symlink_metadata(path).is_ok() {
+        } else if on_this_host(path) {
             Place::Host
         } else {
             Place::Nowhere
@@ -251,6 +257,14 @@ impl Caller {
 fn exists(root: BorrowedFd<'_>, path: &Path) -> bool {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve).is_ok()
+}
+
+/// Whether the host's root file system has it. The plugin chose the path, and looking further could make the host mount
+/// something, resolve a name, or wait for a server that is gone.
+fn on_this_host(path: &Path) -> bool {
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat2(rustix::fs::CWD, path, flags, Mode::empty(), resolve).is_ok()
 }
 
 /// The path without `.`, and without `..` as far as the text says.

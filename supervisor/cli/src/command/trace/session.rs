@@ -21,7 +21,7 @@ use std::{
 use plugvisor_package::{Bundle, BundleFile, BundleLimits, Manifest, SocketMode};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
-    options::{BundleRoot, Options},
+    options::{BundleRoot, Options, TRACED_UIDS},
     protocol::{
         Control, Exit, Grant, Hello, Import, ImportBegin, ImportFile, Launch, LaunchId, Launched, Level, Limits,
         MAX_DESCRIPTORS, Notice, Reply, Request, Tier, VERSION,
@@ -287,6 +287,7 @@ fn start_launcher(manifest: &Manifest, scratch: &Scratch) -> Result<(Child, Aske
     options.cgroup_root = format!("plugvisor-trace-{}", std::process::id());
     options.max_plugins = 1;
     options.spares = 0;
+    options.uids = TRACED_UIDS;
     options.trace = Some(traces.as_raw_fd());
     let capabilities = manifest.security.capabilities.iter().copied();
     if Grant::of_all(capabilities).into_iter().any(Grant::is_of_name) {

@@ -21,7 +21,7 @@ use plugvisor_sandbox::protocol::{
     Condition, Control, ControlState, Exit, Grant, Known, LIST_PAGE, Launch, LaunchId, Launched, Level, Limits, Listed,
     MAX_DESCRIPTORS, Over, ReattachState, Reattached, Refusal, RefusalCode, Reply, Tier, environment_digest,
 };
-use rustix::{event::epoll, net::connect_unspec};
+use rustix::event::epoll;
 
 use super::{
     Phase, Server, Slot, Source,
@@ -233,10 +233,6 @@ impl Server {
                 }
                 Phase::Refusing { .. } => slot.phase = Phase::Abandoned,
                 Phase::Up | Phase::Abandoned => {}
-            }
-            // Whoever spoke by them is gone, and the plugin is told so: it would wait for a next word otherwise.
-            for socket in slot.ends.iter().flat_map(|ends| &ends.inward) {
-                let _ = connect_unspec(socket);
             }
         }
         let up = self.slots.iter_mut().filter_map(|(id, slot)| Some((*id, &mut slot.ends.as_mut()?.streams)));
