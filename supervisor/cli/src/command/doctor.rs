@@ -108,7 +108,11 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
     let missing: Vec<&HostControl> = lacking(answer).collect();
     if missing.is_empty() {
         output.line(&Line::default())?;
-        return output.line(&Line::default().add(Style::Good, "Every wall can be enforced here."));
+        let refused = answer.levels.iter().filter(|level| level.gaps.iter().any(|gap| !gap.allowed));
+        let refused: Vec<&str> = refused.map(|level| level.name.as_str()).collect();
+        let but =
+            if refused.is_empty() { String::new() } else { format!(", but not at {}: see above", refused.join(", ")) };
+        return output.line(&Line::default().add(Style::Good, format!("Every wall can be enforced here{but}.")));
     }
     output.title("What is lacking")?;
     // Several controls often fail for one reason; it is said once.

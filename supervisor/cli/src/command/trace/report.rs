@@ -1,11 +1,11 @@
 //! What a trace came to, for people and for programs. Pure but for the printing.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use plugvisor_package::Capability;
 use plugvisor_sandbox::{
     protocol::Level,
-    trace::{Denied, Outside, Proposal, Seen},
+    trace::{Denied, Outside, Proposal, Seen, SocketUse},
 };
 use serde_json::{Value, json};
 
@@ -144,6 +144,18 @@ fn notes(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Vec<String>
             "At {} Plugvisor filters no system call; it was traced in the tree and namespaces of {}.",
             subject.level.as_str(),
             super::session::traced_at(subject.level).as_str()
+        ));
+    }
+    let bound = seen.sockets.keys().filter_map(|socket| match socket {
+        SocketUse::Bind(address) => Some(address.port().to_string()),
+        SocketUse::Connect(_) | SocketUse::Abstract(_) => None,
+    });
+    let bound: BTreeSet<String> = bound.collect();
+    if !bound.is_empty() {
+        say(format!(
+            "It listens at {}: with network:tcp-server plugin.json names the ports in runtime.network.listen, and at others \
+             binding is refused, also in a trace.",
+            bound.into_iter().collect::<Vec<_>>().join(", ")
         ));
     }
     if seen.listeners > 0 {

@@ -92,7 +92,7 @@ impl Settings {
         }
         ours("emulator", &self.emulator, u64::MAX)?;
         let kernel = ours("kernel", &self.kernel, MOST_KERNEL);
-        let modules = self.modules.clone().unwrap_or_else(|| virtio_of(&self.kernel));
+        let modules = self.modules.clone().map_or_else(|| virtio_of(&self.kernel), Ok)?;
         let modules = modules.iter().map(|module| ours("modules", module, MOST_KERNEL));
         Ok(Parts {
             files: [kernel].into_iter().chain(modules).collect::<Result<_, _>>()?,
@@ -104,14 +104,23 @@ impl Settings {
     }
 }
 
-/// The modules that belong to a kernel of this name, as far as it has them as files: what is missing is built in, or a
-/// guest without it says so.
-fn virtio_of(kernel: &Path) -> Vec<PathBuf> {
+/// The modules that belong to a kernel of this name, as far as it has them as files: what is missing is built in. When none
+/// of its modules is there, they are elsewhere, and a guest would wait for a port that it never gets.
+fn virtio_of(kernel: &Path) -> Result<Vec<PathBuf>, String> {
     let Some(version) = kernel.file_name().and_then(|name| name.to_str()?.strip_prefix("vmlinuz-")) else {
-        return Vec::new();
+        return Ok(Vec::new());
     };
-    let drivers = Path::new("/lib/modules").join(version).join("kernel/drivers");
-    VIRTIO.iter().map(|module| drivers.join(module)).filter(|path| path.is_file()).collect()
+    let modules = Path::new("/lib/modules").join(version);
+    if !modules.is_dir() {
+        return Err(format!(
+            "[vm] modules: there is no {}, where those of {} would be; name its modules for virtio, or set modules = [] if \
+             they are built in",
+            modules.display(),
+            kernel.display()
+        ));
+    }
+    let drivers = modules.join("kernel/drivers");
+    Ok(VIRTIO.iter().map(|module| drivers.join(module)).filter(|path| path.is_file()).collect())
 }
 
 fn ours(key: &str, path: &Path, most: u64) -> Result<Part, String> {
