@@ -53,8 +53,8 @@ pub(crate) fn columns(machine: &Guest, rows: &[&Row], number: &mut i64) -> Vec<C
     })
 }
 
-/// The directories that a machine does not have.
-const OUTSIDE: [Grant; 3] = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData];
+/// What a machine does not have: the host's directories, and a way in.
+const OUTSIDE: [Grant; 4] = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData, Grant::TcpServer];
 
 impl Column {
     fn of(mut world: World, rows: &[&Row]) -> Self {
