@@ -77,7 +77,8 @@ enum Command {
 /// Lanes that are asked for by name.
 #[derive(Debug, Subcommand)]
 enum Lane {
-    /// The tests in a virtual machine: Debian 12 with systemd as PID 1 and cgroup v2 alone. As root, on Debian 12.
+    /// The tests in a virtual machine: Debian 12 with systemd as PID 1 and cgroup v2 alone. As root, on Debian 12. Its
+    /// quick part is among the tests too, with `--full` all of it.
     Vm {
         /// Only the parts whose name holds this word; may be given several times.
         #[arg(long, value_name = "WORD")]

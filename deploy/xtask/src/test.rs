@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that continuous integration holds, in one command.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::BufReader;
 use std::os::unix::process::CommandExt;
@@ -11,7 +12,7 @@ use anyhow::{Context, bail};
 use crate::build::{Profile, binaries, cargo, target_directory, workspace_root};
 use crate::demo::SOURCES;
 use crate::steps::{run, step};
-use crate::{guest, setup, skips};
+use crate::{guest, setup, skips, vm};
 
 /// The version that the project's deny.toml is written for.
 const CARGO_DENY: &str = "0.20.2";
@@ -21,6 +22,9 @@ const FULL: &str = "PLUGVISOR_FULL";
 
 /// What `--full` asks of `tests/tests/memory.rs`: loads and unloads, and calls. Without it both are short.
 const MEMORY: [(&str, &str); 2] = [("PLUGVISOR_TEST_ROUNDS", "200"), ("PLUGVISOR_TEST_CALLS", "10000000")];
+
+/// The name under which the virtual machine is skipped.
+const MACHINE: &str = "virtual-machine";
 
 /// A uid without an account, so that nothing belongs to it.
 const STRANGER: u32 = 61_235;
@@ -40,6 +44,8 @@ pub(crate) enum Check {
     Demo,
     /// rustdoc with every warning denied.
     Documentation,
+    /// The quick part of `cargo xtask test vm`; with `--full` all of it.
+    Vm,
 }
 
 /// The escape suite alone, with its table.
@@ -109,12 +115,23 @@ pub(crate) fn run_checks(full: bool, only: &[Check]) -> anyhow::Result<()> {
                 .env("RUSTDOCFLAGS", "-D warnings"))
         })?;
     }
+    if wanted(Check::Vm) {
+        machine(full)?;
+    }
     match (only.is_empty(), full) {
         (false, _) => eprintln!("what was asked for passed"),
         (true, true) => eprintln!("everything passed, long suites too"),
         (true, false) => eprintln!("everything passed; `--full` adds the long suites"),
     }
     Ok(())
+}
+
+/// The tests in the virtual machine, on a host that can run it; on any other that is a skip like those of tests.
+fn machine(full: bool) -> anyhow::Result<()> {
+    let why = vm::cannot().or_else(|| setup::for_vm().err().map(|error| format!("{error:#}")));
+    let Some(why) = why else { return vm::run(full, &[]) };
+    eprintln!("    skipped {MACHINE}: {why}");
+    expect_skips(&BTreeMap::from([(MACHINE.to_owned(), why)]))
 }
 
 fn demos(binaries: &Path, name: &str) -> anyhow::Result<()> {
@@ -215,7 +232,13 @@ fn tests(full: bool) -> anyhow::Result<()> {
     for (name, why) in &skips {
         eprintln!("    skipped {name}: {why}");
     }
-    let list = workspace_root().join("tests/expected-skips.txt");
+    expect_skips(&skips)
+}
+
+/// Holds skips against the checked-in list.
+fn expect_skips(skips: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    const LIST: &str = "tests/expected-skips.txt";
+    let list = workspace_root().join(LIST);
     let expected = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
-    skips::check(&skips, &expected, "tests/expected-skips.txt")
+    skips::check(skips, &expected, LIST)
 }
