@@ -19,7 +19,7 @@ use plugvisor_package::{Destination, Host};
 
 pub use self::{
     address::{AddressKind, AddressRules},
-    bandwidth::Bandwidth,
+    bandwidth::{Bandwidth, Origin},
     framing::{Framing, FramingError, chunk_size, is_hop_by_hop},
     head::{HeadError, HeadLimits, head_end},
     network::{Network, NetworkError},

@@ -37,4 +37,5 @@ pub mod starts;
 pub mod state;
 pub mod stats;
 pub mod supervisor;
+mod told;
 pub mod traces;

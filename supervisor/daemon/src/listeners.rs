@@ -5,6 +5,7 @@ use std::{
     io,
     net::TcpListener,
     os::{fd::OwnedFd, unix::net::UnixListener},
+    time::Duration,
 };
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -15,6 +16,9 @@ use crate::{
     observe::{self, BindError},
     runtime_directory::{RuntimeDirectory, RuntimeDirectoryError},
 };
+
+/// The pause after an accept that failed for want of descriptors or memory: nothing tells when there are some again.
+pub(crate) const REST: Duration = Duration::from_millis(100);
 
 /// The three of them.
 #[derive(Debug)]

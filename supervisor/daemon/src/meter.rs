@@ -1,5 +1,5 @@
-//! A connection of a plugin's with the outside, whose bytes are counted and held to the plugin's bandwidth. Who began it, the
-//! plugin or somebody outside, is not known here.
+//! A connection of a plugin's with the outside, whose bytes are counted and held to the plugin's bandwidth, in the half of who
+//! began it, the plugin or somebody outside.
 
 use std::{
     io,
@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use plugvisor_core::{Time, egress::Bandwidth};
+use plugvisor_core::{
+    Time,
+    egress::{Bandwidth, Origin},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -40,7 +43,8 @@ impl Traffic {
     }
 }
 
-/// The bandwidth that all connections of a plugin share, those that it makes and those that it takes.
+/// The bandwidth that all connections of a plugin share, those that it makes and those that it takes; each of the two has half
+/// when both want it, and all that the other leaves.
 #[derive(Debug)]
 pub struct Meter {
     bucket: Mutex<Bandwidth>,
@@ -61,21 +65,21 @@ impl Meter {
     }
 
     /// Waits until a piece may pass.
-    fn poll_ask(&self, wait: &mut Option<Pin<Box<Sleep>>>, context: &mut Context<'_>) -> Poll<()> {
+    fn poll_ask(&self, origin: Origin, wait: &mut Option<Pin<Box<Sleep>>>, context: &mut Context<'_>) -> Poll<()> {
         loop {
             if let Some(sleep) = wait {
                 ready!(sleep.as_mut().poll(context));
                 *wait = None;
             }
-            match self.bucket.lock().unwrap_or_else(PoisonError::into_inner).ask(self.now()) {
+            match self.bucket.lock().unwrap_or_else(PoisonError::into_inner).ask(origin, self.now()) {
                 Ok(()) => return Poll::Ready(()),
                 Err(after) => *wait = Some(Box::pin(sleep(after))),
             }
         }
     }
 
-    fn took(&self, bytes: u64) {
-        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).took(bytes, self.now());
+    fn took(&self, origin: Origin, bytes: u64) {
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).took(origin, bytes, self.now());
     }
 }
 
@@ -113,6 +117,7 @@ impl Activity {
 #[derive(Debug)]
 pub(crate) struct Metered {
     stream: TcpStream,
+    origin: Origin,
     meter: Option<Arc<Meter>>,
     traffic: Arc<Traffic>,
     activity: Arc<Activity>,
@@ -123,11 +128,12 @@ pub(crate) struct Metered {
 impl Metered {
     pub(crate) fn new(
         stream: TcpStream,
+        origin: Origin,
         meter: Option<Arc<Meter>>,
         traffic: Arc<Traffic>,
         activity: Arc<Activity>,
     ) -> Self {
-        Self { stream, meter, traffic, activity, reading: None, writing: None }
+        Self { stream, origin, meter, traffic, activity, reading: None, writing: None }
     }
 
     /// What it passes through.
@@ -138,7 +144,7 @@ impl Metered {
     fn passed(&self, bytes: usize) -> u64 {
         let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
         if let Some(meter) = &self.meter {
-            meter.took(bytes);
+            meter.took(self.origin, bytes);
         }
         self.activity.note();
         bytes
@@ -150,7 +156,7 @@ impl AsyncRead for Metered {
         let this = self.get_mut();
         let mut most = buffer.remaining();
         if let Some(meter) = &this.meter {
-            ready!(meter.poll_ask(&mut this.reading, context));
+            ready!(meter.poll_ask(this.origin, &mut this.reading, context));
             most = most.min(meter.piece);
         }
         let mut part = ReadBuf::new(buffer.initialize_unfilled_to(most));
@@ -168,7 +174,7 @@ impl AsyncWrite for Metered {
         let this = self.get_mut();
         let mut bytes = bytes;
         if let Some(meter) = &this.meter {
-            ready!(meter.poll_ask(&mut this.writing, context));
+            ready!(meter.poll_ask(this.origin, &mut this.writing, context));
             bytes = &bytes[..bytes.len().min(meter.piece)];
         }
         let written = ready!(Pin::new(&mut this.stream).poll_write(context, bytes))?;
@@ -183,5 +189,47 @@ impl AsyncWrite for Metered {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        task::JoinSet,
+        time::timeout,
+    };
+
+    use super::*;
+
+    /// Many who connect from outside, and one connection of the plugin's own, all of which take what they get.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn those_outside_leave_the_plugin_its_half() {
+        const RATE: u64 = 2_000_000;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let meter = Arc::new(Meter::new(RATE));
+        let traffic = [Origin::Inside, Origin::Outside].map(|_| Arc::new(Traffic::default()));
+        let mut connections = JoinSet::new();
+        for origin in [[Origin::Outside; 16].as_slice(), &[Origin::Inside]].concat() {
+            let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
+            let (traffic, mut far) = (Arc::clone(&traffic[origin as usize]), far.unwrap().0);
+            let mut near = Metered::new(near.unwrap(), origin, Some(Arc::clone(&meter)), traffic, Activity::new());
+            connections.spawn(async move { while far.write_all(&[7; 64 * 1024]).await.is_ok() {} });
+            connections.spawn(async move {
+                let mut piece = vec![0; 64 * 1024];
+                while near.read(&mut piece).await.is_ok_and(|read| read > 0) {}
+            });
+        }
+        let began = Instant::now();
+        let _ = timeout(Duration::from_secs(2), async { while connections.join_next().await.is_some() {} }).await;
+        let seconds = began.elapsed().as_secs_f64();
+        #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+        let [inside, outside] = traffic.map(|traffic| traffic.bytes_in() as f64 / seconds / RATE as f64);
+        assert!(inside + outside <= 1.05, "{inside} and {outside} of the limit");
+        // Lower bounds depend on the machine; that the two are alike does not.
+        assert!(inside >= 0.4 * (inside + outside), "{inside} and {outside} of the limit");
+        assert!(outside >= 0.4 * (inside + outside), "{inside} and {outside} of the limit");
     }
 }

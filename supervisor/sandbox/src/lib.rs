@@ -3,10 +3,12 @@
 //! This is the only crate with `unsafe`. It knows neither tokio nor gRPC nor the supervisor's configuration.
 //!
 //! What the supervisor needs: [`options`] to start the launcher, [`seqpacket`] to carry packets, [`codec`] to turn them
-//! into the messages of [`protocol`]. What both need: [`service_manager`], to tell systemd how they are.
+//! into the messages of [`protocol`], [`inward`] for sockets that an earlier one had. What both need: [`service_manager`],
+//! to tell systemd how they are.
 #![deny(unsafe_code)]
 
 pub mod codec;
+pub mod inward;
 pub mod notify;
 pub mod options;
 pub mod protocol;

@@ -200,6 +200,20 @@ pub enum BrokerEvent {
         #[serde(skip)]
         hint: String,
     },
+    /// Sockets by which a plugin is connected to cannot be used again, until it is launched again.
+    IngressSocketsLost {
+        /// How many of this generation's.
+        lost: u64,
+        /// How many it had.
+        all: u64,
+        /// Why.
+        message: String,
+        /// Further losses since the last such event, which had none of their own.
+        more: u64,
+        /// What to do next.
+        #[serde(skip)]
+        hint: String,
+    },
     /// Calls were refused because a plugin has too many.
     OverloadShed {
         /// Calls refused since the last such event.
@@ -377,6 +391,7 @@ group!(BrokerEvent {
     Self::CallDenied { denial, hint, .. } => "broker.call_denied", Severity::Warning, denial, hint.as_str();
     Self::EgressDenied { denial, hint, .. } => "broker.egress_denied", Severity::Warning, denial, hint.as_str();
     Self::IngressFailed { failure, hint, .. } => "broker.ingress_failed", Severity::Warning, failure, hint.as_str();
+    Self::IngressSocketsLost { hint, .. } => "broker.ingress_sockets_lost", Severity::Warning, "unusable", hint.as_str();
     Self::ProtocolError { .. } => "broker.protocol_error", Severity::Error, "protocol",
         "the peer must speak gRPC over HTTP/2";
     Self::PayloadRejected { .. } => "broker.payload_rejected", Severity::Warning, "too_large",

@@ -88,6 +88,8 @@ fn samples() -> Vec<Event> {
         BrokerEvent::PayloadRejected { sender: text(), limit_bytes: 1 }.into(),
         BrokerEvent::LoopRejected { path: text() }.into(),
         BrokerEvent::OverloadShed { calls: 1 }.into(),
+        BrokerEvent::IngressSocketsLost { lost: 1, all: 64, message: text(), more: 0, hint: "restart it".to_owned() }
+            .into(),
         BreakerEvent::HalfOpened {}.into(),
         ResourceEvent::DiskLow { place: "/var/lib/plugvisor/logs".into() }.into(),
         BreakerEvent::Closed { open_ms: 1 }.into(),

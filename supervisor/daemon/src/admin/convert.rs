@@ -29,7 +29,7 @@ use crate::{
     config::{ListenConfig, PluginConfig},
     driver::{ExitView, PluginView},
     events::Record,
-    ingress::Front,
+    ingress::{Front, Sockets},
     logs::{self, LogLine},
     state::{Health, Rebuilt, TransitionRecord, Writing},
     stats,
@@ -324,12 +324,18 @@ fn connected(front: Option<&Front>, manifest: &Manifest, verdict: &Verdict) -> O
         format!("{address} leads to port {}, {} connections at most", listen.port, listen.max_connections)
     };
     let addresses: Vec<String> = front.iter().flat_map(|front| front.addresses().map(address)).collect();
+    let lost =
+        front.and_then(Front::sockets_of_current).filter(|sockets| sockets.lost > 0).map(|Sockets { all, lost }| {
+            format!(
+                "; {lost} of {all} sockets into it cannot be used again until it is restarted, so many connections less"
+            )
+        });
     Some(Control {
         name: "ingress".to_owned(),
         requested: format!("{ports} of its network namespace"),
         enforced: match addresses.as_slice() {
             [] => "nobody connects to it: [[plugin.NAME.network.listen]] has no address".to_owned(),
-            addresses => addresses.join("; "),
+            addresses => addresses.join("; ") + &lost.unwrap_or_default(),
         },
         read_from: "the supervisor's listening sockets".to_owned(),
         unavailable: String::new(),

@@ -24,13 +24,7 @@ mod refusal;
 mod resolver;
 mod tunnel;
 
-use std::{
-    io,
-    net::TcpListener as StdListener,
-    os::fd::OwnedFd,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, net::TcpListener as StdListener, os::fd::OwnedFd, sync::Arc};
 
 use plugvisor_core::{
     Rights,
@@ -41,7 +35,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
-    time::{Instant, sleep},
+    time::sleep,
 };
 
 pub use self::{
@@ -51,16 +45,11 @@ pub use self::{
 };
 use self::{own::OwnAddresses, refusal::Refusal};
 use crate::{
-    bucket::{Bucket, Rate},
     events::{Events, Subject},
+    listeners,
     meter::Meter,
+    told::Told,
 };
-
-/// The pause after an accept that failed for want of descriptors or memory: nothing tells when there are some again.
-const REST: Duration = Duration::from_millis(100);
-
-/// How often a plugin's refusals become events.
-const TOLD: Rate = Rate { per_second: 1, burst: 10 };
 
 /// What one plugin may do.
 #[derive(Clone, Debug)]
@@ -106,15 +95,7 @@ pub struct Proxy {
     figures: Arc<Figures>,
     events: Arc<Events>,
     lookups: Arc<Semaphore>,
-    told: Mutex<Told>,
-}
-
-/// What was told of refusals.
-#[derive(Debug)]
-struct Told {
-    left: Bucket,
-    /// Refusals since the last event.
-    untold: u64,
+    told: Told,
 }
 
 impl Proxy {
@@ -127,9 +108,8 @@ impl Proxy {
         figures: Arc<Figures>,
         events: Arc<Events>,
     ) -> Self {
-        let told = Mutex::new(Told { left: Bucket::new(TOLD, Instant::now()), untold: 0 });
         let lookups = Arc::new(Semaphore::new(host.limits.lookups));
-        Self { subject, rules, host, figures, events, lookups, told }
+        Self { subject, rules, host, figures, events, lookups, told: Told::new() }
     }
 
     /// Accepts on a listening TCP socket, such as the launcher's, until it is dropped; every connection ends with it.
@@ -150,7 +130,7 @@ impl Proxy {
                     Ok((stream, _)) => proxy.accepted(stream, &mut connections),
                     Err(error) => {
                         tracing::warn!(subject = proxy.subject.text(), %error, "the egress proxy cannot accept");
-                        sleep(REST).await;
+                        sleep(listeners::REST).await;
                     }
                 },
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
@@ -181,13 +161,7 @@ impl Proxy {
     /// Counts a refusal and tells of it, within the rate.
     fn deny(&self, host: &str, refusal: &Refusal) {
         self.figures.denied();
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if !told.left.take(1, Instant::now()) {
-            told.untold += 1;
-            return;
-        }
-        let more = std::mem::take(&mut told.untold);
-        drop(told);
+        let Some(more) = self.told.tell() else { return };
         let Refusal { status: _, reason, message, hint } = refusal.clone();
         let event =
             BrokerEvent::EgressDenied { host: host.chars().take(300).collect(), denial: reason, message, more, hint };

@@ -8,6 +8,7 @@ use tokio::{
 
 use super::{Proxy, client::Client};
 use crate::meter::{Activity, Metered};
+use plugvisor_core::egress::Origin;
 
 const BUFFER: usize = 16 * 1024;
 
@@ -40,6 +41,6 @@ impl Proxy {
     /// A connection whose bytes are counted.
     pub(super) fn metered(&self, stream: TcpStream, activity: &std::sync::Arc<Activity>) -> Metered {
         let (meter, traffic) = (self.rules.bandwidth.clone(), self.figures.traffic());
-        Metered::new(stream, meter, traffic, std::sync::Arc::clone(activity))
+        Metered::new(stream, Origin::Inside, meter, traffic, std::sync::Arc::clone(activity))
     }
 }

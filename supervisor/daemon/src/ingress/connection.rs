@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use plugvisor_core::egress::Origin;
 use rustix::net::sockopt;
 use tokio::{
     io::copy_bidirectional_with_sizes,
@@ -59,7 +60,13 @@ async fn carry(front: &Front, listen: &ListenConfig, outer: TcpStream) -> Result
     outer.set_zero_linger().and_then(|()| outer.set_nodelay(true)).map_err(failed)?;
     let (current, lease, mut plugin) = connect(front, listen, deadline).await?;
     let activity = Activity::new();
-    let mut outer = Metered::new(outer, current.meter.clone(), front.figures.traffic_counter(), Arc::clone(&activity));
+    let mut outer = Metered::new(
+        outer,
+        Origin::Outside,
+        current.meter.clone(),
+        front.figures.traffic_counter(),
+        Arc::clone(&activity),
+    );
     let outcome = {
         let copying = copy_bidirectional_with_sizes(&mut plugin, &mut outer, BUFFER, BUFFER);
         tokio::pin!(copying);
@@ -81,7 +88,7 @@ async fn carry(front: &Front, listen: &ListenConfig, outer: TcpStream) -> Result
     };
     match back {
         Ok(socket) => lease.give_back(socket),
-        Err(error) => tracing::warn!(plugin = %front.plugin, %error, "a connection into a plugin cannot be used again"),
+        Err(error) => front.lose(&current, lease, &error),
     }
     Ok(outcome)
 }
@@ -95,7 +102,7 @@ async fn connect(front: &Front, listen: &ListenConfig, deadline: Instant) -> Res
             let why = "the plugin was not ready in time";
             return Err(Failure::new(Outcome::NotReady, why, "`plugvisor status` shows what it waits for"));
         };
-        let failure = match connect_to(&current, listen, deadline).await {
+        let failure = match connect_to(front, &current, listen, deadline).await {
             Ok((lease, plugin)) => return Ok((current, lease, plugin)),
             Err(failure) => failure,
         };
@@ -109,6 +116,7 @@ async fn connect(front: &Front, listen: &ListenConfig, deadline: Instant) -> Res
 }
 
 async fn connect_to(
+    front: &Front,
     current: &Current,
     listen: &ListenConfig,
     deadline: Instant,
@@ -123,8 +131,9 @@ async fn connect_to(
         Ok(plugin) => return Ok((lease, plugin)),
         Err(failed) => failed,
     };
-    if let Some(socket) = back {
-        lease.give_back(socket);
+    match back {
+        Ok(socket) => lease.give_back(socket),
+        Err(why) => front.lose(current, lease, &why),
     }
     Err(match error.kind() {
         io::ErrorKind::ConnectionRefused => Failure::new(

@@ -12,9 +12,11 @@
 use std::{
     io,
     net::{Ipv4Addr, SocketAddrV4, TcpStream as StdStream},
+    os::fd::OwnedFd,
     time::Duration,
 };
 
+use plugvisor_sandbox::inward;
 use rustix::{
     event::{Timespec, epoll},
     io::Errno,
@@ -26,21 +28,29 @@ use tokio::{
 
 use crate::readiness;
 
+/// Takes a socket from the launcher, whatever an earlier supervisor did with it; or says why it cannot be used.
+pub(super) fn take(socket: OwnedFd) -> Result<StdStream, String> {
+    // It may be connected still.
+    let socket = disconnect(socket.into()).map_err(|error| format!("disconnecting it failed: {error}"))?;
+    inward::renew(&socket).map_err(|unfit| unfit.to_string())?;
+    Ok(socket)
+}
+
+/// The socket, or why it cannot be used again; and why it was not connected.
+pub(super) type NotConnected = (io::Result<StdStream>, io::Error);
+
 /// Connects a socket to a port of the namespace that it was made in. The socket comes back when that does not work.
-pub(super) async fn connect(
-    socket: StdStream,
-    port: u16,
-    deadline: Instant,
-) -> Result<TcpStream, (Option<StdStream>, io::Error)> {
+pub(super) async fn connect(socket: StdStream, port: u16, deadline: Instant) -> Result<TcpStream, NotConnected> {
     match rustix::net::connect(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)) {
         Ok(()) | Err(Errno::INPROGRESS) => {}
-        Err(errno) => return Err((disconnect(socket).ok(), errno.into())),
+        Err(errno) => return Err((disconnect(socket), errno.into())),
     }
     // Registered only now: what is known of a registered socket's readiness would be that of its last connection.
-    let stream = TcpStream::from_std(socket).map_err(|error| (None, error))?;
+    let stream = TcpStream::from_std(socket)
+        .map_err(|error| (Err(io::Error::new(error.kind(), "it could not be waited for")), error))?;
     match timeout_at(deadline, until_connected(&stream)).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())) {
         Ok(()) => Ok(stream),
-        Err(error) => Err((reset(stream).ok(), error)),
+        Err(error) => Err((reset(stream), error)),
     }
 }
 
@@ -106,7 +116,7 @@ mod tests {
         time::Duration,
     };
 
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
@@ -236,6 +246,25 @@ mod tests {
 
         let good = TcpListener::bind("127.0.0.1:0").unwrap();
         drop(connected(socket, &good).await);
+    }
+
+    /// It set the socket to be reset at its end, and was killed while it used it.
+    #[tokio::test]
+    async fn what_an_earlier_supervisor_set_does_not_outlive_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = connected(socket(), &listener).await.into_std().unwrap();
+        let (mut plugin, _) = listener.accept().unwrap();
+        sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+        sockopt::set_socket_oobinline(&stream, true).unwrap();
+        let socket = take(stream.into()).unwrap();
+        assert_eq!(plugin.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!((sockopt::socket_linger(&socket), sockopt::socket_oobinline(&socket)), (Ok(None), Ok(false)));
+        drop(connected(socket, &listener).await);
+
+        let bound = self::socket();
+        bind(&bound, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let unfit = take(bound.into()).unwrap_err();
+        assert!(unfit.contains("bound to 127.0.0.1"), "{unfit}");
     }
 
     #[tokio::test]

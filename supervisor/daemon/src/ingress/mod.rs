@@ -19,10 +19,10 @@ mod pool;
 
 use std::{
     collections::BTreeMap,
+    io,
     net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use plugvisor_core::{Generation, event::BrokerEvent};
@@ -31,7 +31,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinSet,
-    time::{Instant, sleep},
+    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -39,20 +39,19 @@ pub(crate) use self::bind::try_address;
 pub use self::{
     bind::IngressError,
     figures::{Figures, Outcome},
+    pool::Sockets,
 };
-use self::{connection::Failure, pool::Pool};
+use self::{
+    connection::Failure,
+    pool::{Lease, Pool},
+};
 use crate::{
-    bucket::{Bucket, Rate},
     config::ListenConfig,
     events::{Events, Subject},
+    listeners,
     meter::Meter,
+    told::Told,
 };
-
-/// The pause after an accept that failed for want of descriptors or memory: nothing tells when there are some again.
-const REST: Duration = Duration::from_millis(100);
-
-/// How often connections that were not carried become events.
-const TOLD: Rate = Rate { per_second: 1, burst: 10 };
 
 /// The fronts of all plugins that have one.
 #[derive(Debug, Default)]
@@ -90,7 +89,10 @@ pub struct Front {
     behind: watch::Sender<Behind>,
     figures: Arc<Figures>,
     events: Arc<Events>,
-    told: Mutex<Told>,
+    /// Of connections that were not carried.
+    failures: Told,
+    /// Of sockets that cannot be used again.
+    losses: Told,
 }
 
 /// One outer address.
@@ -119,19 +121,17 @@ struct Current {
     over: CancellationToken,
 }
 
-/// What was told of connections that were not carried.
-#[derive(Debug)]
-struct Told {
-    left: Bucket,
-    /// Those since the last event.
-    untold: u64,
-}
-
 impl Front {
     fn new(plugin: PluginName, doors: Vec<Door>, events: Arc<Events>) -> Self {
-        let told = Mutex::new(Told { left: Bucket::new(TOLD, Instant::now()), untold: 0 });
         let (behind, _) = watch::channel(Behind { current: None, ready: false });
-        Self { plugin, doors, behind, figures: Arc::default(), events, told }
+        let (failures, losses) = (Told::new(), Told::new());
+        Self { plugin, doors, behind, figures: Arc::default(), events, failures, losses }
+    }
+
+    /// The sockets into the generation that runs, when one does.
+    #[must_use]
+    pub fn sockets_of_current(&self) -> Option<Sockets> {
+        self.behind.borrow().current.as_ref().map(|current| current.pool.sockets())
     }
 
     /// How many sockets into the plugin it needs.
@@ -160,18 +160,20 @@ impl Front {
         sockets: Vec<OwnedFd>,
         meter: Option<Arc<Meter>>,
     ) {
-        let all = sockets.len() as u64;
-        let fit = sockets.into_iter().filter_map(|socket| {
-            let socket = StdStream::from(socket);
-            // One that an earlier supervisor used may be connected still.
-            inner::disconnect(socket).and_then(|socket| socket.set_nonblocking(true).map(|()| socket)).ok()
-        });
-        let fit: Vec<StdStream> = fit.collect();
-        let lost = self.figures.lost();
-        lost.fetch_add(all.saturating_sub(fit.len() as u64), Ordering::Relaxed);
-        let current =
-            Arc::new(Current { generation, pool: Pool::new(fit, lost), meter, over: CancellationToken::new() });
+        let all = sockets.len();
+        let (mut fit, mut why) = (Vec::with_capacity(all), None);
+        for socket in sockets {
+            match inner::take(socket) {
+                Ok(socket) => fit.push(socket),
+                Err(unfit) => why = why.or(Some(unfit)),
+            }
+        }
+        let pool = Pool::new(fit, all, self.figures.lost());
+        let current = Arc::new(Current { generation, pool, meter, over: CancellationToken::new() });
         self.behind.send_modify(|behind| behind.current = Some(Arc::clone(&current)));
+        if let Some(why) = why {
+            self.tell_lost(&current, &why);
+        }
         let _standing = Standing { front: self, current };
         std::future::pending::<()>().await;
     }
@@ -216,7 +218,7 @@ impl Front {
                     }
                     Err(error) => {
                         tracing::warn!(plugin = %self.plugin, address = %listen.address, %error, "cannot accept");
-                        sleep(REST).await;
+                        sleep(listeners::REST).await;
                     }
                 },
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
@@ -226,13 +228,7 @@ impl Front {
 
     /// Tells of a connection that was not carried, within the rate.
     fn tell(&self, listen: &ListenConfig, peer: SocketAddr, failure: &Failure) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if !told.left.take(1, Instant::now()) {
-            told.untold += 1;
-            return;
-        }
-        let more = std::mem::take(&mut told.untold);
-        drop(told);
+        let Some(more) = self.failures.tell() else { return };
         let subject = match &self.behind.borrow().current {
             Some(current) => Subject::Generation(self.plugin.clone(), current.generation),
             None => Subject::Plugin(self.plugin.to_string()),
@@ -247,14 +243,37 @@ impl Front {
         };
         self.events.publish(subject, event);
     }
+
+    /// Gives up a socket that cannot be used again.
+    fn lose(&self, current: &Current, lease: Lease<StdStream>, why: &io::Error) {
+        drop(lease);
+        self.tell_lost(current, &why.to_string());
+    }
+
+    /// Tells that sockets into a generation cannot be used again, and why the last one or the first of them cannot.
+    fn tell_lost(&self, current: &Current, why: &str) {
+        let Some(more) = self.losses.tell() else { return };
+        let Sockets { all, lost } = current.pool.sockets();
+        let event = BrokerEvent::IngressSocketsLost {
+            lost,
+            all,
+            message: format!(
+                "{lost} of the {all} sockets into plugin {} cannot be used again, and it may have so many connections less: {why}",
+                self.plugin
+            ),
+            more,
+            hint: format!("`plugvisor restart {}` gives it new ones", self.plugin),
+        };
+        self.events.publish(Subject::Generation(self.plugin.clone(), current.generation), event);
+    }
 }
 
 /// The next connection, once there is a place for it: what is too much waits in the backlog. Cancel-safe.
 async fn next(
     places: &Arc<Semaphore>,
     listener: &TcpListener,
-) -> std::io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
-    let place = Arc::clone(places).acquire_owned().await.map_err(std::io::Error::other)?;
+) -> io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
+    let place = Arc::clone(places).acquire_owned().await.map_err(io::Error::other)?;
     let (stream, peer) = listener.accept().await?;
     Ok((place, stream, peer))
 }

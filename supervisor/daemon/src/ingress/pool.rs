@@ -14,14 +14,34 @@ pub(super) struct Pool<S> {
     free: Mutex<Vec<S>>,
     /// As many permits as are free.
     places: Semaphore,
-    /// Counts those that did not come back.
-    lost: Arc<AtomicU64>,
+    /// How many there were for it, fit or not.
+    all: usize,
+    /// Those that were not fit, or did not come back.
+    lost: AtomicU64,
+    /// The same over all generations.
+    lost_of_all: Arc<AtomicU64>,
+}
+
+/// How many there are of one generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sockets {
+    /// Those that were made for it.
+    pub all: u64,
+    /// Those that cannot be used again.
+    pub lost: u64,
 }
 
 impl<S> Pool<S> {
-    pub(super) fn new(sockets: Vec<S>, lost: Arc<AtomicU64>) -> Arc<Self> {
-        let places = Semaphore::new(sockets.len());
-        Arc::new(Self { free: Mutex::new(sockets), places, lost })
+    /// Of `all` sockets these are fit.
+    pub(super) fn new(fit: Vec<S>, all: usize, lost_of_all: Arc<AtomicU64>) -> Arc<Self> {
+        let places = Semaphore::new(fit.len());
+        let lost = all.saturating_sub(fit.len()) as u64;
+        lost_of_all.fetch_add(lost, Ordering::Relaxed);
+        Arc::new(Self { free: Mutex::new(fit), places, all, lost: AtomicU64::new(lost), lost_of_all })
+    }
+
+    pub(super) fn sockets(&self) -> Sockets {
+        Sockets { all: self.all as u64, lost: self.lost.load(Ordering::Relaxed) }
     }
 
     /// Waits for a free one. Whoever waits longest is served first. Cancel-safe.
@@ -60,6 +80,7 @@ impl<S> Drop for Lease<S> {
     fn drop(&mut self) {
         if self.lent {
             self.pool.lost.fetch_add(1, Ordering::Relaxed);
+            self.pool.lost_of_all.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -72,7 +93,8 @@ mod tests {
 
     fn pool<S>(sockets: Vec<S>) -> (Arc<Pool<S>>, Arc<AtomicU64>) {
         let lost = Arc::new(AtomicU64::new(0));
-        (Pool::new(sockets, Arc::clone(&lost)), lost)
+        let all = sockets.len();
+        (Pool::new(sockets, all, Arc::clone(&lost)), lost)
     }
 
     #[tokio::test]
@@ -92,7 +114,7 @@ mod tests {
     async fn what_is_not_given_back_is_lost_and_nobody_gets_it() {
         let (pool, lost) = pool(vec![1, 2]);
         drop(pool.take().await);
-        assert_eq!(lost.load(Ordering::Relaxed), 1);
+        assert_eq!((lost.load(Ordering::Relaxed), pool.sockets()), (1, Sockets { all: 2, lost: 1 }));
         let mut left = pool.take().await;
         let socket = left.socket().unwrap();
         assert!(pool.take().now_or_never().is_none());
@@ -113,6 +135,13 @@ mod tests {
         let mut served = late.now_or_never().expect("the one that gave up left it");
         assert_eq!(served.socket(), Some(7));
         assert_eq!(lost.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn what_was_not_fit_is_lost_and_counted_over_all_generations() {
+        let lost = Arc::new(AtomicU64::new(3));
+        let pool = Pool::new(vec![1], 3, Arc::clone(&lost));
+        assert_eq!((lost.load(Ordering::Relaxed), pool.sockets()), (5, Sockets { all: 3, lost: 2 }));
     }
 
     #[tokio::test]
