@@ -1,4 +1,4 @@
-//! Whether a file that the administrator names is the administrator's: followed from `/` on, one component at a time, with
+//! Whether a file or directory that the administrator names is the administrator's: followed from `/` on, one component at a time, with
 //! everything judged on the way. It knows nothing of what the file is for.
 //!
 //! Where the launcher is root, every directory, link and the file itself must be root's, and nobody else may write them; a
@@ -63,20 +63,49 @@ pub(super) enum Doubt {
     Failed(PathBuf, Errno),
     /// It is no file, or longer than one may be.
     Unfit,
+    /// It is neither a directory nor a file.
+    NoPlace,
 }
 
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Shared(path) => write!(f, "{} can be changed by others than root", path.display()),
+            Self::Shared(path) => {
+                let path = path.display();
+                write!(f, "{path} can be changed by others than root: `chown root \"{path}\" && chmod go-w \"{path}\"`")
+            }
             Self::Failed(path, errno) => write!(f, "{}: {}", path.display(), std::io::Error::from(*errno)),
             Self::Unfit => f.write_str("it is not a file, or too long for one"),
+            Self::NoPlace => f.write_str("it is neither a directory nor a file"),
         }
     }
 }
 
 /// Follows the path and judges it; the file may have so many bytes.
 pub(super) fn judged(path: &Path, most: u64, owners: Owners) -> Result<Part, Doubt> {
+    let (found, stat, at) = followed(path, owners)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(Doubt::Unfit);
+    }
+    judge(&stat, &at, Kind::Named, owners)?;
+    if u64::try_from(stat.st_size).unwrap_or(u64::MAX) > most {
+        return Err(Doubt::Unfit);
+    }
+    Ok(Part { path: path.to_owned(), file: Arc::new(found) })
+}
+
+/// Follows the path to a directory, or a file of any length, and judges it. A directory that others may write is not taken
+/// when it is sticky either: what lies in it is used by its name.
+pub(super) fn judge_place(path: &Path, owners: Owners) -> Result<(), Doubt> {
+    let (_, stat, at) = followed(path, owners)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile | FileType::Directory => judge(&stat, &at, Kind::Named, owners),
+        _ => Err(Doubt::NoPlace),
+    }
+}
+
+/// What the path names, and where that is; all that leads there is judged.
+fn followed(path: &Path, owners: Owners) -> Result<(OwnedFd, Stat, PathBuf), Doubt> {
     let mut left: VecDeque<OsString> = names(path);
     let mut links = 0;
     let mut at = PathBuf::from("/");
@@ -117,18 +146,13 @@ pub(super) fn judged(path: &Path, most: u64, owners: Owners) -> Result<Part, Dou
                 directories.push(found);
                 at = found_at;
             }
-            FileType::RegularFile if left.is_empty() => {
-                judge(&found_stat, &found_at, Kind::File, owners)?;
-                if u64::try_from(found_stat.st_size).unwrap_or(u64::MAX) > most {
-                    return Err(Doubt::Unfit);
-                }
-                return Ok(Part { path: path.to_owned(), file: Arc::new(found) });
-            }
-            _ if left.is_empty() => return Err(Doubt::Unfit),
+            _ if left.is_empty() => return Ok((found, found_stat, found_at)),
             _ => return Err(Doubt::Failed(found_at, Errno::NOTDIR)),
         }
     }
-    Err(Doubt::Unfit)
+    let directory = directories.pop().ok_or(Doubt::Unfit)?;
+    let stat = stat(&directory, &at)?;
+    Ok((directory, stat, at))
 }
 
 fn names(path: &Path) -> VecDeque<OsString> {
@@ -158,7 +182,7 @@ fn stat(found: &OwnedFd, at: &Path) -> Result<Stat, Doubt> {
 enum Kind {
     OnTheWay,
     Link,
-    File,
+    Named,
 }
 
 fn judge(stat: &Stat, at: &Path, kind: Kind, owners: Owners) -> Result<(), Doubt> {
@@ -166,7 +190,7 @@ fn judge(stat: &Stat, at: &Path, kind: Kind, owners: Owners) -> Result<(), Doubt
         // Its mode says nothing.
         Kind::Link => true,
         Kind::OnTheWay => stat.st_mode & 0o022 == 0 || stat.st_mode & 0o1000 != 0,
-        Kind::File => stat.st_mode & 0o022 == 0,
+        Kind::Named => stat.st_mode & 0o022 == 0,
     };
     match owners {
         Owners::Anybody => Ok(()),
@@ -208,6 +232,9 @@ mod tests {
         let judged_here = |path: &Path| judged(path, 4, Owners::Root).map(|part| part.path);
         assert_eq!(judged_here(&file), Ok(file.clone()));
         assert_eq!(judged_here(&by_link), Ok(by_link.clone()));
+        let place = |path: &Path| judge_place(path, Owners::Root);
+        assert_eq!([place(&link), place(&file), place(Path::new("/"))], [Ok(()), Ok(()), Ok(())]);
+        assert_eq!(judge_place(Path::new("/dev/null"), Owners::Root), Err(Doubt::NoPlace));
         let part = judged(&by_link, 4, Owners::Root).expect("it is root's");
         assert_eq!(part.is(fs::File::open(&file).expect("opens")), Ok(true));
         assert_eq!(part.is(fs::File::open("/dev/null").expect("opens")), Ok(false));
@@ -217,11 +244,14 @@ mod tests {
             mode(path, wrong);
             assert_eq!(judged_here(&by_link), shared(path), "{wrong:o}");
             assert!(judged(&by_link, 4, Owners::Anybody).is_ok());
+            assert_eq!(place(&by_link), shared(path).map(drop), "{wrong:o}");
             mode(path, right);
         }
         // In a sticky directory nobody else moves it.
         mode(&inner, 0o1777);
         assert_eq!(judged_here(&by_link), Ok(by_link.clone()));
+        // But puts more into it.
+        assert_eq!(place(&link), Err(Doubt::Shared(inner.clone())));
         mode(&inner, 0o755);
         for path in [&inner, &file] {
             chown(path, Some(OTHER), None).expect("chown");

@@ -5,9 +5,10 @@ use std::{
     sync::Arc,
 };
 
+use rustix::io::Errno;
 use serde::Deserialize;
 
-use super::ours::{Owners, Part, judged};
+use super::ours::{Doubt, Owners, Part, judge_place, judged};
 use crate::mounts::HOST_DIRECTORIES;
 
 /// What a machine needs of a kernel that has no virtio built in, in the order in which they are loaded, below
@@ -94,6 +95,16 @@ impl Settings {
         let kernel = ours("kernel", &self.kernel, MOST_KERNEL);
         let modules = self.modules.clone().map_or_else(|| virtio_of(&self.kernel), Ok)?;
         let modules = modules.iter().map(|module| ours("modules", module, MOST_KERNEL));
+        for place in &self.libraries {
+            match judge_place(place, Owners::here()) {
+                // Not every distribution has each of the usual ones.
+                Ok(()) | Err(Doubt::Failed(_, Errno::NOENT)) => {}
+                Err(doubt) => return Err(doubted("libraries", place, &doubt)),
+            }
+        }
+        for place in &self.runtime {
+            judge_place(place, Owners::here()).map_err(|doubt| doubted("runtime", place, &doubt))?;
+        }
         Ok(Parts {
             files: [kernel].into_iter().chain(modules).collect::<Result<_, _>>()?,
             emulator: self.emulator.clone(),
@@ -124,11 +135,17 @@ fn virtio_of(kernel: &Path) -> Result<Vec<PathBuf>, String> {
 }
 
 fn ours(key: &str, path: &Path, most: u64) -> Result<Part, String> {
-    judged(path, most, Owners::here()).map_err(|doubt| format!("[vm] {key}: {}: {doubt}", path.display()))
+    judged(path, most, Owners::here()).map_err(|doubt| doubted(key, path, &doubt))
+}
+
+fn doubted(key: &str, path: &Path, doubt: &Doubt) -> String {
+    format!("[vm] {key}: {}: {doubt}", path.display())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, String> {
@@ -160,6 +177,31 @@ mod tests {
         ] {
             let why = parse(text).expect("it can be read").parts().map(|_| ()).expect_err(text);
             assert!(why.contains(named), "{text}: {why}");
+        }
+    }
+
+    #[test]
+    fn where_libraries_and_a_runtime_lie_is_judged_too() {
+        if Owners::here() != Owners::Root {
+            println!("SKIP privileged-lane: only root's files are judged");
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = directory.path().join("place");
+        fs::create_dir(&place).expect("a directory");
+        let of = |key: &str| {
+            let text = format!("kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"\n{key} = [{place:?}]");
+            parse(&text).expect("it can be read").parts().map(drop)
+        };
+        for (key, missing) in [("libraries", true), ("runtime", false)] {
+            fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).expect("chmod");
+            assert_eq!(of(key), Ok(()));
+            fs::set_permissions(&place, fs::Permissions::from_mode(0o1777)).expect("chmod");
+            let why = of(key).expect_err("others may write it");
+            assert!(why.contains(key) && why.contains("chmod go-w"), "{why}");
+            fs::remove_dir(&place).expect("removes");
+            assert_eq!(of(key).is_ok(), missing);
+            fs::create_dir(&place).expect("a directory");
         }
     }
 
