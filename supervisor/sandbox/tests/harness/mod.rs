@@ -749,6 +749,24 @@ impl Harness {
         }
     }
 
+    /// Waits until the launcher has no more descriptors open than this: /proc leaves out a child that closes some while another
+    /// one ends (proc_pid_task_tid_children(5)), so that one count may be of a moment in between. A leak stays.
+    pub fn await_descriptors(&mut self, most: Option<usize>, after: &str) {
+        let deadline = Instant::now() + patience();
+        loop {
+            let open = self.descriptors();
+            if open <= most {
+                return;
+            }
+            if Instant::now() >= deadline {
+                let directory = format!("/proc/{}/fd", self.process.id());
+                let links = fs::read_dir(directory).into_iter().flatten().flatten();
+                let links: Vec<_> = links.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
+                panic!("{open:?} descriptors {after}, and {most:?} before: {links:?}");
+            }
+        }
+    }
+
     /// How many descriptors the launcher has open when it has closed what it got; `None`, and said so, where only root may
     /// see that: the launcher is not dumpable.
     pub fn descriptors(&mut self) -> Option<usize> {
