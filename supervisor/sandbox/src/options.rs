@@ -5,13 +5,19 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    io,
     ops::RangeInclusive,
-    os::{fd::RawFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{BorrowedFd, RawFd},
+        unix::{ffi::OsStrExt, process::CommandExt as _},
+    },
     path::{Component, Path, PathBuf},
+    process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use plugvisor_package::{PluginName, TrustTier, VariableName};
+use rustix::io::FdFlags;
 
 use crate::protocol::{Control, Tier};
 
@@ -305,6 +311,28 @@ impl Options {
             push(WITHOUT, control.as_str().as_ref());
         }
         args
+    }
+
+    /// Starts this launcher with this policy, and with the descriptors that it names, which it takes over.
+    ///
+    /// Must be called while the process has one thread: for a moment the descriptors are inheritable, and they stay so until
+    /// they are closed.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn spawn(&self, program: &Path, named: &[BorrowedFd<'_>]) -> io::Result<Child> {
+        for descriptor in named {
+            rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+        }
+        Command::new(program)
+            .args(self.to_args())
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            // Ctrl-C on a terminal reaches the whole foreground group; plugins must outlive it by their drain.
+            .process_group(0)
+            .spawn()
     }
 
     /// Reads the arguments after the program's name.

@@ -107,7 +107,8 @@ async fn a_trace_ends(lane: Lane) -> anyhow::Result<()> {
         .write(&directory, world.binaries())?;
     let ended = world.trace(&exits, &[])?.output().await?;
     let said: Value = serde_json::from_slice(&ended.stdout).with_context(|| format!("{ended:?}"))?;
-    ensure!(ended.status.success() && said["ended"] == "it exited with 3", "{ended:?}");
+    ensure!(ended.status.code() == Some(1) && said["ended"] == "it exited with 3", "{ended:?}");
+    ensure!(String::from_utf8_lossy(&ended.stderr).contains("ended before it served"), "{ended:?}");
 
     let failed = world.trace(&bundle, &["--", "false"])?.output().await?;
     let told = String::from_utf8_lossy(&failed.stderr);

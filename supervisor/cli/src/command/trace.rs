@@ -12,7 +12,7 @@ use std::{
     fs::File,
     io::Read as _,
     os::fd::{AsFd as _, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::Arc,
     thread::JoinHandle,
@@ -23,6 +23,7 @@ use plugvisor_package::{Bundle, BundleError, BundleLimits, IsolationLevel, Manif
 use plugvisor_sandbox::{
     protocol::Level,
     trace::{Book, Seen, propose, rules_file, watch},
+    worker_socket,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::{process::Command, sync::oneshot};
@@ -73,7 +74,7 @@ pub(crate) fn trace(output: &Output, arguments: &TraceArgs) -> Result<(), Failur
         // It has nothing to say.
         let _ = reader.join();
     }
-    let ended = ended?;
+    let Followed { ended, driver, served } = ended?;
     let seen = match watcher.map(JoinHandle::join) {
         Some(Ok(Ok(seen))) => seen,
         Some(Ok(Err(error))) => return Err(broken(&name, &error)),
@@ -86,9 +87,16 @@ pub(crate) fn trace(output: &Output, arguments: &TraceArgs) -> Result<(), Failur
     }
     let proposal = propose(&seen, &book, level, capabilities);
     let subject =
-        report::Subject { name: &name, level, capabilities, ended: &ended.0, policy: arguments.policy.as_deref() };
+        report::Subject { name: &name, level, capabilities, ended: &ended, policy: arguments.policy.as_deref() };
     report::print(output, &subject, &seen, &proposal)?;
-    match ended.1 {
+    if served == Served::Never {
+        return Err(Failure::new(
+            Outcome::Failed,
+            format!("{name} ended before it served: {ended}"),
+            "what it does when it serves is not in the trace; see what it printed, mend it and trace again",
+        ));
+    }
+    match driver {
         Some(status) if !status.success() => Err(Failure::new(
             Outcome::Failed,
             format!("the trace ended with its driver, which ended with {status}"),
@@ -143,13 +151,27 @@ fn level(manifest: &Manifest) -> Level {
     if sandbox.enabled { stated.into() } else { Level::None }
 }
 
-/// Asks the plugin what a supervisor asks, runs the driver, and waits for the end of the trace: why it ended, and how the
-/// driver did.
-fn follow(
-    manifest: &Manifest,
-    session: &session::Session,
-    arguments: &TraceArgs,
-) -> Result<(String, Option<ExitStatus>), Failure> {
+/// How a trace went.
+struct Followed {
+    /// Why it ended.
+    ended: String,
+    /// How the driver did, when that was why.
+    driver: Option<ExitStatus>,
+    served: Served,
+}
+
+/// Whether the plugin came to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    Yes,
+    /// The trace ended otherwise before that was known.
+    Unknown,
+    /// It ended before.
+    Never,
+}
+
+/// Asks the plugin what a supervisor asks, runs the driver, and waits for the end of the trace.
+fn follow(manifest: &Manifest, session: &session::Session, arguments: &TraceArgs) -> Result<Followed, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
         Failure::new(Outcome::Failed, format!("cannot start: {error}"), "is the system out of descriptors?")
     })?;
@@ -159,12 +181,17 @@ fn follow(
         // Nobody listens any more when the trace has ended otherwise.
         let _ = told.send(session::await_end(&connection, launch));
     });
-    let path = session::worker_path(&session.worker, manifest.runtime.socket);
     let followed = runtime.block_on(async {
         let mut driver = None;
-        let greeting = plugin::greet(&path, manifest);
+        // Open until the driver has ended, which has only its path.
+        let mut worker = None;
+        let greeting = async {
+            let socket = worker.insert(plugin::socket(&session.worker, manifest).await?);
+            let path = PathBuf::from(worker_socket::path_of(socket, Some(std::process::id())));
+            Ok::<_, String>((plugin::greet(&path, manifest).await, path))
+        };
         tokio::pin!(greeting);
-        let mut greeted = false;
+        let (mut greeted, mut served) = (false, Served::Unknown);
         let deadline = async {
             match arguments.time {
                 Some(time) => tokio::time::sleep(time).await,
@@ -182,14 +209,28 @@ fn follow(
             // Each may be dropped: what it waits for is still there the next time.
             tokio::select! {
                 // What comes first of two that are ready is of no interest.
-                end = &mut end => break Ok((end.ok().flatten().unwrap_or_else(|| "its launcher ended".to_owned()), None)),
+                end = &mut end => {
+                    if served == Served::Unknown {
+                        served = Served::Never;
+                    }
+                    break Ok((end.ok().flatten().unwrap_or_else(|| "its launcher ended".to_owned()), None));
+                }
                 greeting = &mut greeting, if !greeted => {
                     greeted = true;
-                    match greeting {
-                        Ok(()) => eprintln!("{} serves", session.plugin),
-                        Err(why) => eprintln!("{} does not serve: {}", session.plugin, clean(&why)),
+                    let (why, path) = match greeting {
+                        Ok((Ok(()), path)) => (None, Some(path)),
+                        Ok((Err(why), path)) => (Some(why), Some(path)),
+                        Err(why) => (Some(why), None),
+                    };
+                    match why {
+                        None => {
+                            served = Served::Yes;
+                            eprintln!("{} serves", session.plugin);
+                        }
+                        Some(why) => eprintln!("{} does not serve: {}", session.plugin, clean(&why)),
                     }
-                    if !arguments.driver.is_empty() {
+                    // Without a socket there is nothing to drive.
+                    if let Some(path) = path.filter(|_| !arguments.driver.is_empty()) {
                         driver = match start_driver(&arguments.driver, &path) {
                             Ok(driver) => Some(driver),
                             Err(failure) => break Err(failure),
@@ -213,7 +254,7 @@ fn follow(
             }
         })
         .await;
-        ended
+        ended.map(|(ended, driver)| Followed { ended, driver, served })
     });
     drop(waiter);
     followed
@@ -273,7 +314,7 @@ fn hand_on(plugin: &str, pipe: OwnedFd) {
 
 /// A file of the golden outputs, for tests.
 #[cfg(test)]
-fn golden(name: &str) -> std::path::PathBuf {
+fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 

@@ -4,20 +4,14 @@
 //! lifecycle's business; here it is only asked for, within limits of time and size, from a process that may say
 //! anything.
 
-use std::{
-    error::Error as _,
-    io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
-    sync::Arc,
-    time::Duration,
-};
+use std::{error::Error as _, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use plugvisor_core::{CapabilitySet, Code, Error, lifecycle::Permanence};
 use plugvisor_proto::worker::v1::{
     DrainRequest, HookRequest, InitRequest, LifecycleHook, StopReason, StopRequest, worker_client::WorkerClient,
 };
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use plugvisor_sandbox::worker_socket::{self, NotASocket};
 use tokio::{
     net::UnixStream,
     time::{Instant, sleep, timeout, timeout_at},
@@ -29,9 +23,6 @@ use tonic::{
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{admin::wire, logs};
-
-/// The name of the socket that a plugin binds itself.
-const SOCKET: &str = "worker.sock";
 
 /// An answer of a plugin to the supervisor is never longer.
 const MAX_ANSWER: usize = 256 * 1024;
@@ -79,26 +70,18 @@ fn permanent(code: Code, message: impl Into<String>, hint: impl Into<String>) ->
 pub(super) async fn bound_socket(plugin: &str, directory: &OwnedFd, deadline: Instant) -> Result<OwnedFd, Trouble> {
     let mut pause = RETRY;
     loop {
-        // O_PATH and O_NOFOLLOW: a link cannot point the supervisor elsewhere.
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match rustix::fs::openat(directory, SOCKET, flags, Mode::empty()) {
-            Ok(socket) => {
-                let is_socket = rustix::fs::statat(&socket, "", AtFlags::EMPTY_PATH)
-                    .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
-                // Bound is not yet listening.
-                if is_socket && UnixStream::connect(path_of(&socket)).await.is_ok() {
-                    return Ok(socket);
-                }
-                if !is_socket {
-                    return Err(permanent(
-                        Code::PeerMismatch,
-                        format!("plugin {plugin} put something that is not a socket at PLUGVISOR_LISTEN"),
-                        "bind a Unix socket at that path, or set runtime.socket to \"inherit\"",
-                    ));
-                }
+        match worker_socket::bound(directory) {
+            // Bound is not yet listening.
+            Ok(Some(socket)) if UnixStream::connect(path_of(&socket)).await.is_ok() => return Ok(socket),
+            Ok(_) => {}
+            Err(NotASocket::Other) => {
+                return Err(permanent(
+                    Code::PeerMismatch,
+                    format!("plugin {plugin} put something that is not a socket at PLUGVISOR_LISTEN"),
+                    "bind a Unix socket at that path, or set runtime.socket to \"inherit\"",
+                ));
             }
-            Err(rustix::io::Errno::NOENT) => {}
-            Err(error) => {
+            Err(NotASocket::Failed(error)) => {
                 return Err(transient(
                     Code::InputOutput,
                     format!("the worker socket of plugin {plugin} cannot be opened: {error}"),
@@ -114,8 +97,8 @@ pub(super) async fn bound_socket(plugin: &str, directory: &OwnedFd, deadline: In
     }
 }
 
-fn path_of(descriptor: &OwnedFd) -> String {
-    format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd())
+fn path_of(socket: &OwnedFd) -> String {
+    worker_socket::path_of(socket, None)
 }
 
 impl Worker {
@@ -384,6 +367,7 @@ mod tests {
         DrainResponse, HookResponse, InitResponse, ReconfigureRequest, ReconfigureResponse, StopResponse,
         worker_server::{self, WorkerServer},
     };
+    use rustix::fs::{Mode, OFlags};
     use tokio::net::UnixListener;
     use tokio_stream::wrappers::UnixListenerStream;
     use tonic::Response;

@@ -2,13 +2,12 @@
 
 use std::{
     io,
-    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
+    os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Child,
 };
 
 use plugvisor_sandbox::{options::Options, seqpacket::Seqpacket};
-use rustix::io::FdFlags;
 
 /// The launcher's name, looked for beside this program.
 pub const PROGRAM: &str = "plugvisor-launcher";
@@ -51,16 +50,8 @@ pub fn beside_this_program() -> Result<PathBuf, SpawnError> {
 /// Must be called while the process has one thread: for a moment the descriptor is inheritable.
 pub fn spawn(program: &Path, options: impl FnOnce(i32) -> Options) -> Result<Spawned, SpawnError> {
     let (ours, theirs) = Seqpacket::pair().map_err(SpawnError::Socket)?;
-    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(|error| SpawnError::Socket(error.into()))?;
-    let child = Command::new(program)
-        .args(options(theirs.as_raw_fd()).to_args())
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        // Ctrl-C on a terminal reaches the whole foreground group; plugins must outlive it by their drain.
-        .process_group(0)
-        .spawn()
+    let child = options(theirs.as_raw_fd())
+        .spawn(program, &[theirs.as_fd()])
         .map_err(|source| SpawnError::Program { program: program.to_owned(), source })?;
     // `theirs` closes here, so that the launcher's end has one owner.
     Ok(Spawned { child, connection: ours })

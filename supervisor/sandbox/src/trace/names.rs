@@ -402,6 +402,10 @@ mod tests {
             }
         }
         assert!(known > 250, "{known}");
+        // A trace writes them into a file in the form of the policy's.
+        let attributes = (0..600).map(name).filter(|name| name.ends_with("xattr"));
+        let attributes: Vec<bool> = attributes.map(|name| syscalls::number(&name).is_ok()).collect();
+        assert_eq!(attributes, [true; 12]);
         assert_eq!(name(599), "#599");
     }
 }

@@ -20,6 +20,8 @@ pub struct Proposal {
     pub level: Level,
     /// The capabilities that it used there, and those of the manifest that a trace cannot tell about.
     pub capabilities: Vec<Capability>,
+    /// The ports at which it listened there.
+    pub listen: Vec<u16>,
     /// Those of them that are there because a trace cannot tell about them.
     pub untold: Vec<Capability>,
     /// What of the manifest's capabilities was not used.
@@ -131,6 +133,12 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
         // It opens the same directory.
         used.remove(&Capability::ReadData);
     }
+    let ports = seen.sockets.keys().filter_map(|socket| match socket {
+        // Port 0 is the kernel's choice, which nobody finds.
+        SocketUse::Bind(address) if address.port() > 0 => Some(address.port()),
+        SocketUse::Bind(_) | SocketUse::Connect(_) | SocketUse::Abstract(_) => None,
+    });
+    let listen: BTreeSet<u16> = ports.collect();
     let mut untold = Vec::new();
     let mut unused = Vec::new();
     for capability in capabilities.iter().filter(|capability| !used.contains(capability)) {
@@ -145,6 +153,7 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
     Proposal {
         level: strongest,
         capabilities: Capability::ALL.iter().copied().filter(|capability| used.contains(capability)).collect(),
+        listen: listen.into_iter().collect(),
         untold,
         unused,
         denied: denied(seen, book, level, &grants, &network),

@@ -1,9 +1,10 @@
 //! What a supervisor asks a plugin before others may call it, as far as the program's own doing goes.
 
-use std::{path::Path, time::Duration};
+use std::{os::fd::OwnedFd, path::Path, time::Duration};
 
-use plugvisor_package::Manifest;
+use plugvisor_package::{Manifest, SocketMode};
 use plugvisor_proto::worker::v1::{InitRequest, worker_client::WorkerClient};
+use plugvisor_sandbox::worker_socket;
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::{Code, Status, transport::Channel};
@@ -15,12 +16,34 @@ use crate::admin;
 const START: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(50);
 
+/// Waits for its socket: the one that it was given, or the one that it binds in a directory of its own, held as it was when it
+/// was found to be one.
+pub(super) async fn socket(given: &OwnedFd, manifest: &Manifest) -> Result<OwnedFd, String> {
+    let (deadline, patience) = deadline(manifest);
+    let copy = || given.try_clone().map_err(|error| format!("its socket cannot be held: {error}"));
+    loop {
+        match manifest.runtime.socket {
+            SocketMode::Inherit => return copy(),
+            SocketMode::Bind => match worker_socket::bound(given) {
+                Ok(Some(socket)) => return Ok(socket),
+                Ok(None) if Instant::now() < deadline => sleep(RETRY).await,
+                Ok(None) => return Err(format!("it bound no socket at PLUGVISOR_LISTEN in {} s", patience.as_secs())),
+                Err(why) => return Err(why.to_string()),
+            },
+        }
+    }
+}
+
+/// Until when it must serve, and how long that is: every call of it waits for an answer from here, which makes it slower.
+fn deadline(manifest: &Manifest) -> (Instant, Duration) {
+    let patience = manifest.monitoring.max_startup_time.unwrap_or(START) * 4;
+    (Instant::now() + patience, patience)
+}
+
 /// Waits until it serves: health, `Init`, health again.
 pub(super) async fn greet(worker: &Path, manifest: &Manifest) -> Result<(), String> {
-    let start = manifest.monitoring.max_startup_time.unwrap_or(START);
-    // Every call of it waits for an answer from here, which makes it slower.
-    let deadline = Instant::now() + start * 4;
-    let late = |what: &str| format!("{what} in {} s", (start * 4).as_secs());
+    let (deadline, patience) = deadline(manifest);
+    let late = |what: &str| format!("{what} in {} s", patience.as_secs());
     let channel = timeout_at(deadline, connect(worker, deadline)).await;
     let channel = channel.ok().flatten().ok_or_else(|| late("it accepted no connection"))?;
     let mut health = HealthClient::new(channel.clone());

@@ -1,11 +1,11 @@
 //! What a trace came to, for people and for programs. Pure but for the printing.
 
-use std::{collections::BTreeSet, path::Path};
+use std::path::Path;
 
 use plugvisor_package::Capability;
 use plugvisor_sandbox::{
     protocol::Level,
-    trace::{Denied, Outside, Proposal, Seen, SocketUse},
+    trace::{Denied, Outside, Proposal, Seen},
 };
 use serde_json::{Value, json};
 
@@ -146,16 +146,12 @@ fn notes(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Vec<String>
             super::session::traced_at(subject.level).as_str()
         ));
     }
-    let bound = seen.sockets.keys().filter_map(|socket| match socket {
-        SocketUse::Bind(address) => Some(address.port().to_string()),
-        SocketUse::Connect(_) | SocketUse::Abstract(_) => None,
-    });
-    let bound: BTreeSet<String> = bound.collect();
-    if !bound.is_empty() {
+    let ports: Vec<String> = proposal.listen.iter().map(u16::to_string).collect();
+    if !ports.is_empty() {
         say(format!(
             "It listens at {}: with network:tcp-server plugin.json names the ports in runtime.network.listen, and at others \
              binding is refused, also in a trace.",
-            bound.into_iter().collect::<Vec<_>>().join(", ")
+            ports.join(", ")
         ));
     }
     if seen.listeners > 0 {
@@ -184,10 +180,14 @@ fn notes(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Vec<String>
 
 /// What to put into plugin.json.
 fn snippet(proposal: &Proposal) -> Value {
-    json!({ "security": {
+    let mut snippet = json!({ "security": {
         "capabilities": names(&proposal.capabilities),
         "sandbox": { "isolationLevel": proposal.level.as_str() },
-    } })
+    } });
+    if !proposal.listen.is_empty() {
+        snippet["runtime"] = json!({ "network": { "listen": proposal.listen } });
+    }
+    snippet
 }
 
 fn names(capabilities: &[Capability]) -> Vec<&'static str> {
@@ -290,6 +290,9 @@ mod tests {
             seen.files.insert(FileUse { access, path: path.to_owned(), place }, count);
         }
         seen.sockets.insert(SocketUse::Connect(([127, 0, 0, 1], 3128).into()), 3);
+        for (port, count) in [(8443, 1), (8080, 2), (0, 1)] {
+            seen.sockets.insert(SocketUse::Bind(([0, 0, 0, 0], port).into()), count);
+        }
         seen.listeners = 1;
         seen
     }

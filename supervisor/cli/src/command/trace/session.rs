@@ -8,17 +8,14 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
-        unix::{
-            fs::{DirBuilderExt as _, OpenOptionsExt as _},
-            process::CommandExt as _,
-        },
+        unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     },
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::Child,
     sync::Arc,
 };
 
-use plugvisor_package::{Bundle, BundleFile, BundleLimits, Manifest, SocketMode};
+use plugvisor_package::{Bundle, BundleFile, BundleLimits, Manifest};
 use plugvisor_sandbox::{
     codec::{self, FromLauncher},
     options::{BundleRoot, Options, TRACED_UIDS},
@@ -31,7 +28,7 @@ use plugvisor_sandbox::{
 use rustix::{
     event::{PollFd, PollFlags, poll},
     fs::{Mode, OFlags, ResolveFlags, openat2},
-    io::{Errno, FdFlags},
+    io::Errno,
 };
 use serde_json::{Value, json};
 
@@ -298,26 +295,14 @@ fn start_launcher(manifest: &Manifest, scratch: &Scratch) -> Result<(Child, Aske
             options.store = Some(scratch.directory("store")?);
         }
     }
-    // For a moment they are inheritable; this process has one thread still.
-    for end in [&theirs, &traces] {
-        rustix::io::fcntl_setfd(end, FdFlags::empty()).map_err(|error| failed("a socket pair", error))?;
-    }
-    let launcher = Command::new(&program)
-        .args(options.to_args())
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        // Ctrl-C on a terminal reaches the whole foreground group.
-        .process_group(0)
-        .spawn()
-        .map_err(|error| {
-            Failure::new(
-                Outcome::Failed,
-                format!("the trace cannot begin: {} cannot be started: {error}", program.display()),
-                "plugvisor and plugvisor-launcher belong into one directory; install them together",
-            )
-        })?;
+    // This process has one thread still.
+    let launcher = options.spawn(&program, &[theirs.as_fd(), traces.as_fd()]).map_err(|error| {
+        Failure::new(
+            Outcome::Failed,
+            format!("the trace cannot begin: {} cannot be started: {error}", program.display()),
+            "plugvisor and plugvisor-launcher belong into one directory; install them together",
+        )
+    })?;
     drop((theirs, traces));
     let mut asker = Asker { connection: ours, last: 0 };
     match asker.ask(&Request::Hello(Hello { version: VERSION }), &[])? {
@@ -400,14 +385,5 @@ impl Asker {
             self.ask(&Request::Import(Import::Files(files.collect())), &descriptors)?;
         }
         self.ask(&Request::Import(Import::Commit), &[]).map(drop)
-    }
-}
-
-/// Where a client finds the worker socket.
-pub(crate) fn worker_path(worker: &OwnedFd, mode: SocketMode) -> PathBuf {
-    let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), worker.as_raw_fd()));
-    match mode {
-        SocketMode::Inherit => path,
-        SocketMode::Bind => path.join("worker.sock"),
     }
 }
