@@ -85,6 +85,7 @@ impl Launcher {
             };
         }
         self.look_for_machines();
+        self.machines.settle();
         let none = self.try_walls(Level::None).err();
         trial.none = none.map(|error| error.why);
         self.trial = trial;

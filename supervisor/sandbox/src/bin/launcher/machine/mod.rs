@@ -35,7 +35,7 @@ mod plan;
 mod relay;
 
 pub(crate) use self::{
-    accelerator::Accelerator,
+    accelerator::{Accelerator, Kvm},
     monitor::{MONITOR, run as run_monitor},
     ours::Part,
     prepare::Machines,

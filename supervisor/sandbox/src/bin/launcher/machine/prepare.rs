@@ -12,7 +12,7 @@ use std::{
 use plugvisor_sandbox::protocol::{Grant, Launch, Refusal, RefusalCode, SocketMode};
 
 use super::{
-    Accelerator, GUEST, accelerator,
+    Accelerator, GUEST, Kvm, accelerator,
     monitor::{MONITOR, Orders},
     ours::Part,
     settings::{Parts, Settings},
@@ -39,7 +39,7 @@ pub(crate) struct Machines {
     /// What `runtime` has, or why that is not known, for these settings; and when it was walked.
     runtime: Option<(Result<u64, String>, Instant)>,
     /// Whether KVM runs guests, or why not; tried once, when machines are first asked for.
-    kvm: Option<Result<(), String>>,
+    pub(crate) kvm: Kvm,
     /// The launcher's own program, which is the monitor.
     monitor: Option<OwnedFd>,
 }
@@ -53,7 +53,13 @@ struct Found {
 
 impl Default for Machines {
     fn default() -> Self {
-        Self { settings: None, found: Err("nobody has looked yet".to_owned()), runtime: None, kvm: None, monitor: None }
+        Self {
+            settings: None,
+            found: Err("nobody has looked yet".to_owned()),
+            runtime: None,
+            kvm: Kvm::Untried,
+            monitor: None,
+        }
     }
 }
 
@@ -71,8 +77,8 @@ impl Machines {
     /// What makes them.
     pub(crate) fn accelerator(&self) -> Accelerator {
         match &self.kvm {
-            Some(Ok(())) => Accelerator::Kvm,
-            Some(Err(_)) | None => Accelerator::Emulation,
+            Kvm::Known(Ok(())) => Accelerator::Kvm,
+            Kvm::Known(Err(_)) | Kvm::Trying(_) | Kvm::Untried => Accelerator::Emulation,
         }
     }
 
@@ -81,9 +87,10 @@ impl Machines {
         let emulator =
             self.found.as_ref().map_or_else(|_| String::new(), |found| found.parts.emulator.display().to_string());
         match &self.kvm {
-            Some(Ok(())) => format!("{emulator}, by KVM"),
-            Some(Err(why)) => format!("{emulator}, by emulation: {why}"),
-            None => format!("{emulator}, by emulation"),
+            Kvm::Known(Ok(())) => format!("{emulator}, by KVM"),
+            Kvm::Known(Err(why)) => format!("{emulator}, by emulation: {why}"),
+            Kvm::Trying(_) => format!("{emulator}; whether by KVM is being tried"),
+            Kvm::Untried => format!("{emulator}, by emulation"),
         }
     }
 
@@ -112,7 +119,19 @@ impl Machines {
             Ok(Found { parts, runtime })
         });
         self.settings = Some(wanted);
-        self.kvm.get_or_insert_with(accelerator::find);
+        if matches!(self.kvm, Kvm::Untried) {
+            self.kvm = Kvm::begin(now);
+        }
+    }
+
+    /// Waits until it is known what makes them: before the launcher serves anybody.
+    pub(crate) fn settle(&mut self) {
+        self.kvm.wait();
+    }
+
+    /// The child that finds that out.
+    pub(crate) fn is_child(&self, pid: i32) -> bool {
+        matches!(&self.kvm, Kvm::Trying(attempt) if attempt.pid == pid)
     }
 
     /// Walked once for the same settings; where that failed, again after a while.
@@ -189,6 +208,15 @@ impl Launcher {
             code: RefusalCode::Kernel,
             message: format!("{plugin} was not started: copying the launcher's own program failed: {error}"),
         };
+        if let Kvm::Trying(_) = self.machines.kvm {
+            return refuse(
+                RefusalCode::Kernel,
+                format!(
+                    "{plugin} was not started: [vm] is new in the launcher's policy file, and whether this host's processor \
+                     runs guests is being tried, for a second at most; try again"
+                ),
+            );
+        }
         let monitor = self.machines.monitor().map_err(failed)?;
         let accelerator = self.machines.accelerator();
         let Found { parts, runtime } = self.machines.found.as_ref().map_err(|why| not_started(why.clone()))?;

@@ -34,6 +34,7 @@ use crate::{
     door::Door,
     held::Held,
     launch::{Launcher, Running},
+    machine::Kvm,
 };
 
 /// How long the launcher waits for killed plugins when it ends.
@@ -68,6 +69,8 @@ enum Source {
     Chore,
     /// The child that writes the uids.
     Saver,
+    /// The child that finds out what makes machines.
+    Kvm,
 }
 
 impl Source {
@@ -89,6 +92,7 @@ impl Source {
             Self::Copier => 12,
             Self::Chore => 13,
             Self::Saver => 14,
+            Self::Kvm => 1 << 4 | 12,
         }
     }
 
@@ -107,6 +111,7 @@ impl Source {
             (10, id) => Some(Self::Change(id)),
             (11, number) => Some(Self::Spare(number)),
             (15, id) => Some(Self::Listener(id)),
+            (12, 1) => Some(Self::Kvm),
             (12, _) => Some(Self::Copier),
             (13, _) => Some(Self::Chore),
             (14, _) => Some(Self::Saver),
@@ -241,6 +246,7 @@ impl Server {
             self.show_out();
             self.lonely();
             self.launcher.store.overdue();
+            self.tried();
             self.start_saver()?;
             self.start_chore()?;
             self.finish_gone();
@@ -295,6 +301,7 @@ impl Server {
             }
             Source::Copier => self.copied(),
             Source::Saver => self.saved(),
+            Source::Kvm => self.tried(),
             Source::Chore => {
                 if let Some(pidfd) = self.launcher.store.chore_ended() {
                     let _ = epoll::delete(&self.epoll, &pidfd);
@@ -318,6 +325,10 @@ impl Server {
         let lonely = self.lingers_for().filter(|_| self.ending.is_none());
         let mute = self.greets_within().filter(|_| self.ending.is_none());
         let leave = self.leaves_within().filter(|_| self.ending.is_none());
+        let trying = match &self.launcher.machines.kvm {
+            Kvm::Trying(attempt) => Some(attempt.deadline.saturating_duration_since(now)),
+            Kvm::Untried | Kvm::Known(_) => None,
+        };
         let importing = self.launcher.store.due().filter(|_| self.ending.is_none());
         let rest = self.door.as_ref().and_then(|door| door.rests_until);
         let rest = rest.map(|until| until.saturating_duration_since(now));
@@ -335,6 +346,7 @@ impl Server {
             .chain(leave)
             .chain(rest)
             .chain(importing)
+            .chain(trying)
             .min()?;
         // Rounded up, so that a deadline has passed when the wait ends.
         let next = next + Duration::from_millis(1);
@@ -363,7 +375,9 @@ impl Server {
             let of = |slot: &Slot| {
                 slot.running.init_pid == pid || slot.change.as_ref().is_some_and(|change| change.pid == pid)
             };
-            let of_launcher = self.launcher.store.is_child(pid) || self.launcher.uids.is_child(pid);
+            let of_launcher = self.launcher.store.is_child(pid)
+                || self.launcher.uids.is_child(pid)
+                || self.launcher.machines.is_child(pid);
             let known = self.closer.is_child(pid) || of_launcher || self.slots.values().any(of);
             if let Some(pid) = Pid::from_raw(pid).filter(|_| !known) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
@@ -398,6 +412,9 @@ impl Server {
         self.closer.kill();
         self.launcher.store.kill();
         self.launcher.uids.kill();
+        if let Kvm::Trying(attempt) = &self.launcher.machines.kvm {
+            attempt.kill();
+        }
         for slot in self.slots.values() {
             slot.running.kill();
         }
@@ -410,6 +427,23 @@ impl Server {
         if self.ending.is_none() {
             self.failed = Some(error);
             self.end();
+        }
+    }
+
+    /// Looks for what machines are made of, and waits for what that takes in the loop.
+    fn look_for_machines(&mut self) {
+        self.launcher.look_for_machines();
+        if let Kvm::Trying(attempt) = &self.launcher.machines.kvm {
+            let data = epoll::EventData::new_u64(Source::Kvm.token());
+            // Watched already, or seen by its deadline.
+            let _ = epoll::add(&self.epoll, &attempt.pidfd, data, epoll::EventFlags::IN);
+        }
+    }
+
+    /// It is known what makes machines, or may be.
+    fn tried(&mut self) {
+        if let Some(pidfd) = self.launcher.machines.kvm.look(Instant::now()) {
+            let _ = epoll::delete(&self.epoll, &pidfd);
         }
     }
 

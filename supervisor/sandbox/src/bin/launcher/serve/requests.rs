@@ -51,7 +51,7 @@ impl Server {
                 ),
             ),
             Request::Probe => {
-                self.launcher.look_for_machines();
+                self.look_for_machines();
                 Reply::Probe(self.launcher.probed())
             }
             Request::Launch(launch) => match self.launch(id, &launch, arrived) {
@@ -145,7 +145,7 @@ impl Server {
             );
         }
         if walls.kernel == Kernel::Own {
-            self.launcher.look_for_machines();
+            self.look_for_machines();
         }
         self.launcher.require(request)?;
         let Admitted { directory, path, checked, bytes, files } = self.launcher.admit(request, &plugin, walls)?;
