@@ -25,8 +25,8 @@ use plugvisor_sandbox::{
     options::{BundleRoot, Linger, Listen, Options, Supervisor},
     protocol::{
         Control, Exit, Hello, Import, ImportBegin, ImportFile, Launch, LaunchId, Launched, Level, Limits, Listed,
-        MAX_DESCRIPTORS, Notice, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request, SocketMode, Stored,
-        Tier, VERSION,
+        MAX_DESCRIPTORS, Notice, ProbeState, Probed, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request,
+        SocketMode, Stored, Tier, VERSION,
     },
     seqpacket::{Received, Seqpacket},
 };
@@ -216,7 +216,7 @@ impl Harness {
 
     /// The same, with machines: `settings` gives what the policy file says of them, for files in a directory.
     pub fn start_trusting_with_machines(as_: As, settings: impl FnOnce(&Path) -> io::Result<String>) -> Self {
-        let harness = Self::start_with_store(as_, |options| {
+        let mut harness = Self::start_with_store(as_, |options| {
             with_directories(as_, options);
             for root in &mut options.bundle_roots {
                 root.tier = Tier::Internal;
@@ -224,7 +224,20 @@ impl Harness {
         });
         let machine = settings(&harness.path("")).expect("a copy of the kernel");
         harness.write_policy(&format!("version = 1\n{machine}"));
-        harness
+        // [vm] is new: launches are refused while it is tried what makes machines. There is no event for it.
+        let deadline = Instant::now() + patience();
+        loop {
+            let Reply::Probe(host) = harness.ask(&Request::Probe, &[]).0 else { panic!("no probe") };
+            let tried = |probed: &Probed| {
+                probed.control == Control::OwnKernel
+                    && matches!(&probed.state, ProbeState::Works(how) if how.contains("is being tried"))
+            };
+            if !host.controls.iter().any(tried) {
+                return harness;
+            }
+            assert!(Instant::now() < deadline, "what makes machines is not found out");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// With a store on the disk, as root.
