@@ -80,6 +80,23 @@ capabilities! {
     ReadSecrets = "security:read-secrets",
 }
 
+impl Capability {
+    /// What may be written in place of a text that names none: every capability of its category, and never a guess, which
+    /// could be another grant than the one that is meant.
+    #[must_use]
+    pub fn allowed_for(text: &str) -> String {
+        let category = |name: &'static str| name.split_once(':').map_or(name, |(category, _)| category);
+        let meant = text.split_once(':').map_or(text, |(category, _)| category);
+        let beside: Vec<&str> = Self::NAMES.iter().copied().filter(|name| category(name) == meant).collect();
+        if beside.is_empty() {
+            let mut categories: Vec<&str> = Self::NAMES.iter().copied().map(category).collect();
+            categories.dedup();
+            return format!("written category:name, with one of {} as the category", categories.join(", "));
+        }
+        format!("one of {}", beside.join(", "))
+    }
+}
+
 /// A text that names no capability.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a capability")]
@@ -97,5 +114,19 @@ impl FromStr for Capability {
 impl fmt::Display for Capability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Capability;
+
+    #[test]
+    fn what_may_be_written_is_listed_and_not_guessed() {
+        let database = "one of database:read-only, database:read-write, database:admin";
+        assert_eq!(Capability::allowed_for("database:write"), database);
+        assert_eq!(Capability::allowed_for("database"), database);
+        let categories = "network, filesystem, process, database, api, security";
+        assert!(Capability::allowed_for("net:http").contains(categories));
     }
 }

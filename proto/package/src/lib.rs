@@ -42,7 +42,7 @@ pub use manifest::{
     SocketMode, Unsupported,
 };
 pub use name::{PluginName, PluginNameError};
-pub use problem::{Problem, Problems};
+pub use problem::{Problem, Problems, nearest};
 #[cfg(feature = "schema")]
 pub use schema::manifest_schema;
 pub use trust::TrustTier;

@@ -92,18 +92,60 @@ impl Findings {
 }
 
 /// The known word nearest to `text`, if one is near enough to be meant.
-pub(crate) fn nearest<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    if text.len() > 64 {
+///
+/// For names alone: keys, plugins, services. Where a word decides how far somebody is trusted or walled in, a guess could
+/// be taken for advice, and every word that is allowed is listed in its place. For the same reason no word is near that
+/// says the opposite.
+pub fn nearest<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    // Names that strangers wrote are compared in full; keep that cheap.
+    if text.len() > 128 {
         return None;
     }
     let lower = text.to_lowercase();
     let score = |word: &str| strsim::normalized_damerau_levenshtein(&lower, &word.to_lowercase());
-    let scored = known.into_iter().map(|word| (score(word), word));
+    let scored = known.into_iter().filter(|word| !is_opposite(&lower, word)).map(|word| (score(word), word));
     let best = scored.max_by(|(a, _), (b, _)| a.total_cmp(b))?;
     (best.0 >= 0.6).then_some(best.1)
+}
+
+/// Whether two words differ in what turns the meaning of the rest, such as `enabled` and `disabled`.
+fn is_opposite(one: &str, other: &str) -> bool {
+    const TURNS: [&str; 12] = ["allow", "deny", "without", "with", "dis", "non", "not", "no", "un", "in", "en", "de"];
+    let bare = |mut word: &str| {
+        while let Some(rest) = TURNS.iter().find_map(|turn| word.strip_prefix(turn)) {
+            word = rest;
+        }
+        word.to_owned()
+    };
+    let other = other.to_lowercase();
+    one != other && bare(one) == bare(&other)
 }
 
 /// `did you mean "x"?` for the nearest known word.
 pub(crate) fn did_you_mean<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
     nearest(text, known).map(|word| format!("did you mean {word:?}?"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nearest;
+
+    #[test]
+    fn a_slip_is_near_and_the_opposite_is_not() {
+        let known = ["enabled", "allow_degraded", "untrusted", "isolationLevel", "secure"];
+        for (text, expected) in [
+            ("enabeld", Some("enabled")),
+            ("isolation_level", Some("isolationLevel")),
+            ("isolationlevel", Some("isolationLevel")),
+            ("alow_degraded", Some("allow_degraded")),
+            ("disabled", None),
+            ("deny_degraded", None),
+            ("disallow_degraded", None),
+            ("trusted", None),
+            ("insecure", None),
+            ("something", None),
+        ] {
+            assert_eq!(nearest(text, known), expected, "{text}");
+        }
+    }
 }

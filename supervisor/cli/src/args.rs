@@ -1,9 +1,12 @@
 //! The command line: commands, flags, their help. It knows no behaviour; man pages and completions can be made from it.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::{PossibleValue, TypedValueParser};
+use clap::error::{ContextKind, ContextValue, Error, ErrorKind};
+use clap::{Arg, Args, Parser, Subcommand, ValueEnum};
 
 /// Operate Plugvisor: see, load, call and check plugins.
 ///
@@ -55,11 +58,15 @@ pub(crate) enum Command {
     /// Start the supervisor here, in this terminal.
     #[command(disable_help_flag = true)]
     Run {
-        /// Handed to plugvisord, for example --config FILE.
+        /// Handed to plugvisord, for example --config FILE --launcher-policy FILE; `plugvisor run --help` lists them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
         arguments: Vec<std::ffi::OsString>,
     },
     /// Show the supervisor and every plugin.
+    ///
+    /// SINCE is how long a plugin has been in its state. RESTARTS counts its starts again after failures, all of its life: it
+    /// is kept in the state directory over restarts of the supervisor and of the host, and `plugvisor restart` and `load` are
+    /// not among them. CALLS and FAILED count from the start of the supervisor that runs.
     Status,
     /// Show everything about one plugin: walls, grants, services, history.
     Describe {
@@ -129,6 +136,12 @@ pub(crate) enum Command {
         /// Look at a host without asking a supervisor that runs.
         #[arg(long)]
         offline: bool,
+        /// Look at what a start with this configuration would find, whatever runs.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Look at what a start with this policy file of the launcher would find, whatever runs.
+        #[arg(long, value_name = "FILE")]
+        launcher_policy: Option<PathBuf>,
     },
     /// Check or show the supervisor's configuration.
     Config {
@@ -141,7 +154,7 @@ pub(crate) enum Command {
         #[arg(required_unless_present = "new_key", requires_all = ["tier", "key"])]
         bundle: Option<PathBuf>,
         /// The tier that it has.
-        #[arg(long)]
+        #[arg(long, value_parser = TierParser)]
         tier: Option<ApprovedTier>,
         /// Sign this content only, by the digest that `plugvisor plugin validate` showed when it was reviewed.
         #[arg(long, value_name = "sha256:HEX")]
@@ -267,6 +280,35 @@ pub(crate) enum ApprovedTier {
     Internal,
 }
 
+/// Reads a tier. clap's own reader of such words adds the one that is nearest to a wrong one, which here would be a guess
+/// at how far somebody is trusted; this one lists all of them.
+#[derive(Clone, Copy)]
+struct TierParser;
+
+impl TypedValueParser for TierParser {
+    type Value = ApprovedTier;
+
+    fn parse_ref(&self, command: &clap::Command, argument: Option<&Arg>, value: &OsStr) -> Result<ApprovedTier, Error> {
+        let text = value.to_string_lossy();
+        if let Ok(tier) = ApprovedTier::from_str(&text, false) {
+            return Ok(tier);
+        }
+        let known = ApprovedTier::value_variants().iter().filter_map(ApprovedTier::to_possible_value);
+        let known = known.map(|value| value.get_name().to_owned()).collect();
+        let mut error = Error::new(ErrorKind::InvalidValue).with_cmd(command);
+        let argument = argument.map_or_else(|| "--tier".to_owned(), ToString::to_string);
+        error.insert(ContextKind::InvalidArg, ContextValue::String(argument));
+        error.insert(ContextKind::InvalidValue, ContextValue::String(text.into_owned()));
+        error.insert(ContextKind::ValidValue, ContextValue::Strings(known));
+        Err(error)
+    }
+
+    /// For the help and for completions.
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(ApprovedTier::value_variants().iter().filter_map(ApprovedTier::to_possible_value)))
+    }
+}
+
 impl From<ApprovedTier> for plugvisor_package::TrustTier {
     fn from(tier: ApprovedTier) -> Self {
         match tier {
@@ -350,6 +392,20 @@ mod tests {
         assert!(parse_duration("s").is_err());
         assert!(parse_duration("0s").is_err());
         assert!(parse_duration("99999999999999999h").is_err());
+    }
+
+    #[test]
+    fn a_tier_is_never_guessed() {
+        let approve = |tier: &str| {
+            let arguments = ["plugvisor", "approve", "bundle", "--key", "k", "--tier", tier];
+            Cli::try_parse_from(arguments).map(drop).map_err(|error| error.to_string())
+        };
+        assert_eq!(approve("verified"), Ok(()));
+        for wrong in ["trusted", "untrusted", "verifed", "interna"] {
+            let said = approve(wrong).unwrap_err();
+            assert!(said.contains("[possible values: community, verified, internal]"), "{said}");
+            assert!(!said.contains("similar"), "{said}");
+        }
     }
 
     #[test]

@@ -65,8 +65,12 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Config { command: ConfigCommand::Show { origin, file: Some(file) } } => {
             config::show(&Output::new(&cli.global)?, &config::would_hold(Some(&file))?, origin)
         }
-        Command::Doctor { offline: true } => {
-            doctor::report(&Output::new(&cli.global)?, &inspect::ask("examine-host", None)?)
+        // Files that are named are those of a start to come, whatever runs.
+        Command::Doctor { offline, config, launcher_policy }
+            if offline || config.is_some() || launcher_policy.is_some() =>
+        {
+            let files = [("--config", config.as_deref()), ("--launcher-policy", launcher_policy.as_deref())];
+            doctor::report(&Output::new(&cli.global)?, &inspect::ask("examine-host", &files)?)
         }
         command => {
             let output = Output::new(&cli.global)?;
@@ -79,7 +83,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
                 let down = |failure: &Failure| failure.outcome == Outcome::DaemonDown && cli.global.socket.is_none();
                 match (&command, admin) {
                     (Command::Doctor { .. }, Err(failure)) if down(&failure) => {
-                        doctor::report(&output, &inspect::ask("examine-host", None)?)
+                        doctor::report(&output, &inspect::ask("examine-host", &[])?)
                     }
                     (Command::Config { command: ConfigCommand::Show { origin, .. } }, Err(failure))
                         if down(&failure) =>

@@ -249,13 +249,19 @@ fn validate() {
         r#"{ "name": "Hello World", "verison": "1.2.3", "security": { "capabilities": ["network:htp-client"] } }"#;
     let vain = r#"{ "name": "hello", "version": "1.2.3", "runtime": { "network": { "egress": ["example.org:443"] } },
         "security": { "sandbox": { "resourceLimits": { "maxNetworkBandwidth": 1000 } } } }"#;
+    let portless = r#"{ "name": "hello", "version": "1.2.3",
+        "security": { "capabilities": ["network:tcp-server"], "sandbox": { "isolationLevel": "none",
+        "resourceLimits": { "maxNetworkBandwidth": 1000 } } } }"#;
+    let unasked = r#"{ "name": "hello", "version": "1.2.3", "runtime": { "network": { "listen": [8080] } },
+        "security": { "trustLevel": "trusted" } }"#;
+    let mute = unasked.replace("trusted", "verified");
     let nobody = Path::new("/nowhere/admin.sock");
     let validate = |path: &Path, more: &[&str]| {
         let arguments = [&["plugin", "validate", path.to_str().unwrap()], more].concat();
         run_with(nobody, &arguments, "")
     };
-    let directories = [bundle(good), bundle(bad), bundle(good), bundle(vain)];
-    let [valid, wrong, no_program, vain] = directories.each_ref().map(tempfile::TempDir::path);
+    let directories = [good, bad, good, vain, portless, unasked, &mute].map(bundle);
+    let [valid, wrong, no_program, vain, portless, unasked, mute] = directories.each_ref().map(tempfile::TempDir::path);
     std::fs::remove_file(no_program.join("bin/hello")).unwrap();
     let mut text = [
         validate(valid, &[]),
@@ -263,10 +269,21 @@ fn validate() {
         validate(wrong, &[]),
         validate(no_program, &[]),
         validate(vain, &[]),
+        validate(portless, &[]),
+        validate(unasked, &[]),
+        validate(mute, &[]),
         validate(Path::new("/nowhere/at/all"), &[]),
     ]
     .join("\n");
-    for (name, path) in [("$VALID", valid), ("$WRONG", wrong), ("$NO_PROGRAM", no_program), ("$VAIN", vain)] {
+    for (name, path) in [
+        ("$VALID", valid),
+        ("$WRONG", wrong),
+        ("$NO_PROGRAM", no_program),
+        ("$VAIN", vain),
+        ("$PORTLESS", portless),
+        ("$UNASKED", unasked),
+        ("$MUTE", mute),
+    ] {
         text = text.replace(path.to_str().unwrap(), name);
     }
     hold("validate.txt", &text);
@@ -285,7 +302,18 @@ fn no_supervisor() {
 
 #[test]
 fn usage() {
-    hold_commands("usage.txt", &[&["--help"], &["statsu"], &["call"], &["status", "--timeout", "10"]]);
+    hold_commands(
+        "usage.txt",
+        &[
+            &["--help"],
+            &["status", "--help"],
+            &["doctor", "--help"],
+            &["statsu"],
+            &["call"],
+            &["status", "--timeout", "10"],
+            &["approve", "bundle", "--key", "k", "--tier", "trusted"],
+        ],
+    );
 }
 
 /// `plugvisor events | head -1` is no failure.

@@ -235,7 +235,7 @@ codes! {
     /// An operation of the supervisor's own took too long.
     OperationTimeout = "timeout.operation", Timeout, Error, Host;
 
-    /// plugvisor.toml is wrong.
+    /// The configuration is wrong.
     ConfigurationInvalid = "config.invalid", State, Error, Operator;
     /// A request on the admin socket is malformed.
     RequestInvalid = "request.invalid", State, Error, Caller;

@@ -197,8 +197,8 @@ fn host<'t>(caller: Caller<'_>, service: &str) -> Result<Decision<'t>, Refusal> 
             ));
         }
     };
-    if module.held_by(caller.rights).is_none() {
-        return Err(lacks(caller, caller.rights.lack(module.capability()), service));
+    if module.held_by(&caller.rights).is_none() {
+        return Err(lacks(caller, &caller.rights.lack(module.capability()), service));
     }
     if module.is_served() {
         return Ok(Decision::Host(module));
@@ -236,7 +236,7 @@ fn choose<'t>(
     if let Caller::Plugin(caller) = caller
         && !caller.rights.hold(Capability::InternalCalls)
     {
-        return Err(lacks(caller, caller.rights.lack(Capability::InternalCalls), service));
+        return Err(lacks(caller, &caller.rights.lack(Capability::InternalCalls), service));
     }
     let mut chosen: Option<&'t Provider> = None;
     let mut denied = None;
@@ -289,7 +289,7 @@ fn reach(provider: &Provider, offer: &table::Offer, caller: Caller<'_>) -> Reach
     }
 }
 
-fn lacks(caller: &PluginCaller, lack: Lack, service: &str) -> Refusal {
+fn lacks(caller: &PluginCaller, lack: &Lack, service: &str) -> Refusal {
     let (name, capability) = (&caller.name, lack.capability);
     Refusal::new(
         Reason::CallerNotAllowed,
@@ -306,7 +306,7 @@ fn deny(service: &str, caller: Caller<'_>, provider: &Provider, why: Reach) -> R
     let owner = provider.name();
     let (why, hint) = match (why, caller) {
         (Reach::Lacks(capability), Caller::Plugin(caller)) => {
-            return lacks(caller, caller.rights.lack(capability), service);
+            return lacks(caller, &caller.rights.lack(capability), service);
         }
         (Reach::NotADependency, _) => (
             format!("{owner} shares it only with plugins that depend on it"),

@@ -256,7 +256,8 @@ mod tests {
     use super::*;
 
     fn directory(path: &Path) -> Arc<PluginDirectory> {
-        let config = DirectoryConfig { path: path.to_owned(), tier: TrustTier::Verified, grants: BTreeSet::new() };
+        let config =
+            DirectoryConfig { index: 0, path: path.to_owned(), tier: TrustTier::Verified, grants: BTreeSet::new() };
         Arc::new(PluginDirectory::open(&config).unwrap())
     }
 
@@ -281,7 +282,7 @@ mod tests {
     #[test]
     fn a_missing_directory_is_named() {
         let path = PathBuf::from("/no/such/directory");
-        let config = DirectoryConfig { path, tier: TrustTier::Verified, grants: BTreeSet::new() };
+        let config = DirectoryConfig { index: 0, path, tier: TrustTier::Verified, grants: BTreeSet::new() };
         let error = PluginDirectory::open(&config).unwrap_err().to_string();
         assert!(error.contains("/no/such/directory") && error.contains("[[directory]]"), "{error}");
     }

@@ -3,6 +3,8 @@
 //! Controls are what the launcher found by using them; places are tried as the supervisor would use them, and left as
 //! they were. Nothing here starts or stops a plugin.
 
+mod configuration;
+
 use std::{
     collections::BTreeSet,
     fs, io,
@@ -14,8 +16,7 @@ use std::{
 
 use plugvisor_package::PluginName;
 use plugvisor_proto::admin::v1::{
-    ConfigurationCheck, ConfigurationProblem, ExamineHostResponse, HostControl, HostLevel, HostPlace, LevelGap,
-    Setting, ShowConfigurationResponse,
+    ExamineHostResponse, HostControl, HostLevel, HostPlace, LevelGap, Setting, ShowConfigurationResponse,
 };
 use plugvisor_sandbox::{
     options::Options,
@@ -24,13 +25,13 @@ use plugvisor_sandbox::{
 use prost::Message as _;
 
 use crate::{
-    config::{Config, ConfigError, ListenConfig, Origin, Problem, Surroundings, nearest},
+    config::{Config, ConfigError, ListenConfig, Origin, Problem, Surroundings},
     discovery::{Found, PluginDirectory},
     ingress,
     launcher::{self, Launcher},
     privileges,
     runtime_directory::{self, Owner},
-    start::Args,
+    start::{self, Args},
 };
 
 /// What is looked at in place of a start.
@@ -46,7 +47,7 @@ pub enum Look {
 pub fn run(look: Look, args: Args) -> ExitCode {
     let bytes = match look {
         Look::Host => host(args).encode_to_vec(),
-        Look::Configuration => check(&args).encode_to_vec(),
+        Look::Configuration => configuration::check(&args).encode_to_vec(),
     };
     match io::Write::write_all(&mut io::stdout().lock(), &bytes) {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,8 +59,8 @@ pub fn run(look: Look, args: Args) -> ExitCode {
 }
 
 /// The configuration that a start with these arguments would use.
-fn configuration(args: &Args, surroundings: &Surroundings) -> Result<Config, ConfigError> {
-    let mut config = Config::load(args.config.as_deref(), surroundings)?;
+fn configured(args: &Args, surroundings: &Surroundings) -> Result<(Config, Vec<Problem>), ConfigError> {
+    let (mut config, problems) = Config::read(args.config.as_deref(), surroundings)?;
     let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let flags = [
         ("supervisor.runtime_directory", "--runtime-directory", &args.runtime_directory),
@@ -74,88 +75,13 @@ fn configuration(args: &Args, surroundings: &Surroundings) -> Result<Config, Con
             config.note_flag(key, flag);
         }
     }
-    Ok(config)
+    Ok((config, problems))
 }
 
-fn check(args: &Args) -> ConfigurationCheck {
-    let surroundings = Surroundings::of_process();
-    let file = args.config.clone().or_else(|| surroundings.config_file());
-    let file = file.map(|file| file.display().to_string()).unwrap_or_default();
-    let config = match configuration(args, &surroundings) {
-        Ok(config) => config,
-        Err(ConfigError::Invalid { path: _, problems }) => {
-            return ConfigurationCheck {
-                file,
-                problems: problems.into_iter().map(problem).collect(),
-                ..ConfigurationCheck::default()
-            };
-        }
-        Err(error @ ConfigError::Unreadable { .. }) => {
-            let unreadable = ConfigurationProblem { message: error.to_string(), ..ConfigurationProblem::default() };
-            return ConfigurationCheck { file, problems: vec![unreadable], ..ConfigurationCheck::default() };
-        }
-    };
-    // What only this host can say: the directories, and the user.
-    let settings = config.settings();
-    let line = |key: &str| match settings.iter().find(|setting| setting.key == key).map(|setting| &setting.origin) {
-        Some(Origin::Line(line)) => u32::try_from(*line).unwrap_or(u32::MAX),
-        Some(Origin::Default | Origin::Flag(_)) | None => 0,
-    };
-    let here = |key: String, message: String| ConfigurationProblem {
-        line: line(&key),
-        key,
-        message,
-        suggestion: String::new(),
-    };
-    let (mut problems, mut warnings, mut names) = (Vec::new(), Vec::new(), BTreeSet::new());
-    for (index, directory) in config.directories.iter().enumerate() {
-        let found = PluginDirectory::open(directory).and_then(|directory| Arc::new(directory).look());
-        match found {
-            Ok(found) => {
-                for source in &found.candidates {
-                    // As its manifest says, or its directory when that says nothing.
-                    let Ok(bundle) = source.open() else {
-                        names.insert(source.name().to_owned());
-                        continue;
-                    };
-                    let manifest = &bundle.manifest;
-                    let listen = &config.plugin(&manifest.name).network.listen;
-                    warnings.extend(listen.iter().enumerate().filter_map(|(index, listen)| {
-                        let why = listen.unlisted(manifest)?;
-                        Some(here(format!("plugin.{}.network.listen[{index}].port", manifest.name), why))
-                    }));
-                    names.insert(manifest.name.to_string());
-                }
-            }
-            Err(error) => problems.push(here(format!("directory[{index}].path"), error.to_string())),
-        }
-    }
-    let idle = config.plugins.keys().map(ToString::to_string).filter(|name| !names.contains(name));
-    warnings.extend(idle.map(|name| ConfigurationProblem {
-        suggestion: nearest(&name, names.iter().map(String::as_str)).unwrap_or_default().to_owned(),
-        ..here(
-            format!("plugin.{name}"),
-            "no plugin of this name is in a plugin directory, so it has no effect".to_owned(),
-        )
-    }));
-    if surroundings.uid == 0
-        && let Err(error) = privileges::find(&config.supervisor.user)
-    {
-        problems.push(here("supervisor.user".to_owned(), error.to_string()));
-    }
-    let shown = problems.is_empty().then(|| shown(&config));
-    ConfigurationCheck {
-        file: config.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default(),
-        problems,
-        configuration: shown,
-        warnings,
-    }
-}
-
-fn problem(problem: Problem) -> ConfigurationProblem {
-    let Problem { line, key, message, suggestion } = problem;
-    let line = u32::try_from(line).unwrap_or(u32::MAX);
-    ConfigurationProblem { line, key, message, suggestion: suggestion.unwrap_or_default() }
+/// What is wrong with a key that reads well, with its line.
+pub(crate) fn at(config: &Config, key: String, wrong: &impl ToString) -> Problem {
+    let line = config.line(&key).unwrap_or_default();
+    Problem { line, key, message: wrong.to_string(), suggestion: None }
 }
 
 /// Every setting of a configuration, with its origin in words.
@@ -176,40 +102,51 @@ pub fn shown(config: &Config) -> ShowConfigurationResponse {
 
 fn host(args: Args) -> ExamineHostResponse {
     let surroundings = Surroundings::of_process();
-    let (config, trouble) = match configuration(&args, &surroundings) {
-        Ok(config) => (config, None),
+    let (config, trouble) = match configured(&args, &surroundings) {
+        Ok((config, problems)) => (config.clone(), config.without(problems).err()),
         Err(error) => (Config::without_file(&surroundings), Some(error)),
     };
-    let probed = probe(args.launcher);
+    let policy = start::policy(args.launcher_policy, surroundings.uid);
+    let probed = probe(args.launcher, policy.clone());
     let nothing = Host { controls: Vec::new(), levels: Vec::new() };
     let features = probed.as_ref().unwrap_or(&nothing);
     let owner = if surroundings.uid == 0 { privileges::find(&config.supervisor.user).ok() } else { None };
     let mut report = report(&config, features, surroundings.uid, owner, None);
     if let Some(error) = trouble {
-        let file = args.config.or_else(|| surroundings.config_file()).unwrap_or_default();
-        report.places.insert(
-            0,
-            place(
-                "configuration",
-                &file,
-                "",
-                Some((error.to_string(), "correct it; `plugvisor config validate` checks it again".into())),
-            ),
-        );
+        // In place of what is said of one that holds.
+        report.places.retain(|place| place.name != CONFIGURATION);
+        let file = args
+            .config
+            .map_or_else(|| config.place().as_ref().into(), |file| std::path::absolute(&file).unwrap_or(file));
+        let wrong = (first_line(&error), format!("`plugvisor config validate {}` says what is wrong", file.display()));
+        report.places.insert(0, place(CONFIGURATION, &file, "", Some(wrong)));
     }
-    if let Err(error) = probed {
-        report.places.push(place(
-            "launcher",
-            Path::new(launcher::PROGRAM),
-            "",
-            Some((error, "install plugvisord and plugvisor-launcher together".into())),
-        ));
+    match (probed, policy) {
+        (Ok(_), Some(policy)) => report.places.push(place("launcher policy", &policy, "read and valid", None)),
+        (Ok(_), None) => {}
+        (Err(error), Some(policy)) => {
+            let fix = "if the launcher has said above what is wrong with its policy, correct that; else install plugvisord and \
+                       plugvisor-launcher together";
+            report.places.push(place("launcher policy", &policy, "", Some((error, fix.into()))));
+        }
+        (Err(error), None) => {
+            let fix = "install plugvisord and plugvisor-launcher together";
+            report.places.push(place("launcher", Path::new(launcher::PROGRAM), "", Some((error, fix.into()))));
+        }
     }
     report
 }
 
+/// The place of that name.
+const CONFIGURATION: &str = "configuration";
+
+/// What an error says before it lists each problem.
+fn first_line(error: &ConfigError) -> String {
+    error.to_string().lines().next().unwrap_or_default().trim_end_matches(':').to_owned()
+}
+
 /// Starts a launcher of our own for its probe, in a directory that is gone afterwards.
-fn probe(program: Option<PathBuf>) -> Result<Host, String> {
+fn probe(program: Option<PathBuf>, policy: Option<PathBuf>) -> Result<Host, String> {
     let program = program.map_or_else(launcher::beside_this_program, Ok).map_err(|error| error.to_string())?;
     let directory = Scratch::make(&std::env::temp_dir()).map_err(|error| format!("no scratch directory: {error}"))?;
     let path = directory.0.canonicalize().map_err(|error| error.to_string())?;
@@ -217,6 +154,7 @@ fn probe(program: Option<PathBuf>) -> Result<Host, String> {
     let mut spawned = launcher::spawn(&program, |socket| {
         let mut options = Options::new(socket, path, Vec::new());
         options.spares = 0;
+        options.policy = policy;
         options
     })
     .map_err(|error| error.to_string())?;
@@ -275,10 +213,11 @@ pub fn report(
         gaps: probed.lacking.iter().map(|lacking| gap(lacking, &config.supervisor.allow_degraded)).collect(),
     };
     let uses = owner.map_or(uid, |owner| owner.uid);
+    let setting = |key: &str| format!("{key} in {}", config.place());
     let mut places = Vec::new();
     match &config.file {
-        Some(file) => places.push(place("configuration", file, "read and valid", None)),
-        None => places.push(place("configuration", Path::new(""), "none: the defaults hold", None)),
+        Some(file) => places.push(place(CONFIGURATION, file, "read and valid", None)),
+        None => places.push(place(CONFIGURATION, Path::new(&*config.place()), "not there: the defaults hold", None)),
     }
     let runtime = &config.supervisor.runtime_directory;
     let used = [("runtime directory", runtime), ("state directory", &config.supervisor.state_directory)];
@@ -286,10 +225,10 @@ pub fn report(
         places.extend(used.map(|(name, path)| place(name, path, "in use by this supervisor", None)));
         places.push(place("log directory", &config.log_directory(), "in use by this supervisor", None));
     } else {
-        places.push(runtime_place(runtime, uid, owner));
-        places.push(writable(used[1].0, used[1].1, uses, 0o022, "[supervisor] state_directory"));
+        places.push(runtime_place(runtime, uid, owner, &config.place()));
+        places.push(writable(used[1].0, used[1].1, uses, 0o022, &setting("[supervisor] state_directory")));
         if config.logs.files.files > 0 {
-            places.push(writable("log directory", &config.log_directory(), uses, 0o022, "[logs] directory"));
+            places.push(writable("log directory", &config.log_directory(), uses, 0o022, &setting("[logs] directory")));
         }
     }
     for directory in &config.directories {
@@ -351,19 +290,21 @@ fn place(name: &str, path: &Path, detail: &str, trouble: Option<(String, String)
 
 /// The runtime directory: the starter's own. A sticky one that the user whom root becomes may write to is what an earlier
 /// start by root has left.
-fn runtime_place(path: &Path, uid: u32, owner: Option<Owner>) -> HostPlace {
+fn runtime_place(path: &Path, uid: u32, owner: Option<Owner>, configuration: &str) -> HostPlace {
+    let key = format!("[supervisor] runtime_directory in {configuration}");
     if let Err(error) = runtime_directory::check_length(path) {
-        let fix = "set [supervisor] runtime_directory to a shorter path";
-        return place("runtime directory", path, "", Some((error.to_string(), fix.to_owned())));
+        let fix = format!("set {key} to a shorter path");
+        return place("runtime directory", path, "", Some((error.to_string(), fix)));
     }
     let left = fs::symlink_metadata(path)
         .is_ok_and(|found| found.mode() & 0o1000 != 0 && owner.is_some_and(|owner| owner.gid == found.gid()));
-    writable("runtime directory", path, uid, if left { 0o002 } else { 0o022 }, "[supervisor] runtime_directory")
+    writable("runtime directory", path, uid, if left { 0o002 } else { 0o022 }, &key)
 }
 
-/// A directory that `uid` must be able to write to, or to make; `foreign` are the mode's bits that nobody else may have.
+/// A directory that `uid` must be able to write to, or to make; `foreign` are the mode's bits that nobody else may have,
+/// and `key` is what names another one, and where.
 fn writable(name: &str, path: &Path, uid: u32, foreign: u32, key: &str) -> HostPlace {
-    let fix = || format!("create it for user {uid} with mode 0700, or set {key} in plugvisor.toml");
+    let fix = || format!("create it for user {uid} with mode 0700, or set {key}");
     match fs::symlink_metadata(path) {
         Ok(found) if !found.is_dir() => place(name, path, "", Some(("it is no directory".to_owned(), fix()))),
         // Root's own, empty, is handed over at the start.

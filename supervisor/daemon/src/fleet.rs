@@ -14,7 +14,7 @@ use plugvisor_core::{
     event::{PluginEvent, SupervisorEvent},
     lifecycle::{Failed, Haste, State},
 };
-use plugvisor_package::{Bundle, PluginName};
+use plugvisor_package::{Bundle, PluginName, nearest};
 use tokio::{
     sync::{Mutex, mpsc, oneshot, watch},
     time::timeout,
@@ -22,7 +22,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    config::{Config, nearest},
+    config::Config,
     discovery::{Found, PluginDirectory, Rejection, Source},
     driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, graph},
     events::Subject,
@@ -136,7 +136,8 @@ impl Fleet {
             let meant = nearest(name.as_str(), plugins.keys().map(String::as_str));
             let meant = meant.map_or_else(String::new, |meant| format!("; did you mean {meant}?"));
             tracing::warn!(
-                "[plugin.{name}] of the configuration has no effect: no plugin of that name is in a plugin directory{meant}"
+                "[plugin.{name}] of {} has no effect: no plugin of that name is in a plugin directory{meant}",
+                self.config.place()
             );
         }
         let order = graph(&plugins);
@@ -215,7 +216,7 @@ impl Fleet {
         let Some(commands) = &handle.commands else {
             // Rejected: the reason is the answer.
             let view = handle.view.borrow();
-            return Err(view.last_error.clone().unwrap_or_else(|| not_found(name_or_path)));
+            return Err(view.last_error.clone().unwrap_or_else(|| self.not_found(name_or_path)));
         };
         let name = handle.view.borrow().name.parse::<PluginName>();
         if let Ok(name) = name {
@@ -286,7 +287,7 @@ impl Fleet {
     pub fn find(&self, name: &str) -> Result<PluginHandle, Error> {
         let plugins = self.plugins();
         plugins.get(name).cloned().ok_or_else(|| {
-            let mut error = not_found(name);
+            let mut error = self.not_found(name);
             if let Some(meant) = nearest(name, plugins.keys().map(String::as_str)) {
                 error.hint = format!("did you mean {meant}?");
             }
@@ -359,6 +360,14 @@ impl Fleet {
         self.add(source, bundle).map_err(|rejection| rejection.error)
     }
 
+    fn not_found(&self, name: &str) -> Error {
+        let hint = format!(
+            "`plugvisor status` lists the plugins; put its bundle into a [[directory]] of {}, or add that directory there",
+            self.config.place()
+        );
+        Error::new(Code::PluginNotFound, format!("no plugin is called {name}"), hint)
+    }
+
     fn source_at(&self, path: &Path) -> Result<Source, Error> {
         let (parent, name) = (path.parent(), path.file_name().and_then(|name| name.to_str()));
         let directory = self.directories.iter().find(|directory| Some(directory.path()) == parent);
@@ -367,7 +376,7 @@ impl Fleet {
             _ => Err(Error::new(
                 Code::PluginNotFound,
                 format!("{} is not a bundle in a configured plugin directory", path.display()),
-                "add its parent as a [[directory]] to plugvisor.toml and restart plugvisord",
+                format!("add its parent as a [[directory]] to {} and restart plugvisord", self.config.place()),
             )),
         }
     }
@@ -377,7 +386,7 @@ impl Fleet {
         let candidates =
             self.directories.iter().filter_map(|directory| directory.look().ok()).flat_map(|found| found.candidates);
         let found = candidates.into_iter().find(|source| source.name() == name);
-        found.ok_or_else(|| self.find(name).err().unwrap_or_else(|| not_found(name)))
+        found.ok_or_else(|| self.find(name).err().unwrap_or_else(|| self.not_found(name)))
     }
 
     fn add(&self, source: Source, bundle: Result<Bundle, Rejection>) -> Result<PluginHandle, Rejection> {
@@ -459,14 +468,6 @@ async fn hurried(haste: &mut watch::Receiver<Haste>, now: Haste) {
 
 fn is_rejected(view: &PluginView) -> bool {
     view.generation == Generation::NONE && matches!(view.state, State::Failed(_))
-}
-
-fn not_found(name: &str) -> Error {
-    Error::new(
-        Code::PluginNotFound,
-        format!("no plugin is called {name}"),
-        "`plugvisor status` lists the plugins; add its directory to plugvisor.toml",
-    )
 }
 
 fn rejected(name: String, source: Source, rejection: &Rejection) -> PluginHandle {

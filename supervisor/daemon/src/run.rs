@@ -191,6 +191,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
             events: Arc::clone(&events),
             logs: Arc::clone(&logs),
             allow_degraded: config.supervisor.allow_degraded.iter().copied().collect(),
+            place: config.place(),
             plugins,
             egress: Arc::new(EgressHost::new(EgressLimits::default())),
             ingress: Arc::clone(&ingress),

@@ -9,7 +9,8 @@ use plugvisor_sandbox::options::{BundleRoot, Variable};
 
 use crate::{
     config::{Config, ConfigError, LauncherConfig, PluginConfig, Surroundings},
-    discovery::{DirectoryError, PluginDirectory},
+    discovery::PluginDirectory,
+    examine,
     launcher::{self, Link, LinkError, SpawnError},
     logs::{LogDirectory, LogDirectoryError},
     open_files,
@@ -51,8 +52,6 @@ pub struct Args {
 pub enum StartError {
     /// The configuration.
     Config(#[from] ConfigError),
-    /// A configured directory.
-    Directory(#[from] DirectoryError),
     /// The runtime directory.
     Runtime(#[from] RuntimeDirectoryError),
     /// The state directory.
@@ -75,7 +74,6 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(ConfigError::Invalid { .. })
-            | Self::Directory(_)
             | Self::Runtime(RuntimeDirectoryError::TooLong { .. })
             | Self::StateDirectory(StateDirectoryError::Unsafe { .. })
             | Self::State(StateError::Incompatible { .. })
@@ -105,8 +103,10 @@ impl StartError {
 /// Where the administrator's approvals are, if root starts the supervisor.
 const POLICY: &str = "/etc/plugvisor/launcher.toml";
 
-fn default_policy(uid: u32) -> Option<PathBuf> {
-    Some(PathBuf::from(POLICY)).filter(|path| uid == 0 && path.exists())
+/// The launcher's policy file: the one that is named, or the administrator's.
+pub(crate) fn policy(named: Option<PathBuf>, uid: u32) -> Option<PathBuf> {
+    let named = named.map(|path| std::path::absolute(&path).unwrap_or(path));
+    named.or_else(|| Some(PathBuf::from(POLICY)).filter(|path| uid == 0 && path.exists()))
 }
 
 /// The variables that the operator gives to plugins, by their names.
@@ -123,7 +123,7 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
     let Args { config, runtime_directory, state_directory, launcher, launcher_socket, launcher_policy } = args;
     open_files::raise();
     let surroundings = Surroundings::of_process();
-    let mut config = Config::load(config.as_deref(), &surroundings)?;
+    let (mut config, mut problems) = Config::read(config.as_deref(), &surroundings)?;
     if let Some(path) = runtime_directory {
         config.supervisor.runtime_directory = std::path::absolute(&path).unwrap_or(path);
         config.note_flag("supervisor.runtime_directory", "--runtime-directory");
@@ -136,8 +136,17 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
         config.launcher = LauncherConfig::External { socket: std::path::absolute(&path).unwrap_or(path) };
         config.note_flag("launcher.socket", "--launcher-socket");
     }
+    // With what is wrong in the file, so that it is all told at once.
+    let mut directories = Vec::new();
+    for directory in &config.directories {
+        match PluginDirectory::open(directory) {
+            Ok(open) => directories.push(open),
+            Err(error) => problems.push(examine::at(&config, format!("directory[{}].path", directory.index), &error)),
+        }
+    }
+    problems.sort_by_key(|problem| problem.line);
+    let config = config.without(problems)?;
     let owner = if surroundings.uid == 0 { Some(privileges::find(&config.supervisor.user)?) } else { None };
-    let directories = config.directories.iter().map(PluginDirectory::open).collect::<Result<Vec<_>, _>>()?;
     let program = launcher.map_or_else(launcher::beside_this_program, Ok)?;
 
     // From here on others see something; each guard takes its own away again when a later step fails.
@@ -157,9 +166,7 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
             let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
             let own = launcher::Own {
                 store: (surroundings.uid == 0).then(|| config.launcher_store()),
-                policy: launcher_policy
-                    .map(|path| std::path::absolute(&path).unwrap_or(path))
-                    .or_else(|| default_policy(surroundings.uid)),
+                policy: policy(launcher_policy, surroundings.uid),
                 config_root: Some(config.config_root.clone()),
                 data_root: Some(config.data_root()),
                 variables: variables(&config),

@@ -262,6 +262,10 @@ async fn an_address_that_leads_nowhere_is_refused(lane: Lane) -> anyhow::Result<
     let daemon = world(lane)?
         .plugin(&serving("unasked", None).capabilities(&[]))?
         .plugin(&other)?
+        .plugin(&serving("portless", None).set("/runtime/network/listen", json!([])))?
+        .plugin(&serving("unreached", None))?
+        .plugin(&serving("ungranted", None))?
+        .toml("[plugin.ungranted]\ngrants = []")
         .toml(&reached("unasked", ""))
         .toml(&reached("other", ""))
         .start()
@@ -272,9 +276,32 @@ async fn an_address_that_leads_nowhere_is_refused(lane: Lane) -> anyhow::Result<
         says(name, &status.hint, &["network.listen"])?;
     }
     let file = daemon.world().path().join("plugvisor.toml");
-    let checked = daemon.cli(&["config", "validate", file.to_str().context("the path is text")?]).await?;
-    ensure!(checked.code == Some(0), "{checked:?}");
+    let file = file.to_str().context("the path is text")?;
+    says("the error", &daemon.in_state("unasked", PluginState::Failed).await?.last_error, &[file])?;
+    let checked = daemon.cli(&["config", "validate", file]).await?;
+    ensure!(checked.code == Some(8), "plugins that are not started are an error: {checked:?}");
     says("config validate", &checked.stdout, &["plugin.other.network.listen[0].port", "9090, 9091"])?;
+    let words =
+        ["plugin.unasked.network.listen[0].address", "network:tcp-server", "its manifest does not ask for it", file];
+    says("config validate", &checked.stdout, &words)?;
+    // What was started all the same is warned of beside a file that is right.
+    let idle = daemon.world().path().join("idle.toml");
+    let whole = std::fs::read_to_string(file)?;
+    let right = whole.replace(&reached("unasked", ""), "").replace(&reached("other", ""), "");
+    std::fs::write(&idle, right)?;
+    let warned = daemon.cli(&["config", "validate", idle.to_str().context("the path is text")?]).await?;
+    ensure!(warned.code == Some(0), "{warned:?}");
+    for words in [
+        ["plugin.portless: ", "can listen at no port before runtime.network.listen"],
+        ["plugin.unreached: ", "no [[plugin.unreached.network.listen]] leads there"],
+        ["plugin.ungranted: ", "cannot listen at 8080 without network:tcp-server: the operator did not grant it"],
+    ] {
+        says("config validate", &warned.stdout, &words)?;
+    }
+    daemon.loaded("unreached").await?;
+    let unreached = daemon.describe("unreached").await?;
+    let control = unreached.controls.iter().find(|control| control.name == "ingress").context("no ingress")?;
+    says("describe", &control.enforced, &["[[plugin.unreached.network.listen]] has no address"])?;
     let doctor = daemon.cli(&["doctor"]).await?;
     says("doctor", &doctor.stdout, &["127.0.0.1:0", "port 8080 of plugin other"])?;
     daemon.stop().await?;

@@ -88,6 +88,22 @@ async fn a_configuration_is_judged_as_a_start_would(lane: Lane) -> anyhow::Resul
     ensure!(warned.code == Some(0), "{warned:?}");
     says("config validate", &warned.stdout, &["plugin.ecko", "no plugin of this name", "did you mean \"echo\""])?;
 
+    // What is not there is told beside what is written wrongly.
+    let missing = daemon.world().path().join("missing.toml");
+    fs::write(&missing, "[[directory]]\npath = \"nowhere\"\ntier = \"trusted\"\n[launcher]\nlinger = 30\n")?;
+    let missing = missing.to_str().context("the path is text")?;
+    let judged = daemon.cli(&["config", "validate", missing]).await?;
+    ensure!(judged.code == Some(8), "{judged:?}");
+    let words = [
+        "line 2: directory[0].path: ",
+        "nowhere",
+        "line 3: directory[0].tier: ",
+        "line 5: launcher.linger: is the number 30",
+    ];
+    says("config validate", &judged.stdout, &words)?;
+    let doctor = daemon.cli(&["doctor", "--config", missing]).await?;
+    says("doctor", &doctor.stdout, &[missing, "no supervisor runs", "has 2 problems"])?;
+
     let wrong = world(lane)?.toml("[plugin.echo.health]\nlivenes_misses = 3\ndrain_timeout_ms = \"soon\"");
     let file = wrong.path().join("plugvisor.toml");
     let file = file.to_str().context("the path is text")?.to_owned();

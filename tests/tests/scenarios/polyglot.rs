@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use plugvisor_proto::admin::v1::PluginState;
 use plugvisor_tests::{
     BundleBuilder, Lane,
     contract::{CountRequest, RelayRequest, act_request::Deed, polyglot_service_client::PolyglotServiceClient},
@@ -10,7 +11,7 @@ use plugvisor_tests::{
 };
 use tonic::Request;
 
-use crate::world;
+use crate::{says, world};
 
 /// Where Debian's python3-grpcio is: below /usr, which plugins see.
 pub(crate) const GRPCIO: &str = "/usr/lib/python3/dist-packages/grpc/__init__.py";
@@ -57,4 +58,33 @@ async fn a_plugin_without_an_sdk_is_a_plugin(lane: Lane) -> anyhow::Result<()> {
     daemon.stop().await
 }
 
-scenarios!(a_plugin_without_an_sdk_is_a_plugin);
+/// What stands on the page between the marker of this file and the end of its block.
+fn on_the_page<'p>(page: &'p str, file: &str) -> anyhow::Result<&'p str> {
+    let marked = page.split_once(&format!("<!-- least: {file} -->\n```")).with_context(|| format!("no {file}"))?.1;
+    let (_language, block) = marked.split_once('\n').context("an empty block")?;
+    Ok(block.split_once("```").context("a block without end")?.0)
+}
+
+/// The example of docs/protocol.md, as it stands there.
+async fn the_plugin_on_the_page_is_one(lane: Lane) -> anyhow::Result<()> {
+    if !Path::new(GRPCIO).exists() {
+        println!("SKIP polyglot: there is no {GRPCIO}; install the package python3-grpcio");
+        return Ok(());
+    }
+    let page = include_str!("../../../docs/protocol.md");
+    let bundle = BundleBuilder::from_binary("least", "hostile-plugin", serde_json::Value::Null, None)
+        .raw_manifest(on_the_page(page, "plugin.json")?)
+        .entry_bytes(on_the_page(page, "bin/least")?, 0o755);
+    let daemon = world(lane)?.plugin(&bundle)?.start().await?;
+    daemon.loaded("least").await?;
+    daemon.stop().await?;
+
+    // Without the key, the socket is there already.
+    let manifest = on_the_page(page, "plugin.json")?.replace(", \"socket\": \"bind\"", "");
+    let daemon = world(lane)?.plugin(&bundle.raw_manifest(manifest))?.start().await?;
+    let failed = daemon.in_state("least", PluginState::Failed).await?;
+    says("the hint", &failed.hint, &["runtime.socket: \"bind\""])?;
+    daemon.stop().await
+}
+
+scenarios!(a_plugin_without_an_sdk_is_a_plugin, the_plugin_on_the_page_is_one);

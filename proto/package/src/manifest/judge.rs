@@ -16,10 +16,13 @@ use super::{
     Security, Signature, raw,
     reader::{List, Notes, Whole},
 };
-use crate::{IsolationLevel, PluginName, json::At, problem::did_you_mean};
+use crate::{IsolationLevel, PluginName, json::At};
 
 const MODULE: At<'_> = At::Key(&At::Root, "module");
 const RUNTIME: At<'_> = At::Key(&At::Root, "runtime");
+
+/// The most names that are listed in place of one that is not known.
+const MOST_LISTED: usize = 12;
 
 /// The manifest, or `None` when a required field is missing; the finding has been added by then.
 pub(crate) fn manifest(document: raw::Document, source: Value, notes: &mut Notes) -> Option<Manifest> {
@@ -228,7 +231,11 @@ fn guards(list: List<raw::Guard>, notes: &mut Notes) -> Vec<Guard> {
             if name.as_ref() == Some(dependency) {
                 notes.findings.add(at, "a guard cannot run before itself", Some("remove it".to_owned()));
             } else if !known.contains(&dependency.0) {
-                let suggestion = did_you_mean(&dependency.0, known.iter().map(String::as_str));
+                // A guess could be another guard than the one that is meant.
+                let listed = known.iter().collect::<BTreeSet<_>>();
+                let listed: Vec<&str> = listed.into_iter().take(MOST_LISTED).map(String::as_str).collect();
+                let listed = listed.join(", ");
+                let suggestion = (!listed.is_empty()).then(|| format!("its guards are {listed}"));
                 notes.findings.add(at, format!("{:?} is not a guard of this manifest", dependency.0), suggestion);
             }
         }

@@ -392,8 +392,12 @@ impl Read for Capability {
     const KIND: Kind = Kind::Word(Self::NAMES);
 
     fn read(value: &Value, at: At<'_>, notes: &mut Notes) -> Option<Self> {
-        let known: Vec<_> = Self::ALL.iter().map(|capability| (capability.as_str(), *capability)).collect();
-        reader::word(&known, value, at, notes)
+        let text = reader::text(value, at, notes)?;
+        let found = text.parse().ok();
+        if found.is_none() {
+            reader::unknown_word(text, Self::allowed_for(text), at, notes);
+        }
+        found
     }
 }
 

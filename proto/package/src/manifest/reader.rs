@@ -139,11 +139,15 @@ pub(crate) fn word<T: Copy>(known: &[(&'static str, T)], value: &Value, at: At<'
     if let Some((_, value)) = known.iter().find(|(word, _)| *word == text) {
         return Some(*value);
     }
+    // All of them and no guess: some of these words say how far a plugin is trusted and walled in.
     let words: Vec<&str> = known.iter().map(|(word, _)| *word).collect();
-    let suggestion = did_you_mean(text, words.iter().copied())
-        .or_else(|| (words.len() <= 12).then(|| format!("one of {}", words.join(", "))));
-    notes.findings.add(at, format!("{} is not known here", Excerpt(text)), suggestion);
+    unknown_word(text, format!("one of {}", words.join(", ")), at, notes);
     None
+}
+
+/// Refuses a word, and says what is allowed in its place.
+pub(crate) fn unknown_word(text: &str, allowed: String, at: At<'_>, notes: &mut Notes) {
+    notes.findings.add(at, format!("{} is not known here", Excerpt(text)), Some(allowed));
 }
 
 /// The keys of an object, or `None` when it is something else.

@@ -79,7 +79,7 @@ pub(crate) fn show(output: &Output, answer: &ShowConfigurationResponse, origin: 
 }
 
 fn check(file: Option<&Path>) -> Result<ConfigurationCheck, Failure> {
-    inspect::ask("check-config", file.map(Path::as_os_str))
+    inspect::ask("check-config", &[("--config", file)])
 }
 
 fn invalid(check: &ConfigurationCheck) -> Failure {

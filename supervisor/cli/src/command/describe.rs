@@ -152,8 +152,9 @@ fn facts(answer: &DescribePluginResponse, plugin: &PluginStatus, now: SystemTime
         fact("SDK", Line::new(&answer.sdk));
     }
     fact("Breaker", status::breaker(&plugin.breaker));
-    fact("Calls", Line::new(format!("{}, {} failed", plugin.calls_total, plugin.calls_failed_total)));
-    fact("Restarts", Line::new(plugin.restarts.to_string()));
+    let calls = format!("{}, {} failed, since the supervisor started", plugin.calls_total, plugin.calls_failed_total);
+    fact("Calls", Line::new(calls));
+    fact("Restarts", Line::new(format!("{} after failures, in all of its life", plugin.restarts)));
     if let Some(exit) = &answer.last_exit {
         fact("Last exit", Line::new(last_exit(exit, now)));
     }

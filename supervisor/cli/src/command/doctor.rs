@@ -105,6 +105,10 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
             output.line(&Line::new("    fix: ").add(Style::Plain, fix))?;
         }
     }
+    if answer.controls.is_empty() {
+        output.line(&Line::default())?;
+        return output.line(&Line::default().add(Style::Bad, "No wall was tried: see above."));
+    }
     let missing: Vec<&HostControl> = lacking(answer).collect();
     if missing.is_empty() {
         output.line(&Line::default())?;
@@ -128,7 +132,9 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
         output.line(&Line::new("  ").add(Style::Title, names).add(Style::Plain, format!(": {}", control.why)))?;
         output.line(&Line::new("    fix: ").add(Style::Plain, &control.fix))?;
     }
-    output.title("To run plugins without them all the same, in plugvisor.toml under [supervisor]")?;
+    let file = answer.places.iter().find(|place| place.name == "configuration").map_or("", |place| place.path.as_str());
+    let file = if file.is_empty() { "plugvisor.toml" } else { file };
+    output.title(&format!("To run plugins without them all the same, in {file} under [supervisor]"))?;
     let names = missing.iter().map(|control| format!("\"{}\"", control.name)).collect::<Vec<_>>().join(", ");
     output.line(&Line::new(format!("  allow_degraded = [{names}]")))?;
     for (level, more) in answer.levels.iter().filter_map(|level| Some((level, more(level, &missing)?))) {

@@ -40,10 +40,17 @@ fn print(output: &Output, answer: &GetStatusResponse) -> Result<(), Failure> {
     }
     output.line(&Line::default())?;
     if answer.plugins.is_empty() {
-        return output.line(&Line::new(
-            "No plugins: no [[directory]] of plugvisor.toml has a subdirectory with a plugin.json, or there is none. \
-             `plugvisor doctor` shows each; put a bundle there and `plugvisor load` it.",
-        ));
+        let file = answer.supervisor.as_ref().map_or("", |supervisor| supervisor.configuration_file.as_str());
+        let why = match file {
+            "" => "no configuration file was read, so that no directory of plugins is known. `plugvisor run --config FILE` \
+                   reads one; each [[directory]] in it has a path"
+                .to_owned(),
+            file => format!(
+                "no [[directory]] of {file} has a subdirectory with a plugin.json, or there is none. `plugvisor doctor` shows \
+                 each; put a bundle there and `plugvisor load` it"
+            ),
+        };
+        return output.line(&Line::new(format!("No plugins: {why}.")));
     }
     let mut titles =
         vec!["NAME", "VERSION", "STATE", "SINCE", "PID", "RESTARTS", "BREAKER", "CALLS", "FAILED", "MEMORY"];
@@ -173,7 +180,8 @@ pub(crate) fn trouble(plugin: &PluginStatus) -> Vec<Line> {
     let first = error.next().unwrap_or_default();
     let mut line = Line::default().add(Style::Bad, &plugin.name).add(Style::Plain, format!(": {first}"));
     if let Some(time) = plugin.restart_in {
-        line = line.add(Style::Plain, format!(", restart {} in {}", plugin.restarts + 1, span(time)));
+        // The one that is scheduled is counted already.
+        line = line.add(Style::Plain, format!(", restart {} in {}", plugin.restarts, span(time)));
     }
     if plugin.calls_failed_total > 0 {
         let calls = if plugin.calls_failed_total == 1 { "call" } else { "calls" };

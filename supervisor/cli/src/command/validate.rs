@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-use plugvisor_package::{Bundle, BundleError, BundleLimits, Capability, Manifest, Problem};
+use plugvisor_package::{Bundle, BundleError, BundleLimits, Capability, IsolationLevel, Manifest, Problem};
 use serde_json::{Value, json};
 
 use crate::args::Format;
@@ -101,17 +101,40 @@ fn judged(manifest: &Manifest) -> Report {
             .into_iter()
             .map(|field| (field.path, format!("{} ({})", field.message, field.hint)))
             .collect(),
-        not_checked: manifest.not_checked().into_iter().map(|field| (field.path, field.message)).collect(),
+        not_checked: manifest
+            .not_checked()
+            .into_iter()
+            .map(|field| (field.path, field.message))
+            .chain(in_the_hosts_network(manifest))
+            .collect(),
         inactive: manifest.inactive_fields().to_vec(),
         ineffective: ineffective(manifest),
         ..Report::default()
     }
 }
 
-fn ineffective(manifest: &Manifest) -> Vec<(&'static str, &'static str)> {
-    let opens = |capability: &Capability| {
-        matches!(capability, Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve)
+/// Only a host can tell its tier and its grants.
+fn in_the_hosts_network(manifest: &Manifest) -> Option<(String, String)> {
+    let sandbox = &manifest.security.sandbox;
+    let (field, level) = match (sandbox.enabled, sandbox.isolation_level) {
+        (false, _) => ("enabled", IsolationLevel::None),
+        (true, asked) => ("isolationLevel", asked?),
     };
+    let mut asked = manifest.security.capabilities.iter();
+    let asked = asked.find(|capability| opens(capability) || **capability == Capability::TcpServer)?;
+    let why = format!(
+        "whether its tier has it at none, in the host's network: there it is not started with {asked}, if it is granted; ask \
+         for the level process"
+    );
+    (level == IsolationLevel::None).then(|| (format!("security.sandbox.{field}"), why))
+}
+
+/// Whether a capability opens the egress proxy.
+fn opens(capability: &Capability) -> bool {
+    matches!(capability, Capability::HttpClient | Capability::WebSocket | Capability::DnsResolve)
+}
+
+fn ineffective(manifest: &Manifest) -> Vec<(&'static str, &'static str)> {
     let asks = manifest.security.capabilities.iter().any(opens);
     let listed = !manifest.runtime.egress.is_empty();
     let limited = manifest.security.sandbox.resource_limits.max_network_bandwidth.is_some();
@@ -125,7 +148,18 @@ fn ineffective(manifest: &Manifest) -> Vec<(&'static str, &'static str)> {
         let why = "they reach nothing before runtime.network.egress lists it, such as \"example.org:443\"";
         found.push(("security.capabilities", why));
     }
-    if limited && !asks {
+    let serves = manifest.security.capabilities.contains(&Capability::TcpServer);
+    let ports = !manifest.runtime.listen.is_empty();
+    if ports && !serves {
+        let why = "it listens at none of them without network:tcp-server in security.capabilities";
+        found.push(("runtime.network.listen", why));
+    }
+    if serves && !ports {
+        let why =
+            "with network:tcp-server it listens at no port before runtime.network.listen lists it, such as [8080]";
+        found.push(("security.capabilities", why));
+    }
+    if limited && !asks && !serves {
         let why = "there is nothing to limit without a network capability";
         found.push(("security.sandbox.resourceLimits.maxNetworkBandwidth", why));
     }

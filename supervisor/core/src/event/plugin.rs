@@ -347,11 +347,25 @@ impl Exit {
                 "its configuration is wrong: `plugvisor logs{of}` shows what it said; mend it, then `plugvisor \
                  restart{of}`"
             ),
+            ExitKind::Code(_) if self.names_taken_address() => format!(
+                "`plugvisor logs{of}` shows what it printed last; if the address that is in use is its worker socket, that is \
+                 listening already as descriptor 3: serve on the descriptor, or have the program bind the socket itself, \
+                 by runtime.socket: \"bind\" in its plugin.json"
+            ),
             ExitKind::Code(_) | ExitKind::Unknown => format!("`plugvisor logs{of}` shows what it printed last"),
             ExitKind::Signal(_) => format!(
                 "not sent by Plugvisor: it crashed or was killed; `plugvisor logs{of}` shows what it printed last"
             ),
         }
+    }
+
+    /// Whether its last lines say, in the words of most libraries, that an address is taken. The first thing that a program
+    /// which does not know of inherited sockets does is to bind the one that it is given.
+    fn names_taken_address(&self) -> bool {
+        self.stderr_tail.iter().any(|line| {
+            let line = line.to_ascii_lowercase();
+            ["address already in use", "address in use", "eaddrinuse"].iter().any(|words| line.contains(words))
+        })
     }
 
     /// The error that this exit is, when nobody asked for it.

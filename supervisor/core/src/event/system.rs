@@ -101,6 +101,9 @@ pub enum SecurityEvent {
         capability: &'static str,
         /// Why, in words.
         why: String,
+        /// What to do next.
+        #[serde(skip)]
+        hint: String,
     },
     /// The bytes to execute are not the bytes expected.
     ChecksumMismatch {
@@ -376,8 +379,7 @@ group!(DependencyEvent {
 group!(SecurityEvent {
     Self::TrustAssessed { .. } => "security.trust_assessed", Severity::Info, "directory_tier", "";
     Self::CapabilityGranted { .. } => "security.capability_granted", Severity::Info, "granted", "";
-    Self::CapabilityDenied { .. } => "security.capability_denied", Severity::Info, "not_granted",
-        "grant it in plugvisor.toml if the plugin needs it";
+    Self::CapabilityDenied { hint, .. } => "security.capability_denied", Severity::Info, "not_granted", hint.as_str();
     Self::ChecksumMismatch { .. } => "security.checksum_mismatch", Severity::Critical, "digest_differs",
         "find out who changed the bundle, then install it anew";
     Self::SandboxDegraded { .. } => "security.sandbox_degraded", Severity::Warning, "allowed_by_operator",

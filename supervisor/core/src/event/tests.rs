@@ -70,7 +70,7 @@ fn samples() -> Vec<Event> {
         DependencyEvent::CycleRejected { path: Vec::new() }.into(),
         SecurityEvent::TrustAssessed { tier: "verified", level: "process" }.into(),
         SecurityEvent::CapabilityGranted { capability: "api:internal-calls" }.into(),
-        SecurityEvent::CapabilityDenied { capability: "api:internal-calls", why: text() }.into(),
+        SecurityEvent::CapabilityDenied { capability: "api:internal-calls", why: text(), hint: text() }.into(),
         SecurityEvent::ChecksumMismatch { expected: text(), found: text() }.into(),
         SecurityEvent::SandboxDegraded { missing: Vec::new() }.into(),
         SecurityEvent::PeerMismatch { expected: text(), found: text() }.into(),
@@ -143,6 +143,20 @@ fn data_is_the_fields_alone() {
         Event::from(PluginEvent::Rejected { stage: "verify".to_owned(), error: error(), problems: Vec::new() });
     assert_eq!(rejected.data()["error"]["code"], "communication.never_listened");
     assert_eq!((rejected.reason(), rejected.hint().as_ref()), ("communication.never_listened", "serve the socket"));
+}
+
+#[test]
+fn an_address_that_is_taken_may_be_the_worker_socket() {
+    for (line, told) in [
+        ("OSError: [Errno 98] Address already in use", true),
+        ("Error: listen EADDRINUSE: address already in use /plugvisor/worker.sock", true),
+        ("panic", false),
+    ] {
+        let exit = Exit { stderr_tail: vec![line.to_owned()], ..exit(ExitKind::Code(1), false) };
+        let hint = exit.error("web").hint;
+        assert_eq!(hint.contains("runtime.socket: \"bind\""), told, "{hint}");
+        assert!(hint.contains("`plugvisor logs web`"), "{hint}");
+    }
 }
 
 #[test]

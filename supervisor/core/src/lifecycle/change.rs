@@ -327,7 +327,8 @@ impl Step<'_> {
         let (message, hint) = match code {
             Code::PluginNotFound => (
                 format!("no plugin is called {name}"),
-                "`plugvisor status` lists the plugins; add its directory to plugvisor.toml".to_owned(),
+                "`plugvisor status` lists the plugins; `plugvisor config show` has the directories where bundles are looked for"
+                    .to_owned(),
             ),
             Code::PluginAlreadyLoaded => (
                 format!("plugin {name} is {} already", state.name()),

@@ -1,5 +1,7 @@
 //! The decision for one plugin.
 
+use std::sync::Arc;
+
 use plugvisor_package::{Capability, IsolationLevel, PluginName, TrustTier};
 
 use super::{CapabilitySet, LimitNote, Limits, Policy, Rights};
@@ -27,6 +29,8 @@ pub struct Operator {
     pub grants: CapabilitySet,
     /// Limits in place of the manifest's; the tier's ceilings hold all the same.
     pub limits: Limits,
+    /// Where all this is written: the path of the configuration, for whoever reads what is missing.
+    pub place: Arc<str>,
 }
 
 /// What the plugin gets.
@@ -92,7 +96,13 @@ impl Policy {
     #[must_use]
     pub fn rights(&self, asked: &Asked, operator: &Operator) -> Rights {
         let tier = tier(asked, operator);
-        Rights::new(asked.capabilities, tier, self.rules(tier).capabilities, operator.grants)
+        Rights::new(
+            asked.capabilities,
+            tier,
+            self.rules(tier).capabilities,
+            operator.grants,
+            Arc::clone(&operator.place),
+        )
     }
 
     /// What the plugin called `name` gets.
@@ -105,9 +115,9 @@ impl Policy {
         let rules = self.rules(tier);
         let Some(weakest) = rules.weakest else {
             let hint = if operator.tier == tier {
-                "set another tier for its directory in plugvisor.toml, if you trust it"
+                format!("set another tier for its directory in {}, if you trust it", operator.place)
             } else {
-                "its plugin.json limits it to this tier with security.trustLevel"
+                "its plugin.json limits it to this tier with security.trustLevel".to_owned()
             };
             return Err(Error::new(
                 Code::TierNeverRuns,

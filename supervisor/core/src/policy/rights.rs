@@ -1,62 +1,68 @@
 //! What a plugin may do, and which half of a grant is missing for what it may not.
 
+use std::sync::Arc;
+
 use plugvisor_package::{Capability, TrustTier};
 
 use super::CapabilitySet;
 
 /// What a plugin may do: what its manifest asks for, its tier may hold, and the operator granted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rights {
     asked: CapabilitySet,
     by_tier: CapabilitySet,
     by_operator: CapabilitySet,
     tier: TrustTier,
+    place: Arc<str>,
 }
 
 impl Rights {
-    /// The rights that follow from the three.
+    /// The rights that follow from the three. `place` is where the operator writes his: the path of the configuration, for
+    /// whoever reads what is missing.
     #[must_use]
     pub const fn new(
         asked: CapabilitySet,
         tier: TrustTier,
         by_tier: CapabilitySet,
         by_operator: CapabilitySet,
+        place: Arc<str>,
     ) -> Self {
-        Self { asked, by_tier, by_operator, tier }
+        Self { asked, by_tier, by_operator, tier, place }
     }
 
     /// The rights of a plugin of the operator's own that asks for these and is granted them.
     #[must_use]
-    pub const fn of(granted: CapabilitySet) -> Self {
-        Self::new(granted, TrustTier::Internal, CapabilitySet::ALL, granted)
+    pub fn of(granted: CapabilitySet) -> Self {
+        Self::new(granted, TrustTier::Internal, CapabilitySet::ALL, granted, "plugvisor.toml".into())
     }
 
     /// What it may do.
     #[must_use]
-    pub const fn granted(self) -> CapabilitySet {
+    pub const fn granted(&self) -> CapabilitySet {
         self.asked.and(self.by_tier).and(self.by_operator)
     }
 
     /// Whether it holds the capability.
     #[must_use]
-    pub const fn hold(self, capability: Capability) -> bool {
+    pub const fn hold(&self, capability: Capability) -> bool {
         self.granted().contains(capability)
     }
 
     /// What is missing for the capability; nothing when it is held.
     #[must_use]
-    pub const fn lack(self, capability: Capability) -> Lack {
+    pub fn lack(&self, capability: Capability) -> Lack {
         Lack {
             capability,
             not_asked: !self.asked.contains(capability),
             tier_forbids: if self.by_tier.contains(capability) { None } else { Some(self.tier) },
             not_granted: !self.by_operator.contains(capability),
+            place: Arc::clone(&self.place),
         }
     }
 }
 
 /// What is missing for one capability.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lack {
     /// Which one.
     pub capability: Capability,
@@ -66,12 +72,14 @@ pub struct Lack {
     pub tier_forbids: Option<TrustTier>,
     /// The operator did not grant it.
     pub not_granted: bool,
+    /// Where the operator would grant it.
+    pub place: Arc<str>,
 }
 
 impl Lack {
     /// Each missing half, in words.
     #[must_use]
-    pub fn why(self) -> String {
+    pub fn why(&self) -> String {
         let tier = self.tier_forbids.map(|tier| format!("plugins of the tier {tier} may not hold it"));
         let halves = [
             self.not_asked.then(|| "its manifest does not ask for it".to_owned()),
@@ -83,17 +91,17 @@ impl Lack {
 
     /// What to do about each, for the plugin of this name.
     #[must_use]
-    pub fn hint(self, plugin: &str) -> String {
-        let capability = self.capability;
-        let tier = self.tier_forbids.map(|_| {
-            format!("set a higher tier for the directory of {plugin} in plugvisor.toml, if you trust it so far")
-        });
+    pub fn hint(&self, plugin: &str) -> String {
+        let (capability, place) = (self.capability, &self.place);
+        let tier = self
+            .tier_forbids
+            .map(|_| format!("set a higher tier for the directory of {plugin} in {place}, if you trust it so far"));
         let halves = [
             self.not_asked.then(|| format!("add {capability} to security.capabilities in the plugin.json of {plugin}")),
             tier,
             self.not_granted.then(|| {
                 format!(
-                    "add {capability} to the grants of its [[directory]] in plugvisor.toml, or of [plugin.{plugin}], which \
+                    "add {capability} to the grants of its [[directory]] in {place}, or of [plugin.{plugin}], which \
                      stand in place of the directory's"
                 )
             }),
@@ -118,15 +126,15 @@ mod tests {
         for asked in [none, some] {
             for by_tier in [none, some] {
                 for by_operator in [none, some] {
-                    let rights = Rights::new(asked, TrustTier::Community, by_tier, by_operator);
+                    let rights = Rights::new(asked, TrustTier::Community, by_tier, by_operator, "/srv/own.toml".into());
                     let lack = rights.lack(secrets);
                     let (why, hint) = (lack.why(), lack.hint("gallery"));
                     assert_eq!(rights.hold(secrets), why.is_empty(), "{rights:?}");
                     assert_eq!(why.is_empty(), hint.is_empty(), "{rights:?}");
                     for (missing, word, fix) in [
                         (asked.is_empty(), "manifest", "plugin.json"),
-                        (by_tier.is_empty(), "community", "higher tier"),
-                        (by_operator.is_empty(), "operator", "or of [plugin.gallery]"),
+                        (by_tier.is_empty(), "community", "in /srv/own.toml, if you trust it"),
+                        (by_operator.is_empty(), "operator", "in /srv/own.toml, or of [plugin.gallery]"),
                     ] {
                         assert_eq!(why.contains(word), missing, "{why}");
                         assert_eq!(hint.contains(fix), missing, "{hint}");

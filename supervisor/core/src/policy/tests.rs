@@ -11,7 +11,7 @@ fn name() -> PluginName {
 }
 
 fn operator(tier: T, grants: &[C]) -> Operator {
-    Operator { tier, grants: CapabilitySet::of(grants), limits: Limits::NONE }
+    Operator { tier, grants: CapabilitySet::of(grants), limits: Limits::NONE, place: "plugvisor.toml".into() }
 }
 
 #[test]
@@ -104,7 +104,7 @@ proptest! {
             .filter(|(index, _)| bits & 1 << index != 0).map(|(_, capability)| capability).collect::<CapabilitySet>();
         let tiers = [T::Quarantined, T::Untrusted, T::Community, T::Verified, T::Internal];
         let asked = Asked { capabilities: set(asked), tier: tiers.get(bound).copied(), ..Asked::default() };
-        let operator = Operator { tier: tiers[tier], grants: set(grants), limits: Limits::NONE };
+        let operator = Operator { tier: tiers[tier], grants: set(grants), limits: Limits::NONE, place: "plugvisor.toml".into() };
         let policy = Policy::default();
         if let Ok(verdict) = policy.decide(&name(), &asked, &operator) {
             let tier = policy.rules(verdict.tier).capabilities;

@@ -130,7 +130,7 @@ fn passed(
         return match step {
             Step::Service => Finding::Passed("a service of the supervisor itself".to_owned()),
             Step::Grant => match (HostModule::of(service), caller) {
-                (Some(module), Caller::Plugin(caller)) => match module.held_by(caller.rights) {
+                (Some(module), Caller::Plugin(caller)) => match module.held_by(&caller.rights) {
                     Some(held) => Finding::Passed(format!("{} holds {held}", caller.name)),
                     None => Finding::Skipped("it holds no capability for it".to_owned()),
                 },

@@ -80,7 +80,7 @@ impl HostModule {
 
     /// What of a plugin's rights opens it; `None` when nothing does.
     #[must_use]
-    pub fn held_by(self, rights: Rights) -> Option<Capability> {
+    pub fn held_by(self, rights: &Rights) -> Option<Capability> {
         self.capabilities().iter().copied().find(|capability| rights.hold(*capability))
     }
 

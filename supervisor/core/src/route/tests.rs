@@ -219,7 +219,7 @@ fn a_denied_call_to_the_host_says_which_half_is_missing() {
             (it, it, none, &["the operator did not grant it"]),
             (none, it, none, &["its manifest does not ask for it", "the operator did not grant it"]),
         ] {
-            let rights = Rights::new(asked, community, by_tier, by_operator);
+            let rights = Rights::new(asked, community, by_tier, by_operator, "plugvisor.toml".into());
             let who = PluginCaller { rights, ..caller("gamma", &[], &[]) };
             let refusal = route(&table(), Caller::Plugin(&who), service, None, None).unwrap_err();
             assert_eq!(refusal.reason, Reason::CallerNotAllowed, "{service}");

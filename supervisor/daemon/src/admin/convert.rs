@@ -300,13 +300,16 @@ fn proxied(manifest: &Manifest, verdict: &Verdict) -> Option<Control> {
     }
     let list: Vec<String> = manifest.runtime.egress.iter().map(ToString::to_string).collect();
     let (list, open) = match list.as_slice() {
-        [] => ("no destination".to_owned(), "nothing is let through"),
-        list => (list.join(", "), "their public addresses, and those that [plugin.NAME.network] addresses lists"),
+        [] => ("no destination".to_owned(), "nothing is let through".to_owned()),
+        list => {
+            let name = &manifest.name;
+            (list.join(", "), format!("their public addresses, and those that [plugin.{name}.network] addresses lists"))
+        }
     };
     Some(Control {
         name: "egress".to_owned(),
         requested: list,
-        enforced: open.to_owned(),
+        enforced: open,
         read_from: "the supervisor's egress proxy".to_owned(),
         unavailable: String::new(),
     })
@@ -334,7 +337,7 @@ fn connected(front: Option<&Front>, manifest: &Manifest, verdict: &Verdict) -> O
         name: "ingress".to_owned(),
         requested: format!("{ports} of its network namespace"),
         enforced: match addresses.as_slice() {
-            [] => "nobody connects to it: [[plugin.NAME.network.listen]] has no address".to_owned(),
+            [] => format!("nobody connects to it: [[plugin.{}.network.listen]] has no address", manifest.name),
             addresses => addresses.join("; ") + &lost.unwrap_or_default(),
         },
         read_from: "the supervisor's listening sockets".to_owned(),

@@ -9,12 +9,11 @@ use plugvisor_core::{
     breaker::Position,
     route::{Caller, Decision, Explanation, Finding, PluginCaller, Reason, Refusal, RouteTable, Step, explain},
 };
-use plugvisor_package::method_names;
+use plugvisor_package::{method_names, nearest};
 use plugvisor_proto::admin::v1::{CallStep, ExplainCallResponse, StepOutcome};
 
 use crate::{
     broker::{ProviderSnapshot, Snapshot},
-    config::nearest,
     driver::PluginView,
 };
 
@@ -102,7 +101,7 @@ fn stopped_behind(verdict: &Result<Decision<'_>, Refusal>, reason: Reason) -> bo
 
 /// A service that was probably meant.
 fn suggestion(table: &RouteTable, step: Step, service: &str) -> Option<String> {
-    if step == Step::Service { nearest(service, table.services()) } else { None }
+    if step == Step::Service { nearest(service, table.services()).map(str::to_owned) } else { None }
 }
 
 #[derive(Default)]

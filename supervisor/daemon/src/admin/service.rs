@@ -80,8 +80,8 @@ impl AdminService {
         let manifest = &bundle.manifest;
         let config = self.state.config.plugin(&manifest.name);
         let rights = match &view.verdict {
-            Some(verdict) => verdict.rights,
-            None => rights(manifest, &handle.source, &config),
+            Some(verdict) => verdict.rights.clone(),
+            None => rights(manifest, &handle.source, &config, &self.state.config.place()),
         };
         let about = if view.process.is_some() {
             Ok(format!("plugin {name}, generation {}", view.generation))

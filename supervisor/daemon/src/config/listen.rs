@@ -4,19 +4,16 @@
 use std::{net::SocketAddr, ops::Range, time::Duration};
 
 use plugvisor_package::Runtime;
-use plugvisor_sandbox::protocol::{MAX_HELD, MAX_INWARD};
+use plugvisor_sandbox::{
+    protocol::{MAX_HELD, MAX_INWARD},
+    tables::{Problems, Section, join, section},
+};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
 
-use super::{
-    ListenConfig, defaults,
-    problem::Problems,
-    raw,
-    reader::{Section, join, section},
-    validate::millis,
-};
+use super::{ListenConfig, defaults, raw, validate::millis};
 
 /// The most addresses of all plugins together: the launcher holds each across restarts, and the supervisor's own sockets.
 const MOST: usize = MAX_HELD - 16;
@@ -90,7 +87,8 @@ fn address_of(table: &Section<raw::Listen>, text: Option<&str>, problems: &mut P
             let text = text.unwrap_or_default();
             format!("{text:?} is not an address; write IP:PORT, such as \"0.0.0.0:8443\" or \"[::]:8443\"")
         }
-        None => "is required: where others connect, as IP:PORT".to_owned(),
+        None if table.lacks("address") => "is required: where others connect, as IP:PORT".to_owned(),
+        None => return None,
     };
     problems.add(table.at("address"), table.key("address"), why);
     None
@@ -103,6 +101,7 @@ fn port_of(table: &Section<raw::Listen>, port: Option<u16>, problems: &mut Probl
         }
         Some(port @ 1024..) => return Some(port),
         Some(port) => format!("{port} is below 1024, where a plugin cannot listen"),
+        None if !table.lacks("port") => return None,
         None => {
             "is required: the port at which the plugin listens, one of its manifest's runtime.network.listen".to_owned()
         }

@@ -7,7 +7,6 @@ pub mod defaults;
 mod listen;
 mod problem;
 mod raw;
-mod reader;
 #[cfg(feature = "schema")]
 mod schema;
 mod show;
@@ -22,6 +21,7 @@ use std::{
     io::Read as _,
     net::SocketAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -31,8 +31,8 @@ use plugvisor_sandbox::protocol::Control;
 
 use crate::traces::TraceSettings;
 
-pub(crate) use problem::nearest;
-pub use problem::{ConfigError, Problem};
+pub use plugvisor_sandbox::tables::Problem;
+pub use problem::ConfigError;
 #[cfg(feature = "schema")]
 pub use schema::schema;
 pub use show::{Origin, Setting};
@@ -61,6 +61,8 @@ pub struct Config {
     /// Settings of single plugins; a plugin that is not here has [`PluginConfig::default`].
     pub plugins: BTreeMap<PluginName, PluginConfig>,
     places: show::Places,
+    /// See [`Config::place`].
+    place: Arc<str>,
     /// Keys that a flag has set, with the flag.
     flags: BTreeMap<&'static str, &'static str>,
 }
@@ -111,6 +113,8 @@ pub struct LogsConfig {
 /// One directory of bundles.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectoryConfig {
+    /// Which `[[directory]]` of the file it is, counted from 0.
+    pub index: usize,
     /// Absolute.
     pub path: PathBuf,
     /// The tier that the operator gives to every bundle in it.
@@ -298,17 +302,35 @@ impl Config {
             directories: Vec::new(),
             plugins: BTreeMap::new(),
             places: show::Places::default(),
+            place: surroundings
+                .config_file()
+                .map_or_else(|| "plugvisor.toml".into(), |file| file.display().to_string().into()),
             flags: BTreeMap::new(),
         }
     }
 
     /// Reads `path`, or without one the default file, which may be absent.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, or something in it is wrong.
     pub fn load(path: Option<&Path>, surroundings: &Surroundings) -> Result<Self, ConfigError> {
+        let (config, problems) = Self::read(path, surroundings)?;
+        config.without(problems)
+    }
+
+    /// The same, with what is wrong beside what could be read all the same: for whoever has more to look at.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read.
+    pub fn read(path: Option<&Path>, surroundings: &Surroundings) -> Result<(Self, Vec<Problem>), ConfigError> {
         let (path, required) = match path {
-            Some(path) => (path.to_owned(), true),
+            // Whoever reads a message may be in another directory.
+            Some(path) => (std::path::absolute(path).unwrap_or_else(|_| path.to_owned()), true),
             None => match surroundings.config_file() {
                 Some(path) => (path, false),
-                None => return Ok(Self::without_file(surroundings)),
+                None => return Ok((Self::without_file(surroundings), Vec::new())),
             },
         };
         let read = |path: &Path| {
@@ -319,9 +341,9 @@ impl Config {
         };
         match read(&path) {
             Ok(text) if text.len() as u64 > defaults::MAX_FILE_BYTES => Err(ConfigError::too_long(path)),
-            Ok(text) => Self::parse(&text, &path, surroundings),
+            Ok(text) => Ok(validate::parse(&text, &path, surroundings)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {
-                Ok(Self::without_file(surroundings))
+                Ok((Self::without_file(surroundings), Vec::new()))
             }
             Err(error) => Err(ConfigError::Unreadable { path, source: error }),
         }
@@ -329,8 +351,34 @@ impl Config {
 
     /// Checks `text`. `path` names the file in errors and is what relative paths in it are relative to.
     pub fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Self, ConfigError> {
-        validate::parse(text, path, surroundings)
-            .map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
+        let (config, problems) = validate::parse(text, path, surroundings);
+        config.without(problems)
+    }
+
+    /// Itself, when nothing is wrong with it.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is.
+    pub fn without(self, problems: Vec<Problem>) -> Result<Self, ConfigError> {
+        if problems.is_empty() {
+            return Ok(self);
+        }
+        let path = self.file.unwrap_or_else(|| self.place.as_ref().into());
+        Err(ConfigError::Invalid { path, problems })
+    }
+
+    /// The path of the file that was read, or that would be if it were there: where messages say that something is to be
+    /// written.
+    #[must_use]
+    pub fn place(&self) -> Arc<str> {
+        Arc::clone(&self.place)
+    }
+
+    /// The line on which a key is set, counted from 1; `None` when nobody set it there.
+    #[must_use]
+    pub fn line(&self, key: &str) -> Option<usize> {
+        self.places.line(key)
     }
 
     /// Where what plugins print is kept.

@@ -2,7 +2,21 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use plugvisor_sandbox::tables::Table;
 use serde::Deserialize;
+
+/// Paths.
+const PATH: &str = "a path in text, such as \"/srv/plugins\"";
+/// Times, in the keys that end so.
+const MILLISECONDS: &str = "a number of milliseconds, such as 5000 for five seconds";
+/// Sizes.
+const BYTES: &str = "a number of bytes, such as 67108864 for 64 MiB";
+/// Counts.
+const COUNT: &str = "a number, such as 8";
+/// Capabilities.
+const GRANTS: &str = "a list of capabilities, such as [\"api:internal-calls\"]";
+/// What is on or off.
+const SWITCH: &str = "true or false";
 
 /// `[supervisor]`
 #[derive(Debug, Default, Deserialize)]
@@ -25,6 +39,19 @@ pub(super) struct Supervisor {
     pub(super) allow_degraded: Option<Vec<String>>,
 }
 
+impl Table for Supervisor {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "runtime_directory" | "state_directory" => PATH,
+            "metrics_address" => "an address in text, such as \"127.0.0.1:4001\"",
+            "user" => "the name of a user in text, such as \"plugvisor\"",
+            "parallel_starts" => COUNT,
+            "allow_degraded" => "a list of controls, such as [\"memory-limit\"]",
+            _ => "",
+        }
+    }
+}
+
 /// `[launcher]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -42,6 +69,16 @@ pub(super) struct Launcher {
     /// How long the launcher that plugvisord starts keeps plugins running when plugvisord dies, so that a new plugvisord
     /// finds them again: whole seconds, such as "30s", "5m" or "1h". Default: "0s", plugins end with plugvisord.
     pub(super) linger: Option<String>,
+}
+
+impl Table for Launcher {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "socket" | "config_root" | "data_root" => PATH,
+            "linger" => "a time in text, in whole seconds, minutes or hours, such as \"30s\", \"5m\" or \"1h\"",
+            _ => "",
+        }
+    }
 }
 
 /// `[logs]`
@@ -63,6 +100,17 @@ pub(super) struct Logs {
     pub(super) line_bytes: Option<usize>,
 }
 
+impl Table for Logs {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "directory" => PATH,
+            "file_bytes" | "total_bytes" | "line_bytes" => BYTES,
+            "files" | "lines_per_second" => COUNT,
+            _ => "",
+        }
+    }
+}
+
 /// `[traces]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -72,6 +120,16 @@ pub(super) struct Traces {
     pub(super) endpoint: Option<String>,
     /// Share, from 0 to 1, of the traces begun here that are kept; a caller's own decision is followed. Default: 1.
     pub(super) sample: Option<f64>,
+}
+
+impl Table for Traces {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "endpoint" => "an address in text, such as \"http://127.0.0.1:4317\"",
+            "sample" => "a share from 0 to 1, such as 0.1",
+            _ => "",
+        }
+    }
 }
 
 /// `[[directory]]`
@@ -86,6 +144,17 @@ pub(super) struct Directory {
     pub(super) tier: Option<String>,
     /// Capabilities that bundles in it may hold, such as "api:internal-calls". Default: none.
     pub(super) grants: Option<Vec<String>>,
+}
+
+impl Table for Directory {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "path" => PATH,
+            "tier" => "a tier in text: \"internal\", \"verified\", \"community\", \"untrusted\" or \"quarantined\"",
+            "grants" => GRANTS,
+            _ => "",
+        }
+    }
 }
 
 /// `[plugin.NAME]`
@@ -118,6 +187,19 @@ pub(super) struct Plugin {
     pub(super) health: Option<Health>,
 }
 
+impl Table for Plugin {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "load" => "\"auto\" or \"manual\"",
+            "grants" => GRANTS,
+            "config" => "a table, such as { title = \"Holidays\" }",
+            "env" => "a table of texts, such as { TZ = \"UTC\" }",
+            "pass_env" => "a list of names, such as [\"RUST_LOG\"]",
+            _ => "",
+        }
+    }
+}
+
 /// `[plugin.NAME.limits]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -139,6 +221,19 @@ pub(super) struct Limits {
     pub(super) network_bytes_per_second: Option<u64>,
 }
 
+impl Table for Limits {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "memory_bytes" | "file_size_bytes" => BYTES,
+            "cpu_percent" => "a number of percent of one CPU, such as 50",
+            "pids" | "open_files" => COUNT,
+            "call_timeout_ms" => MILLISECONDS,
+            "network_bytes_per_second" => "a number of bytes, such as 1000000 for 1 MB each second",
+            _ => "",
+        }
+    }
+}
+
 /// `[plugin.NAME.network]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -152,6 +247,16 @@ pub(super) struct Network {
     pub(super) addresses: Option<Vec<String>>,
     /// Where others reach it by TCP, for a plugin with network:tcp-server. Default: nowhere.
     pub(super) listen: Option<Vec<Listen>>,
+}
+
+impl Table for Network {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "egress" => "a list of destinations, such as [\"example.org:443\"]",
+            "addresses" => "a list of addresses and networks, such as [\"10.1.0.0/16\"]",
+            _ => "",
+        }
+    }
 }
 
 /// `[[plugin.NAME.network.listen]]`
@@ -171,6 +276,18 @@ pub(super) struct Listen {
     pub(super) idle_timeout_ms: Option<u64>,
 }
 
+impl Table for Listen {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "address" => "an address and a port in text, such as \"0.0.0.0:8443\"",
+            "port" => "a port: a number from 1024 to 65535, such as 8080",
+            "max_connections" => "a number from 1 to 256, such as 64",
+            "connect_timeout_ms" | "idle_timeout_ms" => MILLISECONDS,
+            _ => "",
+        }
+    }
+}
+
 /// `[plugin.NAME.restart]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -188,6 +305,17 @@ pub(super) struct Restart {
     pub(super) crash_loop_window_ms: Option<u64>,
 }
 
+impl Table for Restart {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "enabled" => SWITCH,
+            "initial_delay_ms" | "max_delay_ms" | "crash_loop_window_ms" => MILLISECONDS,
+            "crash_loop_exits" => COUNT,
+            _ => "",
+        }
+    }
+}
+
 /// `[plugin.NAME.breaker]`
 #[derive(Debug, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -201,6 +329,17 @@ pub(super) struct Breaker {
     pub(super) recovery_timeout_ms: Option<u64>,
     /// Calls let through while half open. Default: 3.
     pub(super) half_open_max_calls: Option<u32>,
+}
+
+impl Table for Breaker {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "enabled" => SWITCH,
+            "failure_threshold" | "half_open_max_calls" => COUNT,
+            "recovery_timeout_ms" => MILLISECONDS,
+            _ => "",
+        }
+    }
 }
 
 /// `[plugin.NAME.health]`
@@ -222,4 +361,53 @@ pub(super) struct Health {
     pub(super) drain_timeout_ms: Option<u64>,
     /// From SIGTERM to the kill, in milliseconds. Default: 10000.
     pub(super) stop_timeout_ms: Option<u64>,
+}
+
+impl Table for Health {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "startup_timeout_ms"
+            | "liveness_interval_ms"
+            | "liveness_timeout_ms"
+            | "readiness_interval_ms"
+            | "drain_timeout_ms"
+            | "stop_timeout_ms" => MILLISECONDS,
+            "liveness_misses" => COUNT,
+            _ => "",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use plugvisor_sandbox::tables::field_names;
+
+    use super::*;
+
+    /// Keys that hold tables are read by themselves.
+    const TABLES: [&str; 6] = ["limits", "network", "restart", "breaker", "health", "listen"];
+
+    fn silent<T: Table>() -> Vec<&'static str> {
+        let names = field_names::<T>().iter().copied();
+        names.filter(|name| T::takes(name).is_empty() && !TABLES.contains(name)).collect()
+    }
+
+    #[test]
+    fn every_key_says_what_it_takes() {
+        let silent = [
+            silent::<Supervisor>(),
+            silent::<Launcher>(),
+            silent::<Logs>(),
+            silent::<Traces>(),
+            silent::<Directory>(),
+            silent::<Plugin>(),
+            silent::<Limits>(),
+            silent::<Network>(),
+            silent::<Listen>(),
+            silent::<Restart>(),
+            silent::<Breaker>(),
+            silent::<Health>(),
+        ];
+        assert_eq!(silent.concat(), Vec::<&str>::new());
+    }
 }

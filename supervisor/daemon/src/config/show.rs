@@ -5,12 +5,13 @@
 
 use std::{collections::BTreeMap, fmt::Debug};
 
+use plugvisor_sandbox::tables::join;
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
 
-use super::{Config, DirectoryConfig, LauncherConfig, LogsConfig, SupervisorConfig, reader::join};
+use super::{Config, DirectoryConfig, LauncherConfig, LogsConfig, SupervisorConfig};
 
 /// Where the keys that are set stand, by their full names: the line, and the value's text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,6 +48,11 @@ impl Places {
         let mut places = Self::default();
         places.table(text, "", document);
         places
+    }
+
+    /// The line of a key, counted from 1.
+    pub(super) fn line(&self, key: &str) -> Option<usize> {
+        self.0.get(key).map(|(line, _)| *line)
     }
 
     fn table(&mut self, text: &str, path: &str, table: &DeTable<'_>) {
@@ -114,7 +120,7 @@ impl Config {
         add("logs.total_bytes", files.total_bytes.to_string());
         add("logs.lines_per_second", lines.lines_per_second.to_string());
         add("logs.line_bytes", lines.line_bytes.to_string());
-        for (index, DirectoryConfig { path, tier, grants }) in self.directories.iter().enumerate() {
+        for DirectoryConfig { index, path, tier, grants } in &self.directories {
             let table = format!("directory[{index}]");
             add(&join(&table, "path"), quoted(path));
             add(&join(&table, "tier"), quoted(tier.as_str()));
@@ -133,7 +139,7 @@ impl Config {
         if let Some(flag) = self.flags.get(key) {
             return Origin::Flag(flag);
         }
-        self.places.0.get(key).map_or(Origin::Default, |(line, _)| Origin::Line(*line))
+        self.places.line(key).map_or(Origin::Default, Origin::Line)
     }
 }
 

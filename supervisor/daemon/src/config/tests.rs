@@ -53,6 +53,7 @@ fn a_full_file_comes_through() {
     assert_eq!(
         config.directories,
         [DirectoryConfig {
+            index: 0,
             path: PathBuf::from("/etc/plugvisor/bundles"),
             tier: TrustTier::Verified,
             grants: BTreeSet::from([Capability::InternalCalls]),
@@ -104,18 +105,76 @@ liveness_timeout_ms = 0
     let expected = r#"the configuration /etc/plugvisor/plugvisor.toml has 13 problems:
   line 2: supervisor.metrics_adress: unknown key; did you mean "metrics_address"?
   line 3: supervisor.user: must not be root: the supervisor holds no privilege; name an unprivileged user
-  line 4: supervisor.allow_degraded: "memory-limt" is no control; did you mean "memory-limit"?
-  line 8: directory[0].tier: "verifed" is no tier; did you mean "verified"?
-  line 9: directory[0].grants: "api:internal-call" is no capability; did you mean "api:internal-calls"?
+  line 4: supervisor.allow_degraded: "memory-limt" is no control; it is one of CONTROLS
+  line 8: directory[0].tier: "verifed" is no tier; it is one of internal, verified, community, untrusted, quarantined
+  line 9: directory[0].grants: "api:internal-call" is no capability; it is one of api:internal-calls, api:external-api, api:system-admin, api:publish-events, api:subscribe-events
   line 11: directory[1].path: is required: the directory whose subdirectories are bundles
   line 14: plugin.Gallery: "Gallery" is not a plugin name: it must begin with a letter a-z
   line 18: plugin.gallery.lod: unknown key; did you mean "load"?
   line 19: plugin.gallery.config: ratio holds nan or inf, which JSON cannot carry to the plugin
-  line 21: plugin.gallery.limits.memory_bytes: invalid type: string "64M", expected u64
+  line 21: plugin.gallery.limits.memory_bytes: is the text "64M"; it takes a number of bytes, such as 67108864 for 64 MiB
   line 22: plugin.gallery.limits.cpu_percent: 0 is too small; the least is 1
   line 24: plugin.gallery.health.liveness_timeout_ms: must be between 1 ms and one day (86400000)
   line 26: plugins: unknown key; the tables are [supervisor], [launcher], [logs], [traces], [[directory]] and [plugin.NAME]; did you mean "plugin"?"#;
-    assert_eq!(problems(text), expected);
+    let controls = Control::ALL.map(Control::as_str).join(", ");
+    assert_eq!(problems(text), expected.replace("CONTROLS", &controls));
+}
+
+#[test]
+fn what_a_key_takes_is_said_once_and_in_words() {
+    for (text, expected) in [
+        (
+            "[launcher]\nlinger = 30\n",
+            "line 2: launcher.linger: is the number 30; it takes a time in text, in whole seconds, minutes or hours, such as \
+             \"30s\", \"5m\" or \"1h\"",
+        ),
+        (
+            "[[plugin.a.network.listen]]\naddress = \"0.0.0.0:1\"\nport = \"8080\"\n",
+            "line 3: plugin.a.network.listen[0].port: is the text \"8080\"; it takes a port: a number from 1024 to 65535, such \
+             as 8080",
+        ),
+        (
+            "[[directory]]\npath = 5\n",
+            "line 2: directory[0].path: is the number 5; it takes a path in text, such as \"/srv/plugins\"",
+        ),
+        ("directory = [\"plugins\"]\n", "line 1: directory[0]: must be a table, not the text \"plugins\""),
+        (
+            "[traces]\nendpoint = 1\nsample = 0.5\n",
+            "line 2: traces.endpoint: is the number 1; it takes an address in text, such as \"http://127.0.0.1:4317\"",
+        ),
+    ] {
+        assert_eq!(
+            problems(text),
+            format!("the configuration /etc/plugvisor/plugvisor.toml has 1 problem:\n  {expected}")
+        );
+    }
+}
+
+/// A guess at who is trusted, at a grant or at a wall that may be missing could be taken for advice.
+#[test]
+fn what_decides_over_trust_is_listed_and_never_guessed() {
+    for text in [
+        "[[directory]]\npath = \"p\"\ntier = \"trusted\"\n",
+        "[[directory]]\npath = \"p\"\ngrants = [\"database:write\"]\n",
+        "[supervisor]\nallow_degraded = [\"net-namespace\"]\n",
+        "[supervisor]\ndisallow_degraded = []\n",
+    ] {
+        let said = problems(text);
+        assert!(!said.contains("did you mean"), "{said}");
+    }
+}
+
+#[test]
+fn what_could_be_read_of_a_wrong_file_is_there_beside_what_is_wrong() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("own.toml");
+    fs::write(&file, "[[directory]]\ntier = \"internal\"\n[[directory]]\npath = \"p\"\n").unwrap();
+    let (config, problems) = Config::read(Some(&file), &Surroundings::default()).unwrap();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert_eq!((config.directories[0].index, config.line("directory[1].path")), (1, Some(4)));
+    assert_eq!(&*config.place(), file.to_str().unwrap());
+    let said = config.without(problems).unwrap_err().to_string();
+    assert!(said.contains(file.to_str().unwrap()), "{said}");
 }
 
 #[test]
@@ -291,7 +350,7 @@ fn where_a_plugin_is_reached_is_read_and_judged() {
         "plugin.b.network.listen: max_connections of all its addresses are 264 together",
         "plugin.c.network.listen[0].address: 127.0.0.1:9001 cannot be had beside 0.0.0.0:9001, which plugin.b.network.listen[1].address",
         "plugin.c.network.listen[0].port: is required",
-        "plugin.d.network.listen[0]: must be a table, not string",
+        "plugin.d.network.listen[0]: must be a table, not the text",
         "plugin.e.network.listen: must be written as [[plugin.e.network.listen]]",
     ] {
         assert!(text.contains(part), "no {part}: {text}");

@@ -9,8 +9,11 @@ use std::{
     time::Duration,
 };
 
-use plugvisor_package::{Capability, PluginName, TrustTier, VariableName};
-use plugvisor_sandbox::protocol::Control;
+use plugvisor_package::{Capability, PluginName, TrustTier, VariableName, nearest};
+use plugvisor_sandbox::{
+    protocol::Control,
+    tables::{Problem, Problems, Section, Table, into_table, section},
+};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -18,11 +21,9 @@ use toml::{
 
 use super::{
     BreakerConfig, Config, DirectoryConfig, HealthConfig, LauncherConfig, LimitsConfig, LoadMode, NetworkConfig,
-    PluginConfig, Problem, RestartConfig, Surroundings, defaults,
+    PluginConfig, RestartConfig, Surroundings, defaults,
     listen::{self, Outer},
-    problem::{Problems, nearest},
     raw,
-    reader::{Section, into_table, section},
     show::Places,
 };
 use crate::logs::FileLimits;
@@ -34,15 +35,17 @@ const TIERS: [TrustTier; 5] =
 /// No setting of time may be longer; a day is beyond every use and far from overflow.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
-pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Result<Config, Vec<Problem>> {
+/// What could be read, and everything that is wrong.
+pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> (Config, Vec<Problem>) {
     let mut problems = Problems::new(text);
     let (document, errors) = DeTable::parse_recoverable(text);
     for error in &errors {
         problems.add(&error.span().unwrap_or(0..0), "", error.message());
     }
-    let mut config = Config { file: Some(path.to_owned()), ..Config::without_file(surroundings) };
+    let place = path.display().to_string().into();
+    let mut config = Config { file: Some(path.to_owned()), place, ..Config::without_file(surroundings) };
     if !errors.is_empty() {
-        return problems.finish(config);
+        return (config, problems.into_sorted());
     }
     config.places = Places::of(text, document.get_ref());
     let mut outer = Vec::new();
@@ -56,14 +59,15 @@ pub(super) fn parse(text: &str, path: &Path, surroundings: &Surroundings) -> Res
             "directory" => config.directories = directories(value, base, &mut problems),
             "plugin" => config.plugins = plugins(value, surroundings, &mut outer, &mut problems),
             other => {
-                let suggestion = nearest(other, ["supervisor", "launcher", "logs", "traces", "directory", "plugin"]);
+                let suggestion = nearest(other, ["supervisor", "launcher", "logs", "traces", "directory", "plugin"])
+                    .map(str::to_owned);
                 let message = "unknown key; the tables are [supervisor], [launcher], [logs], [traces], [[directory]] and [plugin.NAME]";
                 problems.suggest(&key.span(), other, message, suggestion);
             }
         }
     }
     listen::conflicts(&outer, (config.supervisor.metrics_address, "supervisor.metrics_address"), &mut problems);
-    problems.finish(config)
+    (config, problems.into_sorted())
 }
 
 fn supervisor(table: &Section<raw::Supervisor>, base: &Path, config: &mut Config, problems: &mut Problems<'_>) {
@@ -190,7 +194,7 @@ fn traces(table: &Section<raw::Traces>, config: &mut Config, problems: &mut Prob
         problems.add(table.at("sample"), table.key("sample"), "must be a share from 0 to 1, such as 0.1");
     }
     let Some(endpoint) = endpoint else {
-        if sample.is_some() {
+        if sample.is_some() && table.lacks("endpoint") {
             problems.add(table.at("sample"), table.key("sample"), "says nothing without an endpoint; add one");
         }
         return;
@@ -222,11 +226,10 @@ fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems
         });
         let grants = grants.as_ref().map(|names| capabilities(names, &table, problems));
         let Some(path) = path else {
-            problems.add(
-                table.at("path"),
-                table.key("path"),
-                "is required: the directory whose subdirectories are bundles",
-            );
+            if table.lacks("path") {
+                let message = "is required: the directory whose subdirectories are bundles";
+                problems.add(table.at("path"), table.key("path"), message);
+            }
             continue;
         };
         let path = absolute(base, path);
@@ -235,7 +238,7 @@ fn directories(value: Spanned<DeValue<'_>>, base: &Path, problems: &mut Problems
             continue;
         }
         let tier = tier.unwrap_or(TrustTier::Untrusted);
-        found.push(DirectoryConfig { path, tier, grants: grants.unwrap_or_default() });
+        found.push(DirectoryConfig { index, path, tier, grants: grants.unwrap_or_default() });
     }
     found
 }
@@ -365,7 +368,7 @@ fn environment(
     (found, unset)
 }
 
-fn nested<'i, T: serde::de::DeserializeOwned + Default>(
+fn nested<'i, T: Table>(
     table: &mut DeTable<'i>,
     path: &str,
     key: &str,
@@ -507,8 +510,15 @@ fn at_least<T, N: Copy + PartialOrd + std::fmt::Display>(
 }
 
 fn capabilities<T>(names: &[String], table: &Section<T>, problems: &mut Problems<'_>) -> BTreeSet<Capability> {
-    let known: Vec<_> = Capability::ALL.iter().map(|capability| (capability.as_str(), *capability)).collect();
-    named(names, &known, "capability", &table.key("grants"), table.at("grants"), problems)
+    let mut one = |name: &String| {
+        let found = name.parse().ok();
+        if found.is_none() {
+            let message = format!("{name:?} is no capability; it is {}", Capability::allowed_for(name));
+            problems.add(table.at("grants"), table.key("grants"), message);
+        }
+        found
+    };
+    names.iter().filter_map(&mut one).collect()
 }
 
 fn named<T: Copy + Ord>(
@@ -533,14 +543,9 @@ fn one_of<T: Copy>(
 ) -> Option<T> {
     let found = known.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
     if found.is_none() {
-        let names = known.iter().map(|(name, _)| *name);
-        let suggestion = nearest(text, names.clone());
-        let all = if suggestion.is_none() {
-            format!("; known are {}", names.collect::<Vec<_>>().join(", "))
-        } else {
-            String::new()
-        };
-        problems.suggest(at, key, format!("{text:?} is no {what}{all}"), suggestion);
+        // All of them and no guess: a tier says how far bundles are trusted, and a control which wall may be missing.
+        let names = known.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        problems.add(at, key, format!("{text:?} is no {what}; it is one of {names}"));
     }
     found
 }

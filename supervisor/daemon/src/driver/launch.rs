@@ -60,6 +60,7 @@ impl Driver {
         let Some((mut launch, files, tier)) = asked else { return };
         launch.allow_degraded.clone_from(&self.shared.allow_degraded);
         let (launcher, name) = (self.shared.launcher.clone(), self.name.clone());
+        let place = Arc::clone(&self.shared.place);
         self.spawn(generation, async move {
             let launched = match launcher.import(files, tier.into()).await {
                 Ok(()) => launcher.launch(launch).await,
@@ -67,7 +68,7 @@ impl Driver {
             };
             Some(match launched {
                 Ok(process) => Inward::Launched(generation, Box::new(process)),
-                Err(error) => failed(generation, Phase::Launch, launch_failure(&name, &error)),
+                Err(error) => failed(generation, Phase::Launch, launch_failure(&name, &error, &place)),
             })
         });
     }
@@ -240,7 +241,7 @@ pub(super) struct Holding {
     pub(super) memory_limit: Option<u64>,
 }
 
-fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
+fn launch_failure(name: &PluginName, error: &LauncherError, place: &str) -> Failure {
     let message = format!("plugin {name} was not launched: {error}");
     let LauncherError::Refused(refusal) = error else {
         let (code, hint) = match error {
@@ -250,6 +251,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
         };
         return transient(Error::new(code, message, hint));
     };
+    let correct = format!("the launcher's policy is set when plugvisord starts: correct the plugin, or {place}");
     let (code, permanence, hint) = match refusal.code {
         RefusalCode::Malformed
         | RefusalCode::Version
@@ -260,11 +262,7 @@ fn launch_failure(name: &PluginName, error: &LauncherError) -> Failure {
             Permanence::Permanent,
             "plugvisord and plugvisor-launcher are not of one version: install them together",
         ),
-        RefusalCode::Policy => (
-            Code::LaunchRefused,
-            Permanence::Permanent,
-            "the launcher's policy is set when plugvisord starts: correct the plugin, or plugvisor.toml",
-        ),
+        RefusalCode::Policy => (Code::LaunchRefused, Permanence::Permanent, correct.as_str()),
         RefusalCode::Approval => (
             Code::LaunchRefused,
             Permanence::Permanent,

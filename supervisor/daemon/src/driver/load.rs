@@ -53,7 +53,7 @@ impl Driver {
                 // There is no Init to wait behind.
                 worker.serving(name.as_str(), deadline).await?;
             } else {
-                worker.first_answer(name.as_str(), deadline).await?;
+                worker.first_answer(name.as_str(), mode, deadline).await?;
             }
             Ok(Inward::Reached(generation, socket, worker))
         });
@@ -67,7 +67,7 @@ impl Driver {
             let verified = run.verified.as_ref()?;
             let running = run.process.as_mut()?;
             let dependencies = verified.info.manifest.dependencies.iter().map(|d| d.name.clone()).collect();
-            let caller = PluginCaller { name, generation, rights: verified.verdict.rights, dependencies };
+            let caller = PluginCaller { name, generation, rights: verified.verdict.rights.clone(), dependencies };
             Some(CallerSpec { caller, listener: running.broker_listener.take()?, uid: Some(running.view.uid) })
         });
         let Some(caller) = caller else { return Ok(()) };
@@ -80,7 +80,7 @@ impl Driver {
     pub(super) fn begin_init(&mut self, generation: Generation) {
         let config = self.config.config.clone();
         let before_load = self.hook_wanted(|hooks| hooks.before_load);
-        let name = self.name.clone();
+        let (name, place) = (self.name.clone(), Arc::clone(&self.shared.place));
         let Some(worker) = self.worker(generation) else { return };
         let Some(run) = self.of(generation) else { return };
         let (Some(verified), Some(running)) = (&run.verified, &run.process) else { return };
@@ -94,6 +94,7 @@ impl Driver {
                 config: merged,
                 granted: verdict.granted(),
                 provided: &info.services.provided,
+                place: &place,
             };
             let sdk = worker.init(ask, deadline).await?;
             worker.serving(name.as_str(), deadline).await?;

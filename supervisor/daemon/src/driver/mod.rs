@@ -51,6 +51,7 @@ use self::adopt::Inherited;
 pub use adopt::Living;
 pub(crate) use dependencies::graph;
 pub(crate) use settings::rights;
+pub(crate) use verify::{decide, ungiven, unserved};
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView};
 
 use self::{shown::describe, verify::Verified, worker::Worker};
@@ -85,6 +86,8 @@ pub struct Shared {
     pub logs: Arc<Logs>,
     /// Controls that may be missing.
     pub allow_degraded: Vec<Control>,
+    /// Where the operator writes the configuration, for messages.
+    pub place: Arc<str>,
     /// Every plugin, for dependencies.
     pub plugins: Plugins,
     /// What the egress proxies of all plugins share.

@@ -89,7 +89,12 @@ pub(super) fn asked(manifest: &Manifest) -> Asked {
 }
 
 /// What the operator set.
-pub(super) fn operator(tier: TrustTier, directory_grants: CapabilitySet, config: &PluginConfig) -> Operator {
+pub(super) fn operator(
+    tier: TrustTier,
+    directory_grants: CapabilitySet,
+    config: &PluginConfig,
+    place: &Arc<str>,
+) -> Operator {
     let LimitsConfig { memory_bytes, cpu_percent, pids, file_size_bytes, open_files, call_timeout, network_bytes } =
         &config.limits;
     Operator {
@@ -104,12 +109,13 @@ pub(super) fn operator(tier: TrustTier, directory_grants: CapabilitySet, config:
             call_time: *call_timeout,
             network_bytes: *network_bytes,
         },
+        place: Arc::clone(place),
     }
 }
 
 /// What a plugin of this manifest might do, whether the policy lets it run or not.
-pub(crate) fn rights(manifest: &Manifest, source: &Source, config: &PluginConfig) -> Rights {
-    Policy::default().rights(&asked(manifest), &operator(source.tier(), source.grants(), config))
+pub(crate) fn rights(manifest: &Manifest, source: &Source, config: &PluginConfig, place: &Arc<str>) -> Rights {
+    Policy::default().rights(&asked(manifest), &operator(source.tier(), source.grants(), config, place))
 }
 
 /// The variables that it is started with: those of the operator, when it may see them.
@@ -139,7 +145,7 @@ pub(super) fn egress(
     Rules {
         allow: AllowList::new(manifest.runtime.egress.clone(), egress),
         addresses: AddressRules { listed: addresses },
-        rights: verdict.rights,
+        rights: verdict.rights.clone(),
         bandwidth,
     }
 }

@@ -16,6 +16,7 @@ use super::{
     settings,
 };
 use crate::{
+    config::PluginConfig,
     discovery::{Rejection, Source},
     launcher::BundleFiles,
 };
@@ -45,10 +46,10 @@ pub(super) fn info(bundle: &Bundle) -> BundleInfo {
 impl Driver {
     pub(super) fn begin_verify(&mut self, generation: Generation) {
         let (found, source, name) = (self.found.take(), self.source.clone(), self.name.clone());
-        let config = self.config.clone();
+        let (config, place) = (self.config.clone(), Arc::clone(&self.shared.place));
         self.spawn(generation, async move {
             // Reading and hashing block.
-            let verified = tokio::task::spawn_blocking(move || verify(found, &source, &name, &config)).await;
+            let verified = tokio::task::spawn_blocking(move || verify(found, &source, &name, &config, &place)).await;
             Some(match verified {
                 Ok(Ok(verified)) => Inward::Verified(generation, Box::new(verified)),
                 Ok(Err(failure)) => failed(generation, Phase::Verify, failure),
@@ -75,7 +76,8 @@ impl Driver {
                 Some(WhyNot::NotAsked) => {}
                 Some(why) => {
                     denied += 1;
-                    self.emit(SecurityEvent::CapabilityDenied { capability: name, why: why.describe() });
+                    let hint = verdict.rights.lack(capability.capability).hint(self.name.as_str());
+                    self.emit(SecurityEvent::CapabilityDenied { capability: name, why: why.describe(), hint });
                 }
             }
         }
@@ -92,7 +94,8 @@ fn verify(
     found: Option<Bundle>,
     source: &Source,
     name: &PluginName,
-    config: &crate::config::PluginConfig,
+    config: &PluginConfig,
+    place: &Arc<str>,
 ) -> Result<Verified, Failure> {
     let bundle = match found {
         Some(bundle) => bundle,
@@ -110,12 +113,11 @@ fn verify(
     {
         return Err(permanent(error));
     }
-    let approval = approval(source, name, &bundle);
     let directory_tier = source.tier();
-    let tier = approval.as_ref().map_or(directory_tier, |approval| approval.tier);
-    let (asked, operator) = (settings::asked(&bundle.manifest), settings::operator(tier, source.grants(), config));
-    let verdict = Policy::default().decide(name, &asked, &operator).map_err(permanent)?;
-    let unmet = ungiven(name, &verdict, config).into_iter().chain(unreachable(name, &bundle, &verdict, config));
+    let (approval, verdict) = decide(source, &bundle, config, place).map_err(permanent)?;
+    let ungiven = ungiven(name, &verdict, config, place);
+    let unmet =
+        ungiven.into_iter().chain(unserved(name, &verdict, config, place)).chain(unlisted(&bundle, config, place));
     if let Some(error) = joined(unmet) {
         return Err(permanent(error));
     }
@@ -127,6 +129,25 @@ fn verify(
     let info = Arc::new(info(&bundle));
     let files = BundleFiles { digest: bundle.digest, files: bundle.files, directory };
     Ok(Verified { info, files: Arc::new(files), verdict: Arc::new(verdict), directory_tier, approval })
+}
+
+/// What a plugin of this bundle gets, and the approval that gives it its tier, if one does.
+///
+/// # Errors
+///
+/// Why it never runs.
+pub(crate) fn decide(
+    source: &Source,
+    bundle: &Bundle,
+    config: &PluginConfig,
+    place: &Arc<str>,
+) -> Result<(Option<Approval>, Verdict), Error> {
+    let name = &bundle.manifest.name;
+    let approval = approval(source, name, bundle);
+    let tier = approval.as_ref().map_or(source.tier(), |approval| approval.tier);
+    let asked = settings::asked(&bundle.manifest);
+    let operator = settings::operator(tier, source.grants(), config, place);
+    Ok((approval, Policy::default().decide(name, &asked, &operator)?))
 }
 
 /// The approval beside the bundle, when it is for this content and gives more than the directory does. A quarantined
@@ -153,7 +174,7 @@ fn approval(source: &Source, name: &PluginName, bundle: &Bundle) -> Option<Appro
 }
 
 /// Why variables that the operator set for it cannot be given to it. Left out they would be missed without a word.
-fn ungiven(name: &PluginName, verdict: &Verdict, config: &crate::config::PluginConfig) -> Option<Error> {
+pub(crate) fn ungiven(name: &PluginName, verdict: &Verdict, config: &PluginConfig, place: &str) -> Option<Error> {
     let set = config.environment.keys().chain(&config.unset);
     let set: Vec<&str> = set.map(VariableName::as_str).collect();
     let lack = verdict.rights.lack(Capability::AccessEnv);
@@ -163,7 +184,7 @@ fn ungiven(name: &PluginName, verdict: &Verdict, config: &crate::config::PluginC
     Some(Error::new(
         Code::ConfigurationInvalid,
         format!(
-            "plugvisor.toml sets the variables {} for plugin {name}, which may not see them without {}: {}",
+            "{place} sets the variables {} for plugin {name}, which may not see them without {}: {}",
             set.join(", "),
             lack.capability,
             lack.why()
@@ -172,31 +193,32 @@ fn ungiven(name: &PluginName, verdict: &Verdict, config: &crate::config::PluginC
     ))
 }
 
-/// Why an address that the operator set for it cannot lead to it. It would be connected to in vain.
-fn unreachable(
-    name: &PluginName,
-    bundle: &Bundle,
-    verdict: &Verdict,
-    config: &crate::config::PluginConfig,
-) -> Option<Error> {
+/// Why no address that the operator set for it can lead to it. It would be connected to in vain.
+pub(crate) fn unserved(name: &PluginName, verdict: &Verdict, config: &PluginConfig, place: &str) -> Option<Error> {
     let first = config.network.listen.first()?;
-    let lack = verdict.rights.lack(Capability::TcpServer);
-    if !verdict.rights.hold(Capability::TcpServer) {
-        return Some(Error::new(
-            Code::ConfigurationInvalid,
-            format!(
-                "plugvisor.toml has {} lead to plugin {name}, which may serve nobody without {}: {}",
-                first.address,
-                lack.capability,
-                lack.why()
-            ),
-            format!("{}; or remove [[plugin.{name}.network.listen]]", lack.hint(name.as_str())),
-        ));
+    if verdict.rights.hold(Capability::TcpServer) {
+        return None;
     }
+    let lack = verdict.rights.lack(Capability::TcpServer);
+    Some(Error::new(
+        Code::ConfigurationInvalid,
+        format!(
+            "{place} has {} lead to plugin {name}, which may serve nobody without {}: {}",
+            first.address,
+            lack.capability,
+            lack.why()
+        ),
+        format!("{}; or remove [[plugin.{name}.network.listen]]", lack.hint(name.as_str())),
+    ))
+}
+
+/// Why one of them leads nowhere.
+fn unlisted(bundle: &Bundle, config: &PluginConfig, place: &str) -> Option<Error> {
+    let name = &bundle.manifest.name;
     let wrong = config.network.listen.iter().find_map(|listen| listen.unlisted(&bundle.manifest))?;
     Some(Error::new(
         Code::ConfigurationInvalid,
-        format!("plugvisor.toml: {wrong}"),
+        format!("{place}: {wrong}"),
         format!("set port in [[plugin.{name}.network.listen]] to one of them, or have its author list this one"),
     ))
 }

@@ -8,6 +8,7 @@ use std::{error::Error as _, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use plugvisor_core::{CapabilitySet, Code, Error, lifecycle::Permanence};
+use plugvisor_package::SocketMode;
 use plugvisor_proto::worker::v1::{
     DrainRequest, HookRequest, InitRequest, LifecycleHook, StopReason, StopRequest, worker_client::WorkerClient,
 };
@@ -90,7 +91,7 @@ pub(super) async fn bound_socket(plugin: &str, directory: &OwnedFd, deadline: In
             }
         }
         if Instant::now() + pause > deadline {
-            return Err(never_listened(plugin, "it did not bind the socket at PLUGVISOR_LISTEN"));
+            return Err(never_listened(plugin, SocketMode::Bind, "it did not bind the socket at PLUGVISOR_LISTEN"));
         }
         sleep(pause).await;
         pause = (pause * 2).min(RETRY_CAP);
@@ -128,13 +129,13 @@ impl Worker {
     }
 
     /// Waits for the first answer of its health service, whatever it says.
-    pub(super) async fn first_answer(&self, plugin: &str, deadline: Instant) -> Result<(), Trouble> {
+    pub(super) async fn first_answer(&self, plugin: &str, mode: SocketMode, deadline: Instant) -> Result<(), Trouble> {
         let mut pause = RETRY;
         let mut last = "it accepted no connection, or never answered on one".to_owned();
         loop {
             let attempt = timeout_at(deadline, self.health().check(HealthCheckRequest::default())).await;
             let status = match attempt {
-                Err(_late) => return Err(never_listened(plugin, &last)),
+                Err(_late) => return Err(never_listened(plugin, mode, &last)),
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err(status)) => status,
             };
@@ -151,7 +152,7 @@ impl Worker {
                 Fault::Transport(detail) => last = detail,
             }
             if Instant::now() + pause > deadline {
-                return Err(never_listened(plugin, &last));
+                return Err(never_listened(plugin, mode, &last));
             }
             sleep(pause).await;
             pause = (pause * 2).min(RETRY_CAP);
@@ -204,7 +205,7 @@ impl Worker {
     /// Hands over configuration and grants. Returns the SDK's name and version; empty when the plugin does not serve
     /// `Worker`.
     pub(super) async fn init(&self, ask: Init<'_>, deadline: Instant) -> Result<String, Trouble> {
-        let Init { plugin, generation, config, granted, provided } = ask;
+        let Init { plugin, generation, config, granted, provided, place } = ask;
         let left = deadline.saturating_duration_since(Instant::now());
         let mut request = Request::new(InitRequest {
             plugin: plugin.to_owned(),
@@ -226,7 +227,7 @@ impl Worker {
             Ok(Err(status)) if status.code() == Grpc::Unimplemented && status.source().is_none() => {
                 return Ok(String::new());
             }
-            Ok(Err(status)) => return Err(init_failed(plugin, &status)),
+            Ok(Err(status)) => return Err(init_failed(plugin, &status, place)),
             Ok(Ok(answer)) => answer.into_inner(),
         };
         if !PROTOCOL_VERSIONS.contains(&answer.protocol_version) {
@@ -300,6 +301,8 @@ pub(super) struct Init<'a> {
     pub(super) config: serde_json::Map<String, serde_json::Value>,
     pub(super) granted: CapabilitySet,
     pub(super) provided: &'a [String],
+    /// Where the operator writes the configuration.
+    pub(super) place: &'a str,
 }
 
 /// Where a failed call failed.
@@ -331,12 +334,19 @@ impl Fault {
     }
 }
 
-fn never_listened(plugin: &str, detail: &str) -> Trouble {
-    transient(
-        Code::NeverListened,
-        format!("plugin {plugin} did not answer its health check in its start-up time: {detail}"),
-        "serve gRPC with grpc.health.v1.Health on descriptor 3, or at PLUGVISOR_LISTEN; see `plugvisor logs`",
-    )
+fn never_listened(plugin: &str, mode: SocketMode, detail: &str) -> Trouble {
+    let message = format!("plugin {plugin} did not answer its health check in its start-up time: {detail}");
+    let hint = match mode {
+        SocketMode::Inherit => {
+            "serve gRPC with grpc.health.v1.Health on descriptor 3, which is the worker socket, listening already; a program \
+             that binds PLUGVISOR_LISTEN itself needs runtime.socket: \"bind\" in its plugin.json; see `plugvisor logs`"
+        }
+        SocketMode::Bind => {
+            "serve gRPC with grpc.health.v1.Health at PLUGVISOR_LISTEN, which the program binds itself since its plugin.json \
+             says runtime.socket: \"bind\"; see `plugvisor logs`"
+        }
+    };
+    transient(Code::NeverListened, message, hint)
 }
 
 fn broken(plugin: &str, detail: &str) -> Trouble {
@@ -347,7 +357,7 @@ fn broken(plugin: &str, detail: &str) -> Trouble {
     )
 }
 
-fn init_failed(plugin: &str, status: &Status) -> Trouble {
+fn init_failed(plugin: &str, status: &Status, place: &str) -> Trouble {
     let said = logs::message(status.message());
     let message = format!("plugin {plugin} refused Init: {said}");
     match status.code() {
@@ -355,7 +365,7 @@ fn init_failed(plugin: &str, status: &Status) -> Trouble {
         Grpc::InvalidArgument | Grpc::FailedPrecondition => permanent(
             Code::PluginMisconfigured,
             message,
-            format!("mend config under [plugin.{plugin}] in plugvisor.toml, then restart plugvisord"),
+            format!("mend config under [plugin.{plugin}] in {place}, then restart plugvisord"),
         ),
         _ => transient(Code::PluginInitFailed, message, format!("see `plugvisor logs {plugin}`")),
     }
@@ -421,6 +431,7 @@ mod tests {
             config: serde_json::Map::new(),
             granted: CapabilitySet::default(),
             provided: &[],
+            place: "/srv/own.toml",
         };
         worker(code, &directory).init(ask, Instant::now() + Duration::from_secs(20)).await.unwrap_err()
     }

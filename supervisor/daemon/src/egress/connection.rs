@@ -180,7 +180,7 @@ pub fn understand(bytes: &[u8]) -> Result<Option<Understood>, String> {
 impl Proxy {
     /// Opens a tunnel's far end.
     async fn open(&self, host: &Host, port: u16) -> Result<TcpStream, Refusal> {
-        let rights = self.rules.rights;
+        let rights = &self.rules.rights;
         if !rights.hold(Capability::HttpClient) && !rights.hold(Capability::WebSocket) {
             return Err(self.lacks("a tunnel", Capability::HttpClient));
         }
@@ -190,11 +190,16 @@ impl Proxy {
 
     /// The refusal for want of a capability.
     pub(super) fn lacks(&self, what: &str, needed: Capability) -> Refusal {
-        Refusal::capability(what, self.rules.rights.lack(needed), self.subject.plugin().unwrap_or_default())
+        Refusal::capability(what, &self.rules.rights.lack(needed), self.plugin())
+    }
+
+    /// Whose proxy it is.
+    pub(super) fn plugin(&self) -> &str {
+        self.subject.plugin().unwrap_or_default()
     }
 
     /// Whether a destination is listed.
     pub(super) fn judge(&self, host: &Host, port: u16) -> Result<(), Refusal> {
-        self.rules.allow.judge(host, port).map_err(|why| Refusal::not_listed(host, port, why))
+        self.rules.allow.judge(host, port).map_err(|why| Refusal::not_listed(host, port, why, self.plugin()))
     }
 }

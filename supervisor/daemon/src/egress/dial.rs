@@ -43,7 +43,7 @@ impl Proxy {
         }
         let own = interfaces().map_err(|error| Refusal::lookup(host, &format!("the host's addresses: {error}")))?;
         if near == far || own.contains(&far) {
-            return Err(Refusal::address(host, far, AddressKind::Own));
+            return Err(Refusal::address(host, far, AddressKind::Own, self.plugin()));
         }
         Ok(())
     }

@@ -30,7 +30,7 @@ impl Refusal {
         !matches!(self.status, 502 | 504)
     }
 
-    pub(super) fn not_listed(host: &Host, port: u16, why: NotListed) -> Self {
+    pub(super) fn not_listed(host: &Host, port: u16, why: NotListed, plugin: &str) -> Self {
         let (by, hint) = match why {
             NotListed::ByManifest => (
                 "its manifest does not list it",
@@ -38,7 +38,7 @@ impl Refusal {
             ),
             NotListed::ByOperator => (
                 "the operator's list lacks it",
-                format!("the operator may add \"{host}:{port}\" to egress in its [plugin.NAME.network]"),
+                format!("the operator may add \"{host}:{port}\" to egress in [plugin.{plugin}.network]"),
             ),
         };
         Self::new(403, "not_listed", format!("the plugin may not reach {host}:{port}: {by}"), hint)
@@ -49,16 +49,16 @@ impl Refusal {
         Self::new(403, "not_listed", message, format!("list {host} with a port in runtime.network.egress"))
     }
 
-    pub(super) fn address(host: &Host, address: std::net::IpAddr, kind: AddressKind) -> Self {
+    pub(super) fn address(host: &Host, address: std::net::IpAddr, kind: AddressKind, plugin: &str) -> Self {
         let message = match host {
             Host::Address(_) => format!("{address} is {}, which plugins may not reach", kind.describe()),
             Host::Name(_) => format!("{host} is {address}, {}, which plugins may not reach", kind.describe()),
         };
-        let hint = format!("if it is meant, the operator adds \"{address}\" to addresses in its [plugin.NAME.network]");
+        let hint = format!("if it is meant, the operator adds \"{address}\" to addresses in [plugin.{plugin}.network]");
         Self::new(403, "address_refused", message, hint)
     }
 
-    pub(super) fn capability(what: &str, lack: Lack, plugin: &str) -> Self {
+    pub(super) fn capability(what: &str, lack: &Lack, plugin: &str) -> Self {
         let (needed, why) = (lack.capability, lack.why());
         let message = format!("the plugin may not do this: {what} needs the capability {needed}, and {why}");
         Self::new(403, "capability_missing", message, lack.hint(plugin))

@@ -27,7 +27,7 @@ impl Proxy {
             match self.rules.addresses.judge(address, &own) {
                 Ok(()) if allowed.contains(&address) => {}
                 Ok(()) => allowed.push(address),
-                Err(kind) => refused = refused.or(Some(Refusal::address(host, address, kind))),
+                Err(kind) => refused = refused.or(Some(Refusal::address(host, address, kind, self.plugin()))),
             }
         }
         if allowed.is_empty() {

@@ -78,7 +78,7 @@ async fn what_is_not_listed_or_not_public_is_refused_with_its_fix() {
         (
             format!("GET http://localhost:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n"),
             "address_refused",
-            "[plugin.NAME.network]",
+            "[plugin.sample.network]",
         ),
         (format!("GET {}/ HTTP/1.1\r\nHost: x\r\n\r\n", server.url()), "address_refused", "\"127.0.0.1\""),
         ("GET http://169.254.169.254/ HTTP/1.1\r\nHost: x\r\n\r\n".into(), "address_refused", "link-local"),

@@ -139,7 +139,11 @@ fn ours(key: &str, path: &Path, most: u64) -> Result<Part, String> {
 }
 
 fn doubted(key: &str, path: &Path, doubt: &Doubt) -> String {
-    format!("[vm] {key}: {}: {doubt}", path.display())
+    match doubt {
+        // It names the path already.
+        Doubt::Failed(named, _) | Doubt::Shared(named) if named == path => format!("[vm] {key}: {doubt}"),
+        Doubt::Failed(..) | Doubt::Shared(_) | Doubt::Unfit => format!("[vm] {key}: {}: {doubt}", path.display()),
+    }
 }
 
 #[cfg(test)]
@@ -168,7 +172,10 @@ mod tests {
         }
         for (text, named) in [
             ("kernel = \"/k\"\nemulator = \"/opt/qemu\"", "/opt/qemu lies in none of /usr"),
-            ("kernel = \"/k\"\nemulator = \"/usr/bin/no-such-emulator\"", "emulator: /usr/bin/no-such-emulator"),
+            (
+                "kernel = \"/k\"\nemulator = \"/usr/bin/no-such-emulator\"",
+                "[vm] emulator: /usr/bin/no-such-emulator: No such file",
+            ),
             ("kernel = \"/\"\nemulator = \"/usr/bin/env\"", "kernel: /: it is not a file"),
             (
                 "kernel = \"/usr/bin/env\"\nemulator = \"/usr/bin/env\"\nmodules = [\"/no/module\"]",
