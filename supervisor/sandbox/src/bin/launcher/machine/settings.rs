@@ -142,7 +142,9 @@ fn doubted(key: &str, path: &Path, doubt: &Doubt) -> String {
     match doubt {
         // It names the path already.
         Doubt::Failed(named, _) | Doubt::Shared(named) if named == path => format!("[vm] {key}: {doubt}"),
-        Doubt::Failed(..) | Doubt::Shared(_) | Doubt::Unfit => format!("[vm] {key}: {}: {doubt}", path.display()),
+        Doubt::Failed(..) | Doubt::Shared(_) | Doubt::Unfit | Doubt::NoPlace => {
+            format!("[vm] {key}: {}: {doubt}", path.display())
+        }
     }
 }
 
