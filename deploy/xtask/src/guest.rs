@@ -6,17 +6,16 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use crate::build::target_directory;
+use crate::setup;
 use crate::steps::run;
 
 /// What names the directory to the tests.
 pub(crate) const VARIABLE: &str = "PLUGVISOR_TEST_GUEST";
 
 const KERNEL: &str = "linux-image-cloud-amd64";
-
-const EMULATOR: &str = "/usr/bin/qemu-system-x86_64";
 
 /// The directory with `boot` and `lib/modules`; made when it is not there. `None`, and said, where there cannot be one: the
 /// tests then say that they are skipped.
@@ -54,23 +53,22 @@ pub(crate) fn settings(place: &Path, into: &Path) -> anyhow::Result<String> {
 }
 
 fn find() -> anyhow::Result<PathBuf> {
-    if !Path::new(EMULATOR).exists() {
-        bail!("{EMULATOR} is not there; apt install qemu-system-x86");
-    }
+    setup::for_guests()?;
     let finished = target_directory()?.join("guest");
     if finished.exists() {
         return Ok(finished);
     }
     let here = target_directory()?;
     let making = tempfile::Builder::new().prefix("guest-").tempdir_in(&here).context("cannot make a directory")?;
-    let depends = Command::new("apt-cache").args(["depends", "--no-recommends", KERNEL]).output();
-    let depends = depends.context("cannot start apt-cache")?.stdout;
-    let depends = String::from_utf8_lossy(&depends).into_owned();
-    let package = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    let package = package.with_context(|| format!("apt knows no {KERNEL}; apt-get update"))?;
+    let mut package = package()?;
+    if package.is_none() && rustix::process::geteuid().is_root() {
+        setup::package_lists()?;
+        package = self::package()?;
+    }
+    let package = package.with_context(|| format!("apt knows no {KERNEL}; run: sudo apt-get update"))?;
     // As root, apt-get would warn that its own user cannot write here.
     run(Command::new("apt-get")
-        .args(["-qq", "-o", "APT::Sandbox::User=root", "download", package])
+        .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &package])
         .current_dir(making.path()))?;
     let file = fs::read_dir(making.path())?.flatten().map(|entry| entry.path()).next().context("nothing came")?;
     let unpacked = making.path().join("guest");
@@ -78,4 +76,12 @@ fn find() -> anyhow::Result<PathBuf> {
     // Whole or not there.
     fs::rename(&unpacked, &finished).with_context(|| format!("cannot make {}", finished.display()))?;
     Ok(finished)
+}
+
+/// The package of the newest kernel, which the one without a version depends on; `None` when apt does not know it.
+fn package() -> anyhow::Result<Option<String>> {
+    let depends = Command::new("apt-cache").args(["depends", "--no-recommends", KERNEL]).output();
+    let depends = depends.context("cannot start apt-cache")?.stdout;
+    let depends = String::from_utf8_lossy(&depends);
+    Ok(depends.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned))
 }

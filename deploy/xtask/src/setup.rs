@@ -35,9 +35,12 @@ const TESTS: &[Tool] = &[
     },
 ];
 
-/// The virtual machine: its processor, its root, and the archives that become its memory.
+/// What runs the machines of the level VM and the one that tests run in.
+const EMULATOR: &[Tool] =
+    &[Tool { needs: "/usr/bin/qemu-system-x86_64", package: "qemu-system-x86", needed_for: "virtual machines" }];
+
+/// The virtual machine that tests run in: its root, and the archives that become its memory.
 const MACHINE: &[Tool] = &[
-    Tool { needs: "qemu-system-x86_64", package: "qemu-system-x86", needed_for: "the tests in a virtual machine" },
     Tool { needs: "debootstrap", package: "debootstrap", needed_for: "the tests in a virtual machine" },
     Tool { needs: "cpio", package: "cpio", needed_for: "the tests in a virtual machine" },
     Tool { needs: "strip", package: "binutils", needed_for: "the tests in a virtual machine" },
@@ -58,6 +61,7 @@ const PEERS: &[Tool] = &[
 pub(crate) fn run() -> anyhow::Result<()> {
     install(BUILD)?;
     install(TESTS)?;
+    install(EMULATOR)?;
     install(MACHINE)?;
     install(PEERS)
 }
@@ -83,7 +87,24 @@ pub(crate) fn for_tests() -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`].
 pub(crate) fn for_vm() -> anyhow::Result<()> {
+    install(EMULATOR)?;
     install(MACHINE)
+}
+
+/// Installs what runs the machines of the level VM. A caller that can do without prints the error and goes on.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_guests() -> anyhow::Result<()> {
+    install(EMULATOR)
+}
+
+/// Fetches the lists of packages, which are empty in a fresh container; only root may.
+///
+/// # Errors
+/// When apt-get fails.
+pub(crate) fn package_lists() -> anyhow::Result<()> {
+    steps::run(Command::new("apt-get").args(["-qq", "update"]))
 }
 
 /// Installs the peers of the benchmarks. A caller that can do without prints the error and goes on.
@@ -111,8 +132,7 @@ fn install(tools: &[Tool]) -> anyhow::Result<()> {
     }
     eprintln!("installing {names}");
     let quiet_services = ServicesStayOff::new()?;
-    // The lists of a fresh container are empty.
-    steps::run(Command::new("apt-get").args(["-qq", "update"]))?;
+    package_lists()?;
     steps::run(
         Command::new("apt-get")
             .args(["-qq", "-y", "--no-install-recommends", "install"])

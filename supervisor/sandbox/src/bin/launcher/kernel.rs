@@ -474,7 +474,7 @@ pub(crate) fn runs_guest(_device: RawFd) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::fd::AsFd, path::Path};
+    use std::{fs, io::Read as _, os::fd::AsFd, path::Path};
 
     use rustix::process::{WaitId, WaitIdOptions, waitid};
 
@@ -485,8 +485,12 @@ mod tests {
         let group = fs::File::open(directory).expect("the group");
         match clone3(0, Some(group.as_fd())).expect("clone3") {
             Cloned::Child => {
-                let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-                exit_now(i32::from(!groups.lines().any(|line| line.starts_with("0::") && line.ends_with(name))))
+                // Without memory: another test may have held the allocator's lock when this child was forked.
+                let mut text = [0; 4096];
+                let read = fs::File::open("/proc/self/cgroup").and_then(|mut file| file.read(&mut text));
+                let mut lines = text.get(..read.unwrap_or(0)).unwrap_or_default().split(|byte| *byte == b'\n');
+                let born_there = lines.any(|line| line.starts_with(b"0::") && line.ends_with(name.as_bytes()));
+                exit_now(i32::from(!born_there))
             }
             Cloned::Parent { pidfd, .. } => {
                 let status = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED).expect("waitid");

@@ -144,8 +144,10 @@ impl Uids {
     pub(crate) fn start_saver(&mut self, lock: Option<BorrowedFd<'_>>) -> Option<BorrowedFd<'_>> {
         let path = self.file.as_ref().filter(|_| self.saver.is_none() && self.asked > self.durable)?;
         let launcher = getpid();
+        // Its path was opened at the start, so that this fails for nothing.
+        let names = store::Durable::prepare(path, write(&self.taken)).ok()?;
         match kernel::clone3(0, None) {
-            Ok(Cloned::Child) => save(path, &self.taken, launcher, lock),
+            Ok(Cloned::Child) => save(&names, launcher, lock),
             Ok(Cloned::Parent { pidfd, pid }) => {
                 Some(self.saver.insert(Saver { pidfd, pid, changes: self.changes }).pidfd.as_fd())
             }
@@ -184,11 +186,11 @@ impl Uids {
     }
 }
 
-/// The saver. Its status is 0 or the error's number.
-fn save(path: &Path, taken: &BTreeMap<String, u32>, launcher: Pid, lock: Option<BorrowedFd<'_>>) -> ! {
+/// The saver, which takes no memory. Its status is 0 or the error's number.
+fn save(names: &store::Durable, launcher: Pid, lock: Option<BorrowedFd<'_>>) -> ! {
     kernel::set_name(c"plugvisor-uids");
     let ready = store::become_writer(launcher, lock);
-    let saved = ready.and_then(|()| store::write_durable(path, &write(taken)));
+    let saved = ready.and_then(|()| names.write());
     kernel::exit_now(saved.map_or_else(|error| error.raw_os_error().unwrap_or(libc::EIO), |()| 0))
 }
 

@@ -40,7 +40,7 @@ use self::{
 };
 pub(crate) use self::{
     origin::{Doubt, Owners, check_root, open_root},
-    place::{only_ours, write_durable},
+    place::{Durable, only_ours},
     stated::Stated,
     writable_code::{Asking, WritableCode},
     writer::become_writer,

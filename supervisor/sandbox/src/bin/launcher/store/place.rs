@@ -19,18 +19,25 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::CString,
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+        },
     },
     path::{Path, PathBuf},
 };
 
 use plugvisor_package::{BundleFile, Digest, PluginName, read_content_list};
 use rustix::{
-    fs::{FlockOperation, Mode, OFlags, StatVfsMountFlags, fcntl_lock, flock, fstat, fstatvfs, open},
-    io::retry_on_intr,
+    fs::{
+        FlockOperation, Mode, OFlags, StatVfsMountFlags, fcntl_lock, flock, fstat, fstatvfs, fsync, open, rename,
+        unlink,
+    },
+    io::{Errno, retry_on_intr, write},
     mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount},
     process::getuid,
 };
@@ -125,7 +132,7 @@ impl Place {
                 // Each file takes whole pages.
                 let size = bytes + files * 4096 + (64 << 10);
                 let data = format!("size={size},nr_inodes={},mode=0700", entries + 16);
-                let data = std::ffi::CString::new(data).map_err(|_| io::ErrorKind::InvalidInput)?;
+                let data = CString::new(data).map_err(|_| io::ErrorKind::InvalidInput)?;
                 let flags = MountFlags::NOSUID | MountFlags::NODEV;
                 mount("tmpfs", &own, "tmpfs", flags, data.as_c_str())?;
                 memory.mounted.insert(memory.last);
@@ -359,29 +366,53 @@ pub(super) fn make_durable(files: &Path, list: &str, about: &str) -> io::Result<
 
 /// Writes a file so that after a crash it is the old one or the new one. The disk may take its time.
 pub(crate) fn write_durable(path: &Path, text: &str) -> io::Result<()> {
-    let parent = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    let written = write_beside(path, text)?;
-    written.sync_all()?;
-    fs::rename(beside(path), path)?;
-    fs::File::open(parent)?.sync_all()
+    Durable::prepare(path, text.to_owned())?.write()
 }
 
-/// Writes the new file beside the old one; it still has to be renamed.
-fn write_beside(path: &Path, text: &str) -> io::Result<fs::File> {
-    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
-    let new = beside(path);
-    match fs::remove_file(&new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// A file that is to be written so, with all that needs memory done: a child that is forked from a process with several
+/// threads, as tests are, must not allocate, for another thread may have held the allocator's lock.
+pub(crate) struct Durable {
+    path: CString,
+    /// The name under which it is written before it takes the place of the old one.
+    beside: CString,
+    parent: CString,
+    text: String,
+}
+
+impl Durable {
+    pub(crate) fn prepare(path: &Path, text: String) -> io::Result<Self> {
+        let parent = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        let name = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from);
+        Ok(Self { path: name(path)?, beside: name(&path.with_extension("new"))?, parent: name(parent)?, text })
     }
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    file.write_all(text.as_bytes())?;
-    Ok(file)
-}
 
-/// The name under which a file is written before it takes the place of the old one.
-fn beside(path: &Path) -> PathBuf {
-    path.with_extension("new")
+    pub(crate) fn write(&self) -> io::Result<()> {
+        let written = self.write_beside()?;
+        fsync(&written)?;
+        rename(&self.beside, &self.path)?;
+        fsync(open(&self.parent, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)?;
+        Ok(())
+    }
+
+    /// Writes the new file beside the old one; it still has to be renamed.
+    fn write_beside(&self) -> io::Result<OwnedFd> {
+        match unlink(&self.beside) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = open(&self.beside, flags, Mode::RUSR | Mode::WUSR)?;
+        let mut rest = self.text.as_bytes();
+        while !rest.is_empty() {
+            match write(&file, rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(file)
+    }
 }
 
 /// Whoever can write a directory on the way can put another store in this one's place.
