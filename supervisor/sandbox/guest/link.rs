@@ -11,7 +11,7 @@
 //! The host believes nothing that a guest says: what does not fit is an error, and ends the machine.
 
 /// The version that both sides must have; they are built together.
-pub(crate) const VERSION: u8 = 1;
+pub(crate) const VERSION: u8 = 2;
 
 /// The bytes before a frame's own.
 pub(crate) const HEAD: usize = 8;
@@ -35,13 +35,30 @@ pub(crate) enum Target {
     Stdout,
     /// What it prints as errors.
     Stderr,
+    /// From the host to a port of TCP at which the plugin listens in its guest; its frame carries the port.
+    Port(u16),
 }
 
-impl Target {
-    const ALL: [Self; 5] = [Self::Worker, Self::Broker, Self::Egress, Self::Stdout, Self::Stderr];
+/// The detail of [`Target::Port`].
+const PORT: u8 = 5;
 
-    fn from_number(number: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(number)).copied()
+impl Target {
+    /// Those that are said by the detail alone, which is their place here.
+    const PLAIN: [Self; 5] = [Self::Worker, Self::Broker, Self::Egress, Self::Stdout, Self::Stderr];
+
+    const fn detail(self) -> u8 {
+        match self {
+            Self::Worker => 0,
+            Self::Broker => 1,
+            Self::Egress => 2,
+            Self::Stdout => 3,
+            Self::Stderr => 4,
+            Self::Port(_) => PORT,
+        }
+    }
+
+    fn plain(detail: u8) -> Option<Self> {
+        Self::PLAIN.get(usize::from(detail)).copied()
     }
 }
 
@@ -73,7 +90,10 @@ impl Frame<'_> {
     pub(crate) fn write(self, to: &mut Vec<u8>) {
         let (kind, detail, number, bytes): (u8, u8, u32, &[u8]) = match self {
             Self::Hello { version } => (1, version, 0, &[]),
-            Self::Open { stream, target } => (2, target as u8, stream, &[]),
+            Self::Open { stream, target: target @ Target::Port(port) } => {
+                (2, target.detail(), stream, &port.to_le_bytes())
+            }
+            Self::Open { stream, target } => (2, target.detail(), stream, &[]),
             Self::Data { stream, bytes } => (3, 0, stream, bytes),
             Self::End { stream } => (4, 0, stream, &[]),
             Self::Reset { stream } => (5, 0, stream, &[]),
@@ -107,9 +127,10 @@ pub(crate) fn read(bytes: &[u8]) -> Result<Option<(Frame<'_>, usize)>, Malformed
     };
     let length = usize::from(u16::from_le_bytes([low, high]));
     let number = u32::from_le_bytes([n0, n1, n2, n3]);
-    let fits = match kind {
-        3 => (1..=MOST_DATA).contains(&length),
-        6 => length == 4,
+    let fits = match (kind, detail) {
+        (2, PORT) => length == 2,
+        (3, _) => (1..=MOST_DATA).contains(&length),
+        (6, _) => length == 4,
         _ => length == 0,
     };
     if !fits {
@@ -118,7 +139,11 @@ pub(crate) fn read(bytes: &[u8]) -> Result<Option<(Frame<'_>, usize)>, Malformed
     let Some(body) = rest.get(..length) else { return Ok(None) };
     let frame = match (kind, detail) {
         (1, version) => Frame::Hello { version },
-        (2, target) => Frame::Open { stream: number, target: Target::from_number(target).ok_or(Malformed::Kind)? },
+        (2, PORT) => {
+            let port = body.first_chunk().copied().map(u16::from_le_bytes).ok_or(Malformed::Length)?;
+            Frame::Open { stream: number, target: Target::Port(port) }
+        }
+        (2, target) => Frame::Open { stream: number, target: Target::plain(target).ok_or(Malformed::Kind)? },
         (3, 0) => Frame::Data { stream: number, bytes: body },
         (4, 0) => Frame::End { stream: number },
         (5, 0) => Frame::Reset { stream: number },

@@ -8,7 +8,8 @@
 //! ```text
 //! plugin ── /run/plugvisor/broker.sock ──▶ ┐
 //! plugin ── 127.0.0.1:3128 ──────────────▶ ├─ frames ── /dev/vport0p1 ── host
-//! plugin ◀─ /run/plugvisor/worker.sock ─── ┘
+//! plugin ◀─ /run/plugvisor/worker.sock ─── ┤
+//! plugin ◀─ 127.0.0.1, its own ports ───── ┘
 //! ```
 
 #[allow(dead_code, reason = "each side uses its half")]
@@ -32,13 +33,13 @@ use std::{
         },
     },
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use self::{
     link::{Frame, Target, VERSION},
     plan::Plan,
-    relay::{Broken, Event, IN, Poll, Relay, Side, Socket},
+    relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
 };
 
 /// Who the plugin is in its guest: there is nobody else.
@@ -202,7 +203,9 @@ impl Guest {
             }
             false => None,
         };
-        Ok(Self { relay: Relay::new(Side::Guest, port), broker, egress, worker })
+        let ports = usize::try_from(plan.inward).unwrap_or(0);
+        let relay = Relay::new(Side::Guest, port, ports, system::break_off);
+        Ok(Self { relay, broker, egress, worker })
     }
 
     /// Starts the plugin with its output on the link.
@@ -235,11 +238,14 @@ impl Guest {
 
     /// Relays until the plugin has ended and the host was told.
     fn serve(&mut self, children: &OwnedFd, plugin: i32) -> Result<(), Broken> {
-        let mut ended: Option<Frame<'static>> = None;
+        let mut ended: Option<(Frame<'static>, Instant)> = None;
         let mut polls = Vec::new();
         loop {
-            if let Some(last) = ended
+            // What it said last on its connections, too; of one that nobody takes for some time only.
+            let left = ended.map(|(_, until)| until.saturating_duration_since(Instant::now()));
+            if let Some((last, _)) = ended
                 && self.relay.has_said_all()
+                && (self.relay.has_heard_all() || left == Some(Duration::ZERO))
             {
                 self.relay.tell(last);
                 return self.told(&mut polls);
@@ -250,7 +256,8 @@ impl Guest {
             polls.push(Poll::new(&self.broker, accepts));
             polls.push(self.egress.as_ref().map_or(Poll { fd: -1, events: 0, found: 0 }, |it| Poll::new(it, accepts)));
             self.relay.interests(&mut polls);
-            system::wait(&mut polls).map_err(Broken::Link)?;
+            // The pipes are waited for as long as it takes.
+            system::wait(&mut polls, left.filter(|left| !left.is_zero())).map_err(Broken::Link)?;
             let (own, rest) = polls.split_at(3);
             for event in self.relay.turn(rest, connect)? {
                 if let Event::Signal { number } = event {
@@ -268,7 +275,7 @@ impl Guest {
             if own[0].is_readable()
                 && let Some(frame) = self.reap(children, plugin)
             {
-                ended = Some(frame);
+                ended = Some((frame, Instant::now() + SETTLE));
             }
         }
     }
@@ -278,14 +285,14 @@ impl Guest {
         while !self.relay.has_said_all() {
             polls.clear();
             self.relay.interests(polls);
-            system::wait(polls).map_err(Broken::Link)?;
+            system::wait(polls, None).map_err(Broken::Link)?;
             self.relay.turn(polls, connect)?;
         }
         // The host ends the machine; what is under way in it goes with it. Until then there is nothing to do but to wait.
         loop {
             polls.clear();
             self.relay.interests(polls);
-            system::wait(polls).map_err(Broken::Link)?;
+            system::wait(polls, None).map_err(Broken::Link)?;
             self.relay.turn(polls, connect)?;
         }
     }
@@ -319,8 +326,11 @@ fn accept(relay: &mut Relay<File>, target: Target, accept: impl FnOnce() -> io::
     }
 }
 
-/// For the host: to the plugin's worker socket, which it inherited or has bound.
-fn connect(_: Target) -> io::Result<Socket> {
+/// For the host: to a port at which the plugin listens, or to its worker socket, which it inherited or has bound.
+fn connect(target: Target) -> io::Result<Socket> {
+    if let Target::Port(port) = target {
+        return system::connect_inside(port).map(Socket::Tcp);
+    }
     let inherited = UnixStream::connect(Path::new(plan::SOCKETS).join("worker.sock"));
     let socket = match inherited {
         Err(error) if error.kind() == ErrorKind::NotFound => {

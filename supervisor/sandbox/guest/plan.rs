@@ -22,6 +22,8 @@ pub(crate) struct Plan {
     pub(crate) inherits: bool,
     /// It may reach the egress proxy.
     pub(crate) egress: bool,
+    /// How many connections to ports of it there may be at once.
+    pub(crate) inward: u64,
     /// How many modules there are.
     pub(crate) modules: u64,
     /// The size of /tmp in bytes, when the plugin has one.
@@ -37,7 +39,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// As bytes.
     pub(crate) fn write(&self) -> Vec<u8> {
-        let Self { argv, envp, inherits, egress, modules, temp, memory, pids, open_files, file_size } = self;
+        let Self { argv, envp, inherits, egress, inward, modules, temp, memory, pids, open_files, file_size } = self;
         let mut bytes = Vec::new();
         let mut put = |tag: u8, text: &[u8]| {
             bytes.push(tag);
@@ -49,6 +51,7 @@ impl Plan {
         let numbers = [
             (b'i', inherits.then_some(1)),
             (b'x', egress.then_some(1)),
+            (b'n', Some(*inward)),
             (b'm', Some(*modules)),
             (b't', *temp),
             (b'r', *memory),
@@ -79,6 +82,7 @@ impl Plan {
                 b'e' => plan.envp.push(string()?),
                 b'i' => plan.inherits = true,
                 b'x' => plan.egress = true,
+                b'n' => plan.inward = number()?,
                 b'm' => plan.modules = number()?,
                 b't' => plan.temp = Some(number()?),
                 b'r' => plan.memory = Some(number()?),

@@ -13,6 +13,7 @@ use std::{
         fd::{AsRawFd, RawFd},
         unix::net::UnixStream,
     },
+    time::Duration,
 };
 
 use super::link::{self, Frame, MOST_DATA, Malformed, Target, WINDOW};
@@ -21,6 +22,9 @@ use super::link::{self, Frame, MOST_DATA, Malformed, Target, WINDOW};
 /// own, so that a plugin that opens as many as it can does not keep its health checks out, nor its callers it from calling.
 pub(crate) const MOST_INWARD: usize = 64;
 pub(crate) const MOST_OUTWARD: usize = 192;
+
+/// How long what a plugin said last on its connections is carried on after its end, where somebody takes it.
+pub(crate) const SETTLE: Duration = Duration::from_secs(1);
 
 /// With so many bytes on their way out, nothing more is read from connections.
 const HIGH: usize = 256 << 10;
@@ -39,6 +43,7 @@ pub(crate) struct Poll {
 
 pub(crate) const IN: i16 = 1;
 pub(crate) const OUT: i16 = 4;
+const ERROR: i16 = 8;
 
 impl Poll {
     pub(crate) fn new(fd: &impl AsRawFd, events: i16) -> Self {
@@ -95,6 +100,11 @@ impl Socket {
         matches!(self, Self::Pipe(_))
     }
 
+    /// Whether one that nothing is wanted of tells that its other end broke it off, and nothing else.
+    const fn tells_of_a_reset(&self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+
     fn end(&self) {
         // Fails when the other end has ended it already.
         match self {
@@ -115,9 +125,33 @@ impl AsRawFd for Socket {
     }
 }
 
+/// Connections of one kind have room of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// To the worker socket.
+    Inward,
+    /// To the ports at which the plugin listens.
+    Port,
+    /// From the plugin.
+    Outward,
+}
+
+impl From<Target> for Kind {
+    fn from(target: Target) -> Self {
+        match target {
+            Target::Worker => Self::Inward,
+            Target::Port(_) => Self::Port,
+            Target::Broker | Target::Egress | Target::Stdout | Target::Stderr => Self::Outward,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Stream {
+    kind: Kind,
     socket: Socket,
+    /// Both ends have ended it: its socket tells nothing more.
+    closed: bool,
     /// From the other side, not written yet.
     waiting: Vec<u8>,
     /// How much of it the other side takes.
@@ -174,43 +208,61 @@ impl Side {
 
     /// Whether the other side may begin one to there.
     const fn takes(self, target: Target) -> bool {
-        matches!((self, target), (Self::Guest, Target::Worker))
+        matches!((self, target), (Self::Guest, Target::Worker | Target::Port(_)))
             || matches!((self, target), (Self::Host, Target::Broker | Target::Egress | Target::Stdout | Target::Stderr))
     }
 }
 
-/// The connections and the link.
+/// How a connection of TCP is broken off: when it is closed after this, its other end is told by a reset, so that it does not
+/// take what it has for everything.
+pub(crate) type BreakOff = fn(&TcpStream);
+
+/// The connections and the link. What has not been ended in order when it is dropped is broken off.
 #[derive(Debug)]
 pub(crate) struct Relay<L> {
     side: Side,
     link: L,
+    ports: usize,
+    break_off: BreakOff,
     streams: BTreeMap<u32, Stream>,
     next: u32,
     turns: usize,
+    /// The connections that were read last: of those to ports, and of the others.
+    last: [u32; 2],
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
 }
 
 impl<L: Read + Write + AsRawFd> Relay<L> {
-    /// Reads and writes of the link must not wait.
-    pub(crate) fn new(side: Side, link: L) -> Self {
+    /// Reads and writes of the link must not wait. At most so many connections to `ports` at once.
+    pub(crate) fn new(side: Side, link: L, ports: usize, break_off: BreakOff) -> Self {
         let next = match side {
             Side::Host => 2,
             Side::Guest => 1,
         };
-        Self { side, link, streams: BTreeMap::new(), next, turns: 0, incoming: Vec::new(), outgoing: Vec::new() }
+        let (streams, incoming, outgoing) = (BTreeMap::new(), Vec::new(), Vec::new());
+        Self { side, link, ports, break_off, streams, next, turns: 0, last: [0; 2], incoming, outgoing }
     }
 
     /// Whether one more connection to there may begin.
     pub(crate) fn has_room(&self, target: Target) -> bool {
-        // The host begins those to the plugin and no others.
-        let inward = self.streams.keys().filter(|stream| Side::Host.began(**stream)).count();
-        match target {
-            Target::Worker => inward < MOST_INWARD,
-            Target::Broker | Target::Egress | Target::Stdout | Target::Stderr => {
-                self.streams.len() - inward < MOST_OUTWARD
-            }
-        }
+        let kind = Kind::from(target);
+        let most = match kind {
+            Kind::Inward => MOST_INWARD,
+            Kind::Port => self.ports,
+            Kind::Outward => MOST_OUTWARD,
+        };
+        self.streams.values().filter(|stream| stream.kind == kind).count() < most
+    }
+
+    /// Whether nothing more is to be had of any connection here.
+    pub(crate) fn has_heard_all(&self) -> bool {
+        self.streams.values().all(|stream| stream.reads == Says::Nothing)
+    }
+
+    /// Whether all that came is with those whom it was for.
+    pub(crate) fn has_passed_on_all(&self) -> bool {
+        self.streams.values().all(|stream| stream.waiting.is_empty())
     }
 
     /// Whether all that was said on this side is on its way: what was told, and what the pipes carried to their ends.
@@ -227,10 +279,14 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
     /// Begins a connection; its number.
     pub(crate) fn begin(&mut self, target: Target, socket: Socket) -> io::Result<u32> {
         socket.ready()?;
+        // One that serves for long has had them all, and begins anew: connections are few.
+        while self.streams.contains_key(&self.next) {
+            self.next = self.next.wrapping_add(2);
+        }
         let stream = self.next;
-        self.next = self.next.checked_add(2).ok_or(ErrorKind::OutOfMemory)?;
+        self.next = self.next.wrapping_add(2);
         Frame::Open { stream, target }.write(&mut self.outgoing);
-        self.streams.insert(stream, Stream::new(socket));
+        self.streams.insert(stream, Stream::new(socket, target));
         Ok(stream)
     }
 
@@ -253,8 +309,10 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
             if !stream.waiting.is_empty() {
                 events |= OUT;
             }
-            // One of which nothing is wanted is not waited for, nor its end: poll passes over negative numbers.
-            let fd = if events == 0 { -1 } else { stream.socket.as_raw_fd() };
+            // One of which nothing is wanted is not waited for, nor its end: poll passes over negative numbers. But for one
+            // that tells when it is broken off: it keeps a place from others.
+            let watched = events != 0 || (stream.socket.tells_of_a_reset() && !stream.closed);
+            let fd = if watched { stream.socket.as_raw_fd() } else { -1 };
             Poll { fd, events, found: 0 }
         }));
     }
@@ -267,16 +325,17 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
         mut open: impl FnMut(Target) -> io::Result<Socket>,
     ) -> Result<Vec<Event>, Broken> {
         let Some((link, rest)) = polls.split_first() else { return Ok(Vec::new()) };
-        let mut found: Vec<(u32, Poll)> = self.streams.keys().copied().zip(rest.iter().copied()).collect();
-        // Another one is the first each time: what is on its way out may be full before the last.
-        self.turns = self.turns.wrapping_add(1);
-        let first = self.turns % found.len().max(1);
-        found.rotate_left(first);
-        for (number, poll) in found {
+        for (number, poll) in self.order(rest) {
+            if poll.events == 0 && poll.found != 0 {
+                self.found_over(number, poll);
+                continue;
+            }
             if poll.is_writable() && poll.events & OUT != 0 {
                 self.write_out(number);
             }
             if poll.is_readable() && poll.events & IN != 0 && self.outgoing.len() < HIGH {
+                let Some(stream) = self.streams.get(&number) else { continue };
+                self.last[usize::from(stream.kind == Kind::Port)] = number;
                 self.read_in(number);
             }
         }
@@ -286,6 +345,36 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
         }
         self.send()?;
         Ok(events)
+    }
+
+    /// What was found of each, in the order in which they are read: what is on its way out may be full before the last. Those to
+    /// ports, of which strangers may begin many, and all others take turns in being first; and of each the first is the one
+    /// after the last that was read.
+    fn order(&mut self, polls: &[Poll]) -> Vec<(u32, Poll)> {
+        let all = self.streams.iter().zip(polls);
+        let (to_ports, others): (Vec<_>, Vec<_>) = all.partition(|((_, stream), _)| stream.kind == Kind::Port);
+        let from_last = |list: Vec<((&u32, &Stream), &Poll)>, last: u32| {
+            let mut list: Vec<(u32, Poll)> = list.into_iter().map(|((number, _), poll)| (*number, *poll)).collect();
+            let first = list.partition_point(|(number, _)| *number <= last);
+            list.rotate_left(first);
+            list
+        };
+        let (mut first, mut second) = (from_last(others, self.last[0]), from_last(to_ports, self.last[1]));
+        self.turns = self.turns.wrapping_add(1);
+        if self.turns.is_multiple_of(2) {
+            std::mem::swap(&mut first, &mut second);
+        }
+        first.append(&mut second);
+        first
+    }
+
+    /// One of which nothing is wanted now tells something: that it was broken off, or that both ends have ended it.
+    fn found_over(&mut self, number: u32, poll: Poll) {
+        if poll.found & ERROR != 0 {
+            self.reset(number);
+        } else if let Some(stream) = self.streams.get_mut(&number) {
+            stream.closed = true;
+        }
     }
 
     /// Sends as much as the link takes.
@@ -342,7 +431,7 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
                     if self.has_room(target) { open(target) } else { Err(ErrorKind::ConnectionRefused.into()) };
                 match opened.and_then(|socket| socket.ready().map(|()| socket)) {
                     Ok(socket) => {
-                        let mut opened = Stream::new(socket);
+                        let mut opened = Stream::new(socket, target);
                         if opened.socket.is_pipe() {
                             // It is written to and never says anything.
                             opened.reads = Says::Nothing;
@@ -373,7 +462,7 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
                     self.write_out(stream);
                 }
             }
-            Frame::Reset { stream } => drop(self.streams.remove(&stream)),
+            Frame::Reset { stream } => self.drop_broken(stream),
             Frame::Credit { stream, bytes } => {
                 let Some(found) = self.streams.get_mut(&stream) else { return Ok(()) };
                 match found.credit.checked_add(bytes).filter(|credit| *credit <= WINDOW) {
@@ -446,14 +535,35 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
     }
 
     fn reset(&mut self, number: u32) {
-        self.streams.remove(&number);
+        self.drop_broken(number);
         Frame::Reset { stream: number }.write(&mut self.outgoing);
+    }
+
+    fn drop_broken(&mut self, number: u32) {
+        if let Some(stream) = self.streams.remove(&number) {
+            stream.break_off(self.break_off);
+        }
+    }
+}
+
+impl<L> Drop for Relay<L> {
+    fn drop(&mut self) {
+        let ended = |stream: &&Stream| stream.writes == Says::Nothing && stream.waiting.is_empty();
+        self.streams.values().filter(|stream| !ended(stream)).for_each(|stream| stream.break_off(self.break_off));
     }
 }
 
 impl Stream {
-    fn new(socket: Socket) -> Self {
-        Self { socket, waiting: Vec::new(), credit: WINDOW, written: 0, reads: Says::More, writes: Says::More }
+    fn new(socket: Socket, target: Target) -> Self {
+        let (kind, waiting) = (target.into(), Vec::new());
+        let (reads, writes) = (Says::More, Says::More);
+        Self { kind, socket, closed: false, waiting, credit: WINDOW, written: 0, reads, writes }
+    }
+
+    fn break_off(&self, break_off: BreakOff) {
+        if let Socket::Tcp(socket) = &self.socket {
+            break_off(socket);
+        }
     }
 }
 

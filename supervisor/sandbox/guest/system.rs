@@ -6,8 +6,10 @@ use std::{
     ffi::{CStr, CString, c_char, c_int, c_ulong, c_void},
     fs::File,
     io,
+    net::TcpStream,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     ptr,
+    time::Duration,
 };
 
 use super::relay::Poll;
@@ -41,6 +43,8 @@ unsafe extern "C" {
     fn inotify_init1(flags: c_int) -> c_int;
     fn inotify_add_watch(fd: c_int, path: *const c_char, mask: u32) -> c_int;
     fn socket(family: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn connect(fd: c_int, address: *const Address, length: u32) -> c_int;
+    fn setsockopt(fd: c_int, level: c_int, option: c_int, value: *const Linger, length: u32) -> c_int;
     fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
     fn umask(mask: u32) -> u32;
 }
@@ -49,6 +53,22 @@ unsafe extern "C" {
 struct Limit {
     current: u64,
     most: u64,
+}
+
+/// `struct sockaddr_in`: port and address have their highest byte first.
+#[repr(C)]
+struct Address {
+    family: u16,
+    port: [u8; 2],
+    address: [u8; 4],
+    zero: [u8; 8],
+}
+
+/// `struct linger`.
+#[repr(C)]
+struct Linger {
+    on: c_int,
+    seconds: c_int,
 }
 
 /// `sigset_t`: 1024 bits, the first signal is bit 0.
@@ -70,10 +90,12 @@ pub(crate) fn mounted(kind: &CStr, target: &CStr, flags: c_ulong, data: &CStr) -
     done(unsafe { mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) }).map(drop)
 }
 
-/// Waits for one of these.
-pub(crate) fn wait(polls: &mut [Poll]) -> io::Result<()> {
+/// Waits for one of these, or for so long.
+pub(crate) fn wait(polls: &mut [Poll], most: Option<Duration>) -> io::Result<()> {
+    // The next whole millisecond, so that nobody asks in vain.
+    let most = most.map_or(-1, |most| c_int::try_from(most.as_millis() + 1).unwrap_or(c_int::MAX));
     // SAFETY: polls is a valid array of struct pollfd of that length, for the time of the call.
-    match done(unsafe { poll(polls.as_mut_ptr(), polls.len() as c_ulong, -1) }) {
+    match done(unsafe { poll(polls.as_mut_ptr(), polls.len() as c_ulong, most) }) {
         Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
         _ => Ok(()),
     }
@@ -154,6 +176,32 @@ pub(crate) fn raise_loopback() -> io::Result<()> {
     request.name[..2].copy_from_slice(b"lo");
     // SAFETY: SIOCSIFFLAGS reads a struct ifreq, which request is, and outlives the call.
     done(unsafe { ioctl(socket.as_raw_fd(), SET_FLAGS, &raw const request) }).map(drop)
+}
+
+/// To a port of 127.0.0.1. Never waits: until it is connected, nothing can be read or written, and where nobody listens it is
+/// broken off.
+pub(crate) fn connect_inside(port: u16) -> io::Result<TcpStream> {
+    const INTERNET: c_int = 2;
+    /// `SOCK_STREAM`, `SOCK_CLOEXEC` and `SOCK_NONBLOCK`.
+    const KIND: c_int = 1 | 0o2_000_000 | 0o4000;
+    const IN_PROGRESS: i32 = 115;
+    let address = Address { family: 2, port: port.to_be_bytes(), address: [127, 0, 0, 1], zero: [0; 8] };
+    // SAFETY: socket takes numbers.
+    let socket = owned(done(unsafe { socket(INTERNET, KIND, 0) })?);
+    // SAFETY: address is a struct sockaddr_in of that length, and outlives the call.
+    match done(unsafe { connect(socket.as_raw_fd(), &raw const address, size_of::<Address>() as u32) }) {
+        Err(error) if error.raw_os_error() != Some(IN_PROGRESS) => Err(error),
+        _ => Ok(socket.into()),
+    }
+}
+
+/// Has the other end told by a reset when this one is closed.
+pub(crate) fn break_off(socket: &TcpStream) {
+    const SOCKET: c_int = 1;
+    const LINGER: c_int = 13;
+    let at_once = Linger { on: 1, seconds: 0 };
+    // SAFETY: at_once is a struct linger of that length, and outlives the call. One that it fails for is closed without.
+    unsafe { setsockopt(socket.as_raw_fd(), SOCKET, LINGER, &raw const at_once, size_of::<Linger>() as u32) };
 }
 
 /// What becomes a program.

@@ -1,7 +1,10 @@
 //! TCP served by a plugin (`network:tcp-server`): it listens in its own network namespace, at the ports of its manifest, and is
-//! connected to by sockets that were made there. As root and as an ordinary user, by children made ahead and not.
+//! connected to by sockets that were made there. As root and as an ordinary user, by children made ahead and not; and in a
+//! machine, through its monitor.
 #![allow(missing_docs, reason = "tests")]
 
+#[path = "harness/guest.rs"]
+mod guest;
 mod harness;
 
 use std::{
@@ -138,7 +141,11 @@ fn line(pipe: &mut File) -> String {
 }
 
 fn connected(socket: &TcpStream) {
-    let result = connect(socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORTS[0]));
+    connected_at(socket, PORTS[0]);
+}
+
+fn connected_at(socket: &TcpStream, port: u16) {
+    let result = connect(socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
     assert!(matches!(result, Ok(()) | Err(rustix::io::Errno::INPROGRESS)), "{result:?}");
     let mut fds = [PollFd::new(socket, PollFlags::OUT)];
     let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
@@ -210,6 +217,56 @@ fn it_is_connected_to_by_sockets_made_inside() {
     }
 }
 
+/// In its guest it is reached at its ports as at other levels: both ends of a connection are passed on, and so is a reset, both
+/// ways; and what it said last before its end arrives.
+#[test]
+fn in_a_machine_it_is_reached_too() {
+    for as_ in As::possible() {
+        let Some(guest) = guest::find() else { return };
+        let mut harness = Harness::start_trusting_with_machines(as_, |place| guest.settings(place));
+        let address = format!("0.0.0.0:{}", PORTS[0]);
+        let request = serving(harness.request_at(Level::Vm, &["tcp-serve", &address, "4"]), 3);
+        let plugin = harness.launch(request);
+        let launch = plugin.launched.launch;
+        let mut stdout = plugin.stdout;
+        assert_eq!(line(&mut stdout), "listening", "{as_:?}");
+        let sockets = inward(&mut harness, launch);
+        assert_eq!(sockets.len(), 3, "{as_:?}");
+        talk(&sockets[0], &mut stdout);
+        talk(&sockets[0], &mut stdout);
+        assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, PORTS[0])).is_err(), "it is the namespace's");
+
+        // Nobody listens there in the guest.
+        connected_at(&sockets[1], PORTS[1]);
+        sockets[1].set_nonblocking(false).expect("waits");
+        let error = (&sockets[1]).read(&mut [0]).expect_err("a reset, and not the end of an answer");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{as_:?}");
+        // And at no other port of its own anybody listens for it.
+        let other = connect(&sockets[2], &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8081));
+        assert!(matches!(other, Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::INPROGRESS)), "{other:?}");
+        connect_unspec(&sockets[2]).expect("it is disconnected");
+
+        connected(&sockets[2]);
+        assert_eq!(line(&mut stdout), "accepted");
+        connect_unspec(&sockets[2]).expect("it is disconnected");
+        assert_eq!(line(&mut stdout), format!("served {ECONNRESET}"), "{as_:?}: who spoke to it is gone");
+
+        // More than it has windows, which it answers before it ends; and so arrives.
+        let mut socket = &sockets[2];
+        connected(socket);
+        assert_eq!(line(&mut stdout), "accepted");
+        socket.set_nonblocking(false).expect("waits");
+        let text = "x".repeat(300_000);
+        socket.write_all(text.as_bytes()).expect("it takes all");
+        socket.shutdown(Shutdown::Write).expect("it goes on hearing");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("an answer");
+        assert_eq!(answer.len(), "heard ".len() + text.len(), "{as_:?}");
+        assert_eq!(line(&mut stdout).len(), "served ".len() + text.len());
+        assert_eq!(harness.exit_of(launch), (Exit::Code(0), false), "{as_:?}");
+    }
+}
+
 /// The most that may be asked for are made, and let go of with the launch.
 #[test]
 fn the_most_sockets_are_made_and_let_go_of() {
@@ -241,7 +298,6 @@ fn what_nothing_holds_is_refused() {
         let none = harness.request_at(Level::None, &["pause"]);
         let cases = [
             (serving(none, 1), "host's network"),
-            (Launch { level: Level::Vm, ..serving(plain.clone(), 1) }, "machine"),
             (Launch { inward: 1, ..plain.clone() }, "network:tcp-server"),
             (serving(plain.clone(), MAX_INWARD + 1), "too many"),
         ];

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 #[allow(dead_code, unreachable_pub, reason = "each side uses its half")]
 mod wire;
 
-use wire::{Frame, HEAD, MOST_DATA};
+use wire::{Frame, HEAD, MOST_DATA, Target};
 
 pub(super) fn check(input: &[u8]) -> String {
     let mut outcome = String::new();
@@ -38,6 +38,8 @@ pub(super) fn check(input: &[u8]) -> String {
         }
         let _ = match frame {
             Frame::Data { bytes, .. } => write!(outcome, "Data {} ", bytes.len() == MOST_DATA),
+            // Which port it is leads nowhere else.
+            Frame::Open { target: Target::Port(_), .. } => write!(outcome, "Port "),
             Frame::Open { target, .. } => write!(outcome, "{target:?} "),
             Frame::Ended { signal, .. } => write!(outcome, "Ended {signal} "),
             other => write!(outcome, "{other:?} "),

@@ -83,12 +83,6 @@ fn inward(plugin: &PluginName, request: &Launch, walls: &Walls) -> Result<(), Re
              whom; take network:tcp-server back, or run it at the level process"
         ));
     }
-    if walls.kernel == Kernel::Own && granted {
-        return policy(format!(
-            "{plugin} was not started: at the level {level} it listens in a machine of its own, and nothing connects into \
-             that in this version; take network:tcp-server back, or run it at the level sandbox"
-        ));
-    }
     match request.inward {
         0 => Ok(()),
         _ if !granted => policy(format!(

@@ -8,6 +8,7 @@ use std::{
     mem::size_of,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
+    time::Duration,
 };
 
 use seccompiler::sock_filter;
@@ -362,11 +363,13 @@ pub(crate) fn set_name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
-/// Waits for one of these descriptors. A signal ends the waiting too.
-pub(crate) fn wait(polls: &mut [machine::Poll]) -> io::Result<()> {
+/// Waits for one of these descriptors, or for so long. A signal ends the waiting too.
+pub(crate) fn wait(polls: &mut [machine::Poll], most: Option<Duration>) -> io::Result<()> {
+    // The next whole millisecond, so that nobody asks in vain.
+    let most = most.map_or(-1, |most| libc::c_int::try_from(most.as_millis() + 1).unwrap_or(libc::c_int::MAX));
     let count = libc::nfds_t::try_from(polls.len()).map_err(io::Error::other)?;
     // SAFETY: polls is an array of that many structs of the layout of pollfd, valid for the time of the call.
-    let result = unsafe { libc::poll(polls.as_mut_ptr().cast::<libc::pollfd>(), count, -1) };
+    let result = unsafe { libc::poll(polls.as_mut_ptr().cast::<libc::pollfd>(), count, most) };
     match result {
         0.. => Ok(()),
         _ => match io::Error::last_os_error() {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! launcher ── init ── monitor (this program, behind the walls) ── QEMU ┊ kernel ── guest's init ── plugin
-//!                       │ broker, worker, egress: the plugin's own     ┊
+//!                       │ broker, worker, egress, ports: its own        ┊
 //!                       └────────────── frames over virtio-serial ─────┊──────────┘
 //! ```
 //!

@@ -8,6 +8,7 @@ use std::{
     ffi::{CString, OsString},
     fs::File,
     io::{self, BufWriter, Seek, Write},
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::{
@@ -18,9 +19,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Stdio},
+    time::{Duration, Instant},
 };
 
-use plugvisor_sandbox::protocol::EGRESS;
+use plugvisor_sandbox::protocol::{EGRESS, MAX_INWARD};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
     io::{Errno, FdFlags, fcntl_setfd},
@@ -35,7 +37,7 @@ use super::{
     link::{Frame, Target, VERSION},
     pace::Pace,
     plan::{self, Plan},
-    relay::{Broken, Event, IN, Poll, Relay, Side, Socket},
+    relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
 };
 use crate::{
     kernel,
@@ -68,6 +70,10 @@ pub(crate) struct Orders {
     /// Otherwise the plugin binds its worker socket.
     pub(crate) inherits: bool,
     pub(crate) egress: bool,
+    /// The ports at which the plugin is connected to.
+    pub(crate) listen: Vec<u16>,
+    /// The most connections to them at once.
+    pub(crate) inward: u16,
     pub(crate) temp: Option<u64>,
     pub(crate) memory: Option<u64>,
     pub(crate) pids: Option<u64>,
@@ -109,6 +115,7 @@ fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
     let told = File::from(doing("taking its descriptors", take(TOLD))?);
     let signals = doing("waiting for signals", kernel::signalfd(&FORWARDED))?;
     let worker = if orders.inherits { Some(doing("taking its worker socket", take(WORKER))?) } else { None };
+    let ports = doing("binding its ports", orders.listen.iter().map(|port| Port::bind(*port)).collect())?;
     let pace = Pace::begin();
     let archive = doing("packing its archive", pack(orders, argv))?;
     let khz = pace.khz();
@@ -119,7 +126,8 @@ fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
     drop((archive, its_link));
     drop(executed);
     let worker = worker.map(UnixListener::from);
-    Monitor { machine, relay: Relay::new(Side::Host, link), worker, launcher: Some(told) }.serve(&signals, orders)
+    let relay = Relay::new(Side::Host, link, usize::from(orders.inward), break_off);
+    Monitor { machine, relay, worker, ports, launcher: Some(told) }.serve(&signals, orders)
 }
 
 /// The number under which the launcher leaves the worker socket.
@@ -153,6 +161,7 @@ fn pack(orders: &Orders, argv: Vec<OsString>) -> io::Result<File> {
         envp: texts(envp.collect())?,
         inherits: orders.inherits,
         egress: orders.egress,
+        inward: orders.inward.into(),
         modules: orders.modules,
         temp: orders.temp,
         memory: orders.memory,
@@ -206,6 +215,7 @@ struct Monitor {
     machine: Machine,
     relay: Relay<UnixStream>,
     worker: Option<UnixListener>,
+    ports: Vec<Port>,
     /// To the launcher, until it was told that the plugin was killed for memory.
     launcher: Option<File>,
 }
@@ -213,10 +223,13 @@ struct Monitor {
 impl Monitor {
     fn serve(mut self, signals: &OwnedFd, orders: &Orders) -> Step<End> {
         let mut listens = false;
-        let mut ended = None;
+        let mut ended: Option<(End, Instant)> = None;
         let mut polls = Vec::new();
         loop {
-            if let Some(end) = ended.take_if(|_| self.relay.has_printed_all()) {
+            // What it said last on its connections, too; of one that nobody takes for some time only.
+            let left = ended.as_ref().map(|(_, until)| until.saturating_duration_since(Instant::now()));
+            let settled = self.relay.has_passed_on_all() || left == Some(Duration::ZERO);
+            if let Some((end, _)) = ended.take_if(|_| settled && self.relay.has_printed_all()) {
                 return Ok(end);
             }
             polls.clear();
@@ -226,9 +239,14 @@ impl Monitor {
                 Some(worker) if accepts => Poll::new(worker, IN),
                 Some(_) | None => Poll { fd: -1, events: 0, found: 0 },
             });
+            polls.extend(self.ports.iter().map(|port| {
+                let accepts = listens && self.relay.has_room(Target::Port(port.number));
+                if accepts { Poll::new(&port.listener, IN) } else { Poll { fd: -1, events: 0, found: 0 } }
+            }));
             self.relay.interests(&mut polls);
-            doing("waiting", kernel::wait(&mut polls))?;
-            let (own, rest) = polls.split_at(2);
+            // The pipes are waited for as long as it takes.
+            doing("waiting", kernel::wait(&mut polls, left.filter(|left| !left.is_zero())))?;
+            let (own, rest) = polls.split_at(2 + self.ports.len());
             let egress = orders.egress;
             let events = match self.relay.turn(rest, |target| connect(target, egress)) {
                 Ok(events) => events,
@@ -244,10 +262,15 @@ impl Monitor {
                         if let Some(worker) = &self.worker {
                             doing("listening", worker.set_nonblocking(true))?;
                         }
+                        doing("listening", self.ports.iter().try_for_each(Port::listen))?;
                     }
                     Event::OutOfMemory => self.out_of_memory(),
-                    Event::Ended { signal: false, value } => ended = Some(End::Code(value & 0xff)),
-                    Event::Ended { signal: true, value } if ends(value) => ended = Some(End::Signal(value)),
+                    Event::Ended { signal: false, value } => {
+                        ended = Some((End::Code(value & 0xff), Instant::now() + SETTLE));
+                    }
+                    Event::Ended { signal: true, value } if ends(value) => {
+                        ended = Some((End::Signal(value), Instant::now() + SETTLE));
+                    }
                     Event::Hello { .. } | Event::Signal { .. } | Event::Ended { .. } => {
                         let what = "a second greeting, another version's, or an end by a signal that ends nothing";
                         return Ok(self.broken(&Broken::Unexpected(what)));
@@ -263,6 +286,15 @@ impl Monitor {
                 // Whoever gave up meanwhile, or came when no descriptor was left, sees it closed.
                 if let Ok((socket, _)) = worker.accept() {
                     drop(self.relay.begin(Target::Worker, Socket::Unix(socket)));
+                }
+            }
+            for (port, _) in self.ports.iter().zip(&own[2..]).filter(|(_, poll)| poll.is_readable()) {
+                let target = Target::Port(port.number);
+                // The place that there was may have been another port's.
+                if self.relay.has_room(target)
+                    && let Ok((socket, _)) = port.listener.accept()
+                {
+                    drop(self.relay.begin(target, Socket::Tcp(socket)));
                 }
             }
         }
@@ -294,6 +326,33 @@ impl Monitor {
         say(&format!("the machine was ended: {why}"));
         End::Code(BROKEN)
     }
+}
+
+/// A port at which the plugin is connected to, in this network namespace: the supervisor connects there as at other levels,
+/// and nobody else is in it.
+struct Port {
+    number: u16,
+    /// Nobody is let in before the guest is there.
+    listener: TcpListener,
+}
+
+impl Port {
+    fn bind(number: u16) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+        net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, number))?;
+        Ok(Self { number, listener: socket.into() })
+    }
+
+    fn listen(&self) -> io::Result<()> {
+        Ok(net::listen(&self.listener, MAX_INWARD.into())?)
+    }
+}
+
+/// Has the other end told by a reset when this one is closed.
+pub(super) fn break_off(socket: &TcpStream) {
+    // One that it fails for is closed without.
+    let _ = net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
 }
 
 /// Whether a program ends by this signal when it does nothing about it (signal(7)); this one will.
@@ -346,6 +405,6 @@ fn connect(target: Target, egress: bool) -> io::Result<Socket> {
         }
         Target::Stdout => io::stdout().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
         Target::Stderr => io::stderr().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
-        Target::Egress | Target::Worker => Err(io::ErrorKind::PermissionDenied.into()),
+        Target::Egress | Target::Worker | Target::Port(_) => Err(io::ErrorKind::PermissionDenied.into()),
     }
 }

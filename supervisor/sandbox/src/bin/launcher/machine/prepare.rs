@@ -247,6 +247,8 @@ impl Launcher {
             runtime: parts.runtime.clone(),
             inherits: checked.socket == SocketMode::Inherit,
             egress: request.grants.contains(&Grant::Egress),
+            listen: checked.listen.clone(),
+            inward: request.inward,
             temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
             memory: limits.memory_bytes,
             pids: limits.pids.map(u64::from),

@@ -3,6 +3,7 @@
 use std::{
     ffi::CString,
     io::{self, Read, Write},
+    net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
 };
 
@@ -12,10 +13,14 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket
 use super::{
     Poll,
     link::{self, Frame, HEAD, MOST_DATA, Target, WINDOW},
+    monitor::break_off,
     plan::Plan,
     relay::{Broken, Event, MOST_INWARD, MOST_OUTWARD, Relay, Side, Socket},
 };
 use crate::kernel;
+
+/// Connections to ports at once.
+const PORTS: usize = 3;
 
 fn nobody(_: Target) -> io::Result<Socket> {
     Err(io::ErrorKind::ConnectionRefused.into())
@@ -36,7 +41,7 @@ fn turn(relay: &mut Relay<UnixStream>, open: impl FnMut(Target) -> io::Result<So
     // What is always ready ends the waiting.
     let (always, _other) = pair();
     polls.push(Poll::new(&always, super::relay::OUT));
-    kernel::wait(&mut polls).expect("polls");
+    kernel::wait(&mut polls, None).expect("polls");
     polls.pop();
     relay.turn(&polls, open)
 }
@@ -44,7 +49,7 @@ fn turn(relay: &mut Relay<UnixStream>, open: impl FnMut(Target) -> io::Result<So
 /// A host's side, and the other end of its link.
 fn host() -> (Relay<UnixStream>, UnixStream) {
     let (link, guest) = pair();
-    (Relay::new(Side::Host, link), guest)
+    (Relay::new(Side::Host, link, PORTS, break_off), guest)
 }
 
 /// What a host makes of these bytes.
@@ -66,6 +71,7 @@ fn what_is_written_is_read() {
     let all = [
         Frame::Hello { version: 1 },
         Frame::Open { stream: 3, target: Target::Egress },
+        Frame::Open { stream: 4, target: Target::Port(65_280) },
         Frame::Data { stream: 3, bytes: &data },
         Frame::End { stream: 3 },
         Frame::Reset { stream: u32::MAX },
@@ -97,6 +103,7 @@ fn a_plan_is_read_as_it_was_written() {
         envp: vec![text("A=b\nc")],
         inherits: true,
         egress: false,
+        inward: 9,
         modules: 4,
         temp: Some(64 << 20),
         memory: Some(u64::MAX),
@@ -119,6 +126,9 @@ fn a_guest_that_says_what_it_may_not_ends_its_machine() {
         ("too long", vec![3, 0, 0xff, 0xff, 1, 0, 0, 0]),
         ("an end with bytes", vec![4, 0, 1, 0, 1, 0, 0, 0]),
         ("the host's number", frames(&[Frame::Open { stream: 2, target: Target::Broker }])),
+        ("a port of three bytes", vec![2, 5, 3, 0, 1, 0, 0, 0, 1, 2, 3]),
+        ("a port without one", vec![2, 5, 0, 0, 1, 0, 0, 0]),
+        ("to a port of its own", frames(&[Frame::Open { stream: 1, target: Target::Port(8080) }])),
         ("to its own socket", frames(&[Frame::Open { stream: 1, target: Target::Worker }])),
         ("a signal", frames(&[Frame::Signal { number: 9 }])),
     ];
@@ -140,7 +150,7 @@ fn a_guest_that_says_what_it_may_not_ends_its_machine() {
     ] {
         let (link, mut guest) = pair();
         let (plugin, _broker) = pair();
-        let mut relay = Relay::new(Side::Host, link);
+        let mut relay = Relay::new(Side::Host, link, PORTS, break_off);
         let mut opened = Some(plugin);
         let mut open = |_: Target| opened.take().map(Socket::Unix).ok_or_else(|| io::ErrorKind::NotFound.into());
         let mut all = frames(&[Frame::Open { stream: 1, target: Target::Broker }]);
@@ -168,7 +178,7 @@ fn a_guest_that_says_what_it_may_not_ends_its_machine() {
 #[test]
 fn a_guest_that_opens_all_that_it_can_keeps_nobody_out() {
     let (link, mut guest) = pair();
-    let mut relay = Relay::new(Side::Host, link);
+    let mut relay = Relay::new(Side::Host, link, PORTS, break_off);
     let mut others = Vec::new();
     let mut open = |_: Target| {
         let (near, far) = pair();
@@ -204,6 +214,74 @@ fn a_guest_that_opens_all_that_it_can_keeps_nobody_out() {
         }
     }
     assert_eq!((reset, opened), (asked - u32::try_from(MOST_OUTWARD).expect("few"), inward.len()));
+}
+
+/// Strangers may come in any number: those to its ports have room of their own, too.
+#[test]
+fn connections_to_ports_keep_nobody_else_out() {
+    let (mut relay, mut guest) = host();
+    let mut far = Vec::new();
+    let mut open = |target| {
+        let (near, other) = pair();
+        relay.begin(target, Socket::Unix(near)).expect("begins");
+        far.push(other);
+    };
+    (0..PORTS).for_each(|_| open(Target::Port(8080)));
+    open(Target::Worker);
+    assert!(!relay.has_room(Target::Port(8443)) && relay.has_room(Target::Worker) && relay.has_room(Target::Broker));
+    // One that is over makes room, however much the others say.
+    guest.write_all(&frames(&[Frame::Reset { stream: 2 }])).expect("it fits");
+    far.iter_mut().for_each(|far| far.write_all(&[1; 4096]).expect("it fits"));
+    turn(&mut relay, nobody).expect("it goes on");
+    assert!(relay.has_room(Target::Port(8443)));
+}
+
+/// By a TCP connection whose other end is in this process.
+fn tcp() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let near = TcpStream::connect(listener.local_addr().expect("its address")).expect("connects");
+    (near, listener.accept().expect("accepts").0)
+}
+
+/// Of a connection that one side has ended and the other has not, nothing is wanted; that it was broken off is seen and told,
+/// so that it keeps no place.
+#[test]
+fn a_reset_is_passed_on_though_nothing_is_wanted() {
+    let (mut relay, mut guest) = host();
+    let (client, near) = tcp();
+    relay.begin(Target::Port(8080), Socket::Tcp(near)).expect("begins");
+    client.shutdown(std::net::Shutdown::Write).expect("it goes on hearing");
+    let mut said = Vec::new();
+    let mut until = |relay: &mut Relay<UnixStream>, wanted: Frame<'_>| {
+        let wanted = frames(&[wanted]);
+        for _ in 0..10_000 {
+            turn(relay, nobody).expect("it goes on");
+            let mut buffer = [0; 4096];
+            if let Ok(count) = guest.read(&mut buffer) {
+                said.extend_from_slice(&buffer[..count]);
+            }
+            if said.ends_with(&wanted) {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        panic!("{wanted:?} was not said: {said:?}");
+    };
+    until(&mut relay, Frame::End { stream: 2 });
+    assert!(!relay.has_passed_on_all() || relay.has_heard_all());
+    rustix::net::connect_unspec(&client).expect("it is disconnected");
+    until(&mut relay, Frame::Reset { stream: 2 });
+
+    // And what a guest breaks off, or a machine's end, is a reset outside.
+    let (mut client, near) = tcp();
+    relay.begin(Target::Port(8080), Socket::Tcp(near)).expect("begins");
+    guest.write_all(&frames(&[Frame::Reset { stream: 4 }])).expect("it fits");
+    turn(&mut relay, nobody).expect("it goes on");
+    assert_eq!(client.read(&mut [0]).expect_err("a reset").kind(), io::ErrorKind::ConnectionReset);
+    let (mut client, near) = tcp();
+    relay.begin(Target::Port(8080), Socket::Tcp(near)).expect("begins");
+    drop(relay);
+    assert_eq!(client.read(&mut [0]).expect_err("a reset").kind(), io::ErrorKind::ConnectionReset);
 }
 
 /// Nobody accepts while a supervisor is away, and the monitor has others to carry.
@@ -242,7 +320,8 @@ fn what_comes_of_a_connection_that_is_over_is_passed_over() {
 #[test]
 fn connections_are_carried_whole() {
     let (link, other) = pair();
-    let (mut host, mut guest) = (Relay::new(Side::Host, link), Relay::new(Side::Guest, other));
+    let (mut host, mut guest) =
+        (Relay::new(Side::Host, link, PORTS, break_off), Relay::new(Side::Guest, other, PORTS, break_off));
     let ((near, inner), (far, outer)) = (pair(), pair());
     host.begin(Target::Worker, Socket::Unix(inner)).expect("begins");
     let mut outer = Some(outer);
