@@ -23,7 +23,7 @@ use tokio::{
 use crate::{says, told};
 
 /// Where the plugins listen in their namespaces: all of them at the same port.
-const PORT: u16 = 8080;
+pub(super) const PORT: u16 = 8080;
 
 /// A plugin that says that it listens, and does so in this way, or not at all.
 fn serving(name: &str, how: Option<&str>) -> BundleBuilder {
@@ -35,7 +35,7 @@ fn serving(name: &str, how: Option<&str>) -> BundleBuilder {
 }
 
 /// An address for it, and what else is said of that.
-fn reached(name: &str, more: &str) -> String {
+pub(super) fn reached(name: &str, more: &str) -> String {
     format!("[[plugin.{name}.network.listen]]\naddress = \"127.0.0.1:0\"\nport = {PORT}\n{more}\n")
 }
 
@@ -45,17 +45,23 @@ fn world(lane: Lane) -> anyhow::Result<World> {
 
 /// The outer address, which took a free port.
 async fn address(daemon: &Daemon, plugin: &str) -> anyhow::Result<SocketAddr> {
+    addresses(daemon, plugin).await?.into_iter().next().context("no address")
+}
+
+/// All of them, in the order of the configuration.
+pub(super) async fn addresses(daemon: &Daemon, plugin: &str) -> anyhow::Result<Vec<SocketAddr>> {
     let described = daemon.describe(plugin).await?;
     let control = described.controls.iter().find(|control| control.name == "ingress").context("no ingress")?;
-    let address = control.enforced.split(' ').next().unwrap_or_default();
-    address.parse().with_context(|| format!("{control:?}"))
+    let found: Vec<SocketAddr> = control.enforced.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+    ensure!(!found.is_empty(), "{control:?}");
+    Ok(found)
 }
 
 /// A connection from outside.
-struct Client(BufReader<TcpStream>);
+pub(super) struct Client(BufReader<TcpStream>);
 
 impl Client {
-    async fn to(address: SocketAddr) -> anyhow::Result<Self> {
+    pub(super) async fn to(address: SocketAddr) -> anyhow::Result<Self> {
         Ok(Self(BufReader::new(TcpStream::connect(address).await?)))
     }
 
@@ -71,7 +77,7 @@ impl Client {
     }
 
     /// Says a line and hears it back.
-    async fn says(&mut self, text: &str) -> anyhow::Result<()> {
+    pub(super) async fn says(&mut self, text: &str) -> anyhow::Result<()> {
         self.write(&format!("{text}\n")).await?;
         let line = self.line().await?;
         ensure!(line == format!("{text}\n"), "said {text:?}, heard {line:?}");
@@ -79,7 +85,7 @@ impl Client {
     }
 
     /// Says that it has said everything, and hears the rest.
-    async fn rest(mut self) -> anyhow::Result<String> {
+    pub(super) async fn rest(mut self) -> anyhow::Result<String> {
         self.0.get_mut().shutdown().await?;
         let mut rest = String::new();
         timeout(events::patience(), self.0.read_to_string(&mut rest)).await.context("no end")??;
@@ -87,7 +93,7 @@ impl Client {
     }
 
     /// Waits until the other side has ended it, by an end or a reset.
-    async fn ends(mut self) -> anyhow::Result<bool> {
+    pub(super) async fn ends(mut self) -> anyhow::Result<bool> {
         let mut rest = Vec::new();
         Ok(timeout(events::patience(), self.0.read_to_end(&mut rest)).await.context("no end")?.is_err())
     }

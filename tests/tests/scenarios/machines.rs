@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use plugvisor_proto::admin::v1::PluginState;
 use plugvisor_tests::{
     BundleBuilder, Daemon, Lane, World,
@@ -10,8 +10,12 @@ use plugvisor_tests::{
     events, guest, scenarios,
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::json;
 
-use crate::says;
+use crate::{
+    ingress::{self, Client},
+    says,
+};
 
 const ECHO: &str = "/plugvisor.test.v1.EchoService/Say";
 
@@ -83,6 +87,58 @@ async fn a_plugin_in_a_machine_is_like_any_other(lane: Lane) -> anyhow::Result<(
     daemon.stop().await
 }
 
+/// Who connects to its outer address reaches it in its guest, beside its health checks; a plugin that does not listen is told
+/// of by a reset, and one that comes again is reached again.
+async fn a_plugin_in_a_machine_serves_tcp(lane: Lane) -> anyhow::Result<()> {
+    let Some(guest) = guest::find() else { return Ok(()) };
+    let port = ingress::PORT.to_string();
+    let bundle = BundleBuilder::hostile("inside", &["serves-tcp", &port, "echo"])
+        .capabilities(&["network:tcp-server"])
+        .set("/runtime/network/listen", json!([ingress::PORT, 9090]))
+        .set("/security/sandbox/isolationLevel", "vm");
+    let silent = "[[plugin.inside.network.listen]]\naddress = \"127.0.0.1:0\"\nport = 9090\n";
+    let daemon = World::new(lane)?
+        .tier("internal")
+        .grants(&["network:tcp-server"])
+        .plugin(&bundle)?
+        .toml(&ingress::reached("inside", "max_connections = 4\nconnect_timeout_ms = 60000"))
+        .toml(silent)
+        .machines(&guest)?
+        .start()
+        .await?;
+    daemon.loaded("inside").await.with_context(|| daemon.account())?;
+    let addresses = ingress::addresses(&daemon, "inside").await?;
+    let [to, nobody] = addresses[..] else { bail!("{addresses:?}") };
+    for round in 0..8 {
+        let mut client = Client::to(to).await?;
+        client.says(&format!("round {round}")).await.context("a round")?;
+        let rest = client.rest().await?;
+        ensure!(rest.starts_with("generation 1 heard "), "{rest:?}\n{}", daemon.account());
+    }
+    ensure!(Client::to(nobody).await?.ends().await?, "a reset, not the end of an answer");
+    // As many as may be, all of them talking.
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        clients.push(Client::to(to).await?);
+    }
+    for client in &mut clients {
+        client.says(&"x".repeat(200_000)).await.context("a long line")?;
+    }
+    daemon.loaded("inside").await.context("its health is asked all the while")?;
+
+    daemon.act("inside", Deed::Exit(1)).await.expect_err("it ends");
+    for client in clients {
+        client.ends().await?;
+    }
+    // Until its machine has ended, connections are taken for it.
+    let ended = |event: &plugvisor_proto::event::v1::Event| events::is(event, "plugin.exited", "inside");
+    daemon.events().wait("its end", ended).await.with_context(|| daemon.printed())?;
+    let mut client = Client::to(to).await?;
+    client.says("to whoever comes").await.context("the next generation")?;
+    ensure!(client.rest().await?.starts_with("generation 2 "), "{}", daemon.account());
+    daemon.stop().await
+}
+
 /// Without a kernel nothing is started, and the error says what to install and what to write.
 async fn without_a_kernel_it_is_refused(lane: Lane) -> anyhow::Result<()> {
     let bundle = BundleBuilder::hostile("inside", &["echo"]).set("/security/sandbox/isolationLevel", "vm");
@@ -95,4 +151,4 @@ async fn without_a_kernel_it_is_refused(lane: Lane) -> anyhow::Result<()> {
     daemon.stop().await
 }
 
-scenarios!(a_plugin_in_a_machine_is_like_any_other, without_a_kernel_it_is_refused);
+scenarios!(a_plugin_in_a_machine_is_like_any_other, a_plugin_in_a_machine_serves_tcp, without_a_kernel_it_is_refused);

@@ -277,6 +277,10 @@ impl Monitor {
                     }
                 }
             }
+            if ended.is_some() {
+                // Refused from here on, as where a plugin has ended: who connects waits for the next one.
+                self.ports.clear();
+            }
             if own[0].is_readable() {
                 for number in kernel::signals_of(signals) {
                     self.relay.tell(Frame::Signal { number });
