@@ -64,11 +64,21 @@ struct Address {
     zero: [u8; 8],
 }
 
+impl Address {
+    const LENGTH: u32 = 16;
+}
+
+const _: () = assert!(size_of::<Address>() == 16 && size_of::<Linger>() == 8);
+
 /// `struct linger`.
 #[repr(C)]
 struct Linger {
     on: c_int,
     seconds: c_int,
+}
+
+impl Linger {
+    const LENGTH: u32 = 8;
 }
 
 /// `sigset_t`: 1024 bits, the first signal is bit 0.
@@ -189,7 +199,7 @@ pub(crate) fn connect_inside(port: u16) -> io::Result<TcpStream> {
     // SAFETY: socket takes numbers.
     let socket = owned(done(unsafe { socket(INTERNET, KIND, 0) })?);
     // SAFETY: address is a struct sockaddr_in of that length, and outlives the call.
-    match done(unsafe { connect(socket.as_raw_fd(), &raw const address, size_of::<Address>() as u32) }) {
+    match done(unsafe { connect(socket.as_raw_fd(), &raw const address, Address::LENGTH) }) {
         Err(error) if error.raw_os_error() != Some(IN_PROGRESS) => Err(error),
         _ => Ok(socket.into()),
     }
@@ -201,7 +211,7 @@ pub(crate) fn break_off(socket: &TcpStream) {
     const LINGER: c_int = 13;
     let at_once = Linger { on: 1, seconds: 0 };
     // SAFETY: at_once is a struct linger of that length, and outlives the call. One that it fails for is closed without.
-    unsafe { setsockopt(socket.as_raw_fd(), SOCKET, LINGER, &raw const at_once, size_of::<Linger>() as u32) };
+    unsafe { setsockopt(socket.as_raw_fd(), SOCKET, LINGER, &raw const at_once, Linger::LENGTH) };
 }
 
 /// What becomes a program.
