@@ -257,7 +257,8 @@ impl Guest {
             polls.push(self.egress.as_ref().map_or(Poll { fd: -1, events: 0, found: 0 }, |it| Poll::new(it, accepts)));
             self.relay.interests(&mut polls);
             // The pipes are waited for as long as it takes.
-            system::wait(&mut polls, left.filter(|left| !left.is_zero())).map_err(Broken::Link)?;
+            let most = [left.filter(|left| !left.is_zero()), self.relay.patience(Instant::now())];
+            system::wait(&mut polls, most.into_iter().flatten().min()).map_err(Broken::Link)?;
             let (own, rest) = polls.split_at(3);
             for event in self.relay.turn(rest, connect)? {
                 if let Event::Signal { number } = event {

@@ -13,7 +13,7 @@ use std::{
         fd::{AsRawFd, RawFd},
         unix::net::UnixStream,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::link::{self, Frame, MOST_DATA, Malformed, Target, WINDOW};
@@ -25,6 +25,10 @@ pub(crate) const MOST_OUTWARD: usize = 192;
 
 /// How long what a plugin said last on its connections is carried on after its end, where somebody takes it.
 pub(crate) const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long a connection to a port is kept for what came last when both ends have said all, and the plugin does not read it: as
+/// long as the supervisor gives one at other levels. It holds a place from who connects next.
+pub(crate) const LINGER: Duration = Duration::from_secs(5);
 
 /// With so many bytes on their way out, nothing more is read from connections.
 const HIGH: usize = 256 << 10;
@@ -152,6 +156,8 @@ struct Stream {
     socket: Socket,
     /// Both ends have ended it: its socket tells nothing more.
     closed: bool,
+    /// Since when nothing is left of one to a port but what its plugin does not read.
+    lingers: Option<Instant>,
     /// From the other side, not written yet.
     waiting: Vec<u8>,
     /// How much of it the other side takes.
@@ -244,8 +250,14 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
         Self { side, link, ports, break_off, streams, next, turns: 0, last: [0; 2], incoming, outgoing }
     }
 
-    /// Whether one more connection to there may begin.
+    /// Whether one more connection to there may begin here. Not while much is on its way out: who connects and breaks off
+    /// again would have ever more said of it.
     pub(crate) fn has_room(&self, target: Target) -> bool {
+        self.outgoing.len() < HIGH && self.has_place(target)
+    }
+
+    /// Whether there are fewer connections to there than there may be.
+    fn has_place(&self, target: Target) -> bool {
         let kind = Kind::from(target);
         let most = match kind {
             Kind::Inward => MOST_INWARD,
@@ -317,6 +329,28 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
         }));
     }
 
+    /// When [`Relay::turn`] is to be called at the latest, though nothing was found.
+    pub(crate) fn patience(&self, now: Instant) -> Option<Duration> {
+        let first = self.streams.values().filter_map(|stream| stream.lingers).min()?;
+        Some((first + LINGER).saturating_duration_since(now))
+    }
+
+    /// Breaks off what has lingered for too long, and notes what lingers from now on.
+    pub(crate) fn end_lingering(&mut self, now: Instant) {
+        let mut late = Vec::new();
+        for (number, stream) in &mut self.streams {
+            let said = stream.reads == Says::Nothing && stream.writes == Says::Nothing;
+            if stream.kind != Kind::Port || !(stream.closed || said) {
+                stream.lingers = None;
+            } else if now.duration_since(*stream.lingers.get_or_insert(now)) >= LINGER {
+                late.push(*number);
+            }
+        }
+        for number in late {
+            self.reset(number);
+        }
+    }
+
     /// Moves what can be moved after `polls` were found as [`Relay::interests`] gave them. `open` connects to a target for
     /// the other side.
     pub(crate) fn turn(
@@ -343,6 +377,7 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
         if link.is_readable() && link.events & IN != 0 {
             self.receive(&mut events, &mut open)?;
         }
+        self.end_lingering(Instant::now());
         self.send()?;
         Ok(events)
     }
@@ -428,7 +463,7 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
                     return Err(Broken::Unexpected("a connection that it may not begin"));
                 }
                 let opened =
-                    if self.has_room(target) { open(target) } else { Err(ErrorKind::ConnectionRefused.into()) };
+                    if self.has_place(target) { open(target) } else { Err(ErrorKind::ConnectionRefused.into()) };
                 match opened.and_then(|socket| socket.ready().map(|()| socket)) {
                     Ok(socket) => {
                         let mut opened = Stream::new(socket, target);
@@ -557,7 +592,7 @@ impl Stream {
     fn new(socket: Socket, target: Target) -> Self {
         let (kind, waiting) = (target.into(), Vec::new());
         let (reads, writes) = (Says::More, Says::More);
-        Self { kind, socket, closed: false, waiting, credit: WINDOW, written: 0, reads, writes }
+        Self { kind, socket, closed: false, lingers: None, waiting, credit: WINDOW, written: 0, reads, writes }
     }
 
     fn break_off(&self, break_off: BreakOff) {

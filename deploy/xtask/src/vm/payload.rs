@@ -28,6 +28,9 @@ const PROGRAMS: [&str; 8] = [
     "thumbnailer",
 ];
 
+/// Where the packages are whose tests are run.
+const PACKAGES: [&str; 2] = ["supervisor/sandbox", "tests"];
+
 /// What the package puts into /usr/bin.
 const PACKAGED: [&str; 3] = ["plugvisor", "plugvisor-launcher", "plugvisord"];
 
@@ -55,15 +58,19 @@ pub(super) fn build() -> anyhow::Result<Built> {
     command.args(plan::integration_tests().flat_map(|name| ["--test", name])).stdout(Stdio::piped());
     let mut running = command.spawn().context("cannot start cargo test")?;
     let output = running.stdout.take().context("cargo test has no standard output")?;
+    let packages = PACKAGES.map(|package| workspace_root().join(package).join("Cargo.toml"));
     let mut tests = BTreeMap::new();
     for line in BufReader::new(output).lines() {
         let message: Value = serde_json::from_str(&line.context("cannot read what cargo says")?)
             .context("cargo said something that is not JSON")?;
-        let is_test = message["profile"]["test"] == true;
+        // Other packages have tests of the same names, which know nothing of kernels.
+        let ours = message["manifest_path"].as_str().is_some_and(|path| packages.contains(&PathBuf::from(path)));
+        let is_test = ours && message["profile"]["test"] == true;
         if let (true, Some(program), Some(name)) =
             (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
+            && let Some(other) = tests.insert(name.to_owned(), PathBuf::from(program))
         {
-            tests.insert(name.to_owned(), PathBuf::from(program));
+            bail!("two test programs are called {name}: {} is one", other.display());
         }
     }
     let status = running.wait().context("cannot wait for cargo test")?;

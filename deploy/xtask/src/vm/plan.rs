@@ -75,13 +75,15 @@ const ROOT: &[User] = &[User::Root];
 const BOTH: &[User] = &[User::Root, User::Ordinary];
 
 /// What cgroup v2, an older kernel and systemd can make different; the quick plan has what they do make different.
-const PROGRAMS: [Program; 18] = [
+const PROGRAMS: [Program; 20] = [
     Program { name: "plugvisor-launcher", only: &[], quick: BOTH, whole: BOTH },
     Program { name: "limits", only: &[], quick: BOTH, whole: BOTH },
     Program { name: "control", only: &[], quick: BOTH, whole: BOTH },
     Program { name: "walls", only: &[], quick: ROOT, whole: BOTH },
     Program { name: "escape", only: &["every_attempt_ends"], quick: ROOT, whole: BOTH },
     Program { name: "spares", only: &[], quick: ROOT, whole: ROOT },
+    Program { name: "serving", only: &[], quick: NOBODY, whole: BOTH },
+    Program { name: "trace", only: &[], quick: NOBODY, whole: BOTH },
     // In the quick plan the escape suite's rows stand for it.
     Program { name: "directories", only: &[], quick: NOBODY, whole: BOTH },
     Program { name: "signals", only: &[], quick: ROOT, whole: BOTH },

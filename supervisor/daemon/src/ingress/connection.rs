@@ -80,8 +80,9 @@ async fn carry(front: &Front, listen: &ListenConfig, outer: TcpStream) -> Result
             }
         }
     };
+    let mut lingers = Ok(());
     let back = if outcome == Outcome::Ended {
-        sockopt::set_socket_linger(outer.stream(), None).map_err(|errno| failed(errno.into()))?;
+        lingers = sockopt::set_socket_linger(outer.stream(), None);
         inner::settle(plugin, defaults::INGRESS_SETTLE).await
     } else {
         inner::reset(plugin)
@@ -90,6 +91,7 @@ async fn carry(front: &Front, listen: &ListenConfig, outer: TcpStream) -> Result
         Ok(socket) => lease.give_back(socket),
         Err(error) => front.lose(&current, lease, &error),
     }
+    lingers.map_err(|errno| failed(errno.into()))?;
     Ok(outcome)
 }
 

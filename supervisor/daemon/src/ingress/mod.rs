@@ -30,7 +30,7 @@ use plugvisor_package::PluginName;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    task::JoinSet,
+    task::{JoinSet, spawn_blocking},
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
@@ -161,13 +161,19 @@ impl Front {
         meter: Option<Arc<Meter>>,
     ) {
         let all = sockets.len();
-        let (mut fit, mut why) = (Vec::with_capacity(all), None);
-        for socket in sockets {
-            match inner::take(socket) {
-                Ok(socket) => fit.push(socket),
-                Err(unfit) => why = why.or(Some(unfit)),
+        // Calls on a socket wait for whoever is using a copy of it.
+        let taken = spawn_blocking(move || {
+            let (mut fit, mut why) = (Vec::with_capacity(all), None);
+            for socket in sockets {
+                match inner::take(socket) {
+                    Ok(socket) => fit.push(socket),
+                    Err(unfit) => why = why.or(Some(unfit)),
+                }
             }
-        }
+            (fit, why)
+        });
+        // The runtime ends, and everything with it.
+        let Ok((fit, why)) = taken.await else { return };
         let pool = Pool::new(fit, all, self.figures.lost());
         let current = Arc::new(Current { generation, pool, meter, over: CancellationToken::new() });
         self.behind.send_modify(|behind| behind.current = Some(Arc::clone(&current)));

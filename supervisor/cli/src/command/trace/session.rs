@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    io,
+    io::{self, Read as _},
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -232,7 +232,8 @@ pub(crate) fn await_end(connection: &Seqpacket, launch: LaunchId) -> Option<Stri
 fn copy(bundle: &Bundle, level: Level, scratch: &Scratch) -> Result<Bundle, Failure> {
     let name = bundle.manifest.name.as_str();
     let to = scratch.directory(&format!("bundles/{name}"))?;
-    for BundleFile { path, executable, .. } in &bundle.files {
+    let longest = u64::try_from(BundleLimits::default().manifest.bytes).unwrap_or(u64::MAX);
+    for BundleFile { path, executable, size, .. } in &bundle.files {
         let wrong = |error: &dyn std::fmt::Display| failed(path, error);
         let target = to.join(path);
         if let Some(parent) = target.parent() {
@@ -241,14 +242,20 @@ fn copy(bundle: &Bundle, level: Level, scratch: &Scratch) -> Result<Bundle, Fail
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let from = openat2(bundle.directory(), path.as_str(), flags, Mode::empty(), resolve);
-        let mut from = File::from(from.map_err(|error| wrong(&error))?);
+        let from = File::from(from.map_err(|error| wrong(&error))?);
         let mode = if *executable { 0o755 } else { 0o644 };
         let mut file = File::options().write(true).create_new(true).mode(mode).open(&target).map_err(|e| wrong(&e))?;
         if path == Manifest::FILE_NAME {
-            let stated: Value = serde_json::from_reader(&from).map_err(|error| wrong(&error))?;
+            let stated: Value = serde_json::from_reader(from.take(longest)).map_err(|error| wrong(&error))?;
+            let security = stated.get("security").is_none_or(Value::is_object);
+            let sandbox = stated.pointer("/security/sandbox").is_none_or(Value::is_object);
+            if !stated.is_object() || !security || !sandbox {
+                return Err(wrong(&"it was changed while it was copied"));
+            }
             serde_json::to_writer_pretty(&file, &for_trace(stated, level)).map_err(|error| wrong(&error))?;
         } else {
-            io::copy(&mut from, &mut file).map_err(|error| wrong(&error))?;
+            // No more than was judged, however it grows meanwhile.
+            io::copy(&mut from.take(*size), &mut file).map_err(|error| wrong(&error))?;
         }
     }
     Bundle::open(&to, &BundleLimits::default()).map_err(|error| failed("the copy of the bundle", error))

@@ -38,6 +38,7 @@ use super::{
     pace::Pace,
     plan::{self, Plan},
     relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
+    size::SOCKET_BUFFER,
 };
 use crate::{
     kernel,
@@ -127,8 +128,11 @@ fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
     drop(executed);
     let worker = worker.map(UnixListener::from);
     let relay = Relay::new(Side::Host, link, usize::from(orders.inward), break_off);
-    Monitor { machine, relay, worker, ports, launcher: Some(told) }.serve(&signals, orders)
+    Monitor { machine, relay, worker, ports, deaf: None, launcher: Some(told) }.serve(&signals, orders)
 }
+
+/// How long nobody is let in at the ports when that failed.
+const DEAF: Duration = Duration::from_millis(100);
 
 /// The number under which the launcher leaves the worker socket.
 const WORKER: RawFd = 3;
@@ -216,6 +220,8 @@ struct Monitor {
     relay: Relay<UnixStream>,
     worker: Option<UnixListener>,
     ports: Vec<Port>,
+    /// Until when nobody is let in at the ports.
+    deaf: Option<Instant>,
     /// To the launcher, until it was told that the plugin was killed for memory.
     launcher: Option<File>,
 }
@@ -232,6 +238,8 @@ impl Monitor {
             if let Some((end, _)) = ended.take_if(|_| settled && self.relay.has_printed_all()) {
                 return Ok(end);
             }
+            let now = Instant::now();
+            self.deaf.take_if(|until| *until <= now);
             polls.clear();
             polls.push(Poll::new(signals, IN));
             let accepts = listens && self.relay.has_room(Target::Worker);
@@ -240,12 +248,14 @@ impl Monitor {
                 Some(_) | None => Poll { fd: -1, events: 0, found: 0 },
             });
             polls.extend(self.ports.iter().map(|port| {
-                let accepts = listens && self.relay.has_room(Target::Port(port.number));
+                let accepts = listens && self.deaf.is_none() && self.relay.has_room(Target::Port(port.number));
                 if accepts { Poll::new(&port.listener, IN) } else { Poll { fd: -1, events: 0, found: 0 } }
             }));
             self.relay.interests(&mut polls);
             // The pipes are waited for as long as it takes.
-            doing("waiting", kernel::wait(&mut polls, left.filter(|left| !left.is_zero())))?;
+            let deaf = self.deaf.map(|until| until.saturating_duration_since(now));
+            let most = [left.filter(|left| !left.is_zero()), self.relay.patience(now), deaf];
+            doing("waiting", kernel::wait(&mut polls, most.into_iter().flatten().min()))?;
             let (own, rest) = polls.split_at(2 + self.ports.len());
             let egress = orders.egress;
             let events = match self.relay.turn(rest, |target| connect(target, egress)) {
@@ -295,10 +305,16 @@ impl Monitor {
             for (port, _) in self.ports.iter().zip(&own[2..]).filter(|(_, poll)| poll.is_readable()) {
                 let target = Target::Port(port.number);
                 // The place that there was may have been another port's.
-                if self.relay.has_room(target)
-                    && let Ok((socket, _)) = port.listener.accept()
-                {
-                    drop(self.relay.begin(target, Socket::Tcp(socket)));
+                if !self.relay.has_room(target) {
+                    continue;
+                }
+                match port.listener.accept() {
+                    Ok((socket, _)) => drop(self.relay.begin(target, Socket::Tcp(socket))),
+                    // Who gave up meanwhile.
+                    Err(error)
+                        if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
+                    // No descriptor or no memory is left, and the listener stays readable.
+                    Err(_) => self.deaf = Some(Instant::now() + DEAF),
                 }
             }
         }
@@ -344,6 +360,9 @@ impl Port {
     fn bind(number: u16) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+        // What is accepted has its buffers, which then do not grow: they are in the machine's memory, see `Size`.
+        net::sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER)?;
+        net::sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER)?;
         net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, number))?;
         Ok(Self { number, listener: socket.into() })
     }

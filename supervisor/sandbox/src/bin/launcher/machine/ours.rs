@@ -10,9 +10,10 @@ use std::{
     collections::VecDeque,
     ffi::{OsStr, OsString},
     fmt,
+    fs::Metadata,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::ffi::OsStringExt,
+        unix::{ffi::OsStringExt, fs::MetadataExt},
     },
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -101,6 +102,15 @@ pub(super) fn judge_place(path: &Path, owners: Owners) -> Result<(), Doubt> {
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile | FileType::Directory => judge(&stat, &at, Kind::Named, owners),
         _ => Err(Doubt::NoPlace),
+    }
+}
+
+/// Whether something that lies in a judged directory is the administrator's too; of a link, whose mode says nothing, its owner.
+pub(super) fn judge_entry(found: &Metadata, owners: Owners) -> Result<(), &'static str> {
+    match owners {
+        Owners::Root if found.uid() != 0 => Err("it is not root's"),
+        Owners::Root if !found.is_symlink() && found.mode() & 0o022 != 0 => Err("others than root may write it"),
+        Owners::Root | Owners::Anybody => Ok(()),
     }
 }
 

@@ -14,7 +14,7 @@ use plugvisor_sandbox::protocol::{Grant, Launch, Refusal, RefusalCode, SocketMod
 use super::{
     Accelerator, GUEST, Kvm, accelerator,
     monitor::{MONITOR, Orders},
-    ours::Part,
+    ours::{Owners, Part, judge_entry},
     settings::{Parts, Settings},
     size::Size,
 };
@@ -150,12 +150,15 @@ impl Machines {
     }
 }
 
-/// What these files and directories have in bytes.
+/// What these files and directories have in bytes, when nobody else may change any of them.
 fn size_of(paths: &[PathBuf]) -> Result<u64, String> {
     let (mut left, mut bytes, mut files) = (paths.to_vec(), 0_u64, 0_usize);
     while let Some(path) = left.pop() {
         let wrong = |error: io::Error| format!("[vm] runtime: {}: {error}", path.display());
         let found = fs::symlink_metadata(&path).map_err(wrong)?;
+        judge_entry(&found, Owners::here()).map_err(|doubt| {
+            format!("[vm] runtime: {}: {doubt}; every guest would get it: chown -R root and chmod -R go-w what runtime names", path.display())
+        })?;
         files += 1;
         if files > MOST_FILES {
             return Err(format!("[vm] runtime names more than {MOST_FILES} files"));
@@ -221,7 +224,7 @@ impl Launcher {
         let accelerator = self.machines.accelerator();
         let Found { parts, runtime } = self.machines.found.as_ref().map_err(|why| not_started(why.clone()))?;
         let heads = u64::try_from(files).unwrap_or(u64::MAX).saturating_mul(512);
-        let size = Size::of(&request.limits, bundle.saturating_add(heads), *runtime);
+        let size = Size::of(&request.limits, bundle.saturating_add(heads), *runtime, request.inward);
         if size.whole() > parts.max_memory {
             return refuse(
                 RefusalCode::Policy,

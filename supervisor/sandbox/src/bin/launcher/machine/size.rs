@@ -19,6 +19,11 @@ const EMULATOR: u64 = 192 * MIB;
 /// Threads of the emulator, the monitor, and its init.
 const THREADS: u32 = 64;
 
+/// Each of the two buffers that a connection to a port has in the monitor, in bytes.
+pub(super) const SOCKET_BUFFER: usize = 64 << 10;
+/// What such a connection takes at most: the kernel gives each buffer twice what was asked for (socket(7), `SO_RCVBUF`).
+const CONNECTION: u64 = 2 * 2 * SOCKET_BUFFER as u64;
+
 /// The size of one machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Size {
@@ -26,20 +31,23 @@ pub(crate) struct Size {
     pub(crate) archive: u64,
     /// The guest's memory: whole MiB.
     pub(crate) guest: u64,
+    /// What its connections to ports may take.
+    connections: u64,
 }
 
 impl Size {
-    /// Of a machine for a bundle of so many bytes.
-    pub(crate) fn of(limits: &Limits, bundle: u64, runtime: u64) -> Self {
+    /// Of a machine for a bundle of so many bytes, with so many connections to its ports.
+    pub(crate) fn of(limits: &Limits, bundle: u64, runtime: u64, inward: u16) -> Self {
         let archive = bundle.saturating_add(runtime).saturating_add(LIBRARIES);
         let plugin = limits.memory_bytes.unwrap_or(PLUGIN);
         let guest = plugin.saturating_add(KERNEL).saturating_add(archive.saturating_mul(2));
-        Self { archive, guest: guest.div_ceil(MIB).saturating_mul(MIB) }
+        let connections = u64::from(inward) * CONNECTION;
+        Self { archive, guest: guest.div_ceil(MIB).saturating_mul(MIB), connections }
     }
 
     /// What of the host's memory it may take altogether, in bytes.
     pub(crate) fn whole(&self) -> u64 {
-        self.guest.saturating_add(self.archive).saturating_add(EMULATOR)
+        self.guest.saturating_add(self.archive).saturating_add(self.connections).saturating_add(EMULATOR)
     }
 
     /// What the host holds of a launch whose plugin has these limits.
@@ -63,15 +71,16 @@ mod tests {
     #[test]
     fn a_machine_holds_its_plugin_its_kernel_and_its_archive_twice() {
         let limits = Limits { memory_bytes: Some(64 * MIB), pids: Some(8), ..Limits::default() };
-        let size = Size::of(&limits, 10 * MIB, 0);
+        let size = Size::of(&limits, 10 * MIB, 0, 0);
         assert_eq!(size.guest, 64 * MIB + KERNEL + 2 * (10 * MIB + LIBRARIES));
         let outside = size.outside(&limits);
         assert_eq!(outside.memory_bytes, Some(size.guest + size.archive + EMULATOR));
         assert_eq!((outside.pids, outside.file_size_bytes), (Some(THREADS), None));
         assert_eq!(size.outside(&Limits::default()), Limits::default());
-        assert_eq!(Size::of(&Limits::default(), 1, 1).guest % MIB, 0);
+        assert_eq!(Size::of(&limits, 10 * MIB, 0, 8).whole(), size.whole() + 2 * MIB);
+        assert_eq!(Size::of(&Limits::default(), 1, 1, 0).guest % MIB, 0);
         // Whatever is asked for.
         let most = Limits { memory_bytes: Some(u64::MAX), ..Limits::default() };
-        assert!(Size::of(&most, u64::MAX, u64::MAX).guest > 1 << 60);
+        assert!(Size::of(&most, u64::MAX, u64::MAX, u16::MAX).guest > 1 << 60);
     }
 }

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read, Write},
     net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
+    time::Instant,
 };
 
 use proptest::prelude::*;
@@ -15,7 +16,7 @@ use super::{
     link::{self, Frame, HEAD, MOST_DATA, Target, WINDOW},
     monitor::break_off,
     plan::Plan,
-    relay::{Broken, Event, MOST_INWARD, MOST_OUTWARD, Relay, Side, Socket},
+    relay::{Broken, Event, LINGER, MOST_INWARD, MOST_OUTWARD, Relay, Side, Socket},
 };
 use crate::kernel;
 
@@ -237,6 +238,74 @@ fn connections_to_ports_keep_nobody_else_out() {
 }
 
 /// By a TCP connection whose other end is in this process.
+/// Who connects and breaks off, again and again, has a few bytes said of each: with a guest that does not read they would
+/// be ever more.
+#[test]
+fn nobody_is_let_in_while_much_is_on_its_way() {
+    let (mut relay, mut guest) = host();
+    let broken_off = |relay: &mut Relay<UnixStream>| {
+        let (client, inside) = tcp();
+        let began = relay.has_room(Target::Port(1));
+        if began {
+            relay.begin(Target::Port(1), Socket::Tcp(inside)).expect("begins");
+        }
+        break_off(&client);
+        began
+    };
+    for _ in 0..3 {
+        assert!(broken_off(&mut relay));
+        turn(&mut relay, nobody).expect("turns");
+    }
+    while relay.has_room(Target::Worker) {
+        relay.tell(Frame::Signal { number: 15 });
+    }
+    assert!(!broken_off(&mut relay));
+    // What the guest begins has its places: the plugin's calls are not refused for it.
+    guest.write_all(&frames(&[Frame::Open { stream: 1, target: Target::Broker }])).expect("it fits");
+    let (socket, _broker) = pair();
+    let mut opened = Some(Socket::Unix(socket));
+    turn(&mut relay, |_| opened.take().ok_or_else(|| io::ErrorKind::ConnectionRefused.into())).expect("turns");
+    assert!(opened.is_none());
+    let mut buffer = vec![0; 1 << 20];
+    while !relay.has_room(Target::Port(1)) {
+        let read = guest.read(&mut buffer).expect("there is something");
+        assert!(read > 0);
+        turn(&mut relay, nobody).expect("turns");
+    }
+}
+
+#[test]
+fn what_a_plugin_does_not_read_keeps_no_place_for_ever() {
+    let (mut relay, mut guest) = host();
+    let (mut client, inside) = tcp();
+    let stream = relay.begin(Target::Port(1), Socket::Tcp(inside)).expect("begins");
+    let now = Instant::now();
+    turn(&mut relay, nobody).expect("turns");
+    assert_eq!(relay.patience(now), None);
+    // The plugin has said all, and reads nothing of what comes: a window of it is under way, and more waits.
+    guest.write_all(&frames(&[Frame::End { stream }])).expect("it fits");
+    client.write_all(&vec![1; usize::try_from(WINDOW).expect("a size") + 1]).expect("it fits");
+    drop(client);
+    let mut buffer = vec![0; 1 << 20];
+    while relay.patience(Instant::now()).is_none() {
+        turn(&mut relay, nobody).expect("turns");
+        let _ = guest.read(&mut buffer);
+    }
+    assert!(!frames_have(&mut relay, &mut guest, stream));
+    relay.end_lingering(Instant::now() + LINGER);
+    assert!(frames_have(&mut relay, &mut guest, stream));
+    assert_eq!(relay.patience(now), None);
+}
+
+/// Whether the guest is told that this connection was broken off.
+fn frames_have(relay: &mut Relay<UnixStream>, guest: &mut UnixStream, stream: u32) -> bool {
+    turn(relay, nobody).expect("turns");
+    let mut buffer = vec![0; 1 << 20];
+    let read = guest.read(&mut buffer).unwrap_or(0);
+    let reset = frames(&[Frame::Reset { stream }]);
+    buffer[..read].ends_with(&reset)
+}
+
 fn tcp() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let near = TcpStream::connect(listener.local_addr().expect("its address")).expect("connects");
