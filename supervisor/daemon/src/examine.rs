@@ -7,7 +7,8 @@ mod configuration;
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, SeekFrom},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -23,6 +24,7 @@ use plugvisor_sandbox::{
     protocol::{Control, Host, Lacking, ProbeState, Probed, ProbedLevel},
 };
 use prost::Message as _;
+use rustix::fs::MemfdFlags;
 
 use crate::{
     config::{Config, ConfigError, ListenConfig, Origin, Problem, Surroundings},
@@ -124,18 +126,20 @@ fn host(args: Args) -> ExamineHostResponse {
     match (probed, policy) {
         (Ok(_), Some(policy)) => report.places.push(place("launcher policy", &policy, "read and valid", None)),
         (Ok(_), None) => {}
-        (Err(error), Some(policy)) => {
-            let fix = "if the launcher has said above what is wrong with its policy, correct that; else install plugvisord and \
-                       plugvisor-launcher together";
-            report.places.push(place("launcher policy", &policy, "", Some((error, fix.into()))));
+        (Err(NoProbe { why, refused: true }), Some(policy)) => {
+            let fix = "correct that in the file and look again";
+            report.places.push(place("launcher policy", &policy, "", Some((why, fix.into()))));
         }
-        (Err(error), None) => {
-            let fix = "install plugvisord and plugvisor-launcher together";
-            report.places.push(place("launcher", Path::new(launcher::PROGRAM), "", Some((error, fix.into()))));
+        (Err(NoProbe { why, refused: _ }), _) => {
+            let fix = "correct that; if nothing is named, install plugvisord and plugvisor-launcher together";
+            report.places.push(place("launcher", Path::new(launcher::PROGRAM), "", Some((why, fix.into()))));
         }
     }
     report
 }
+
+/// Bytes of what a launcher says that are kept; its list of what is wrong with its policy is shorter.
+const MOST_SAID: u64 = 64 * 1024;
 
 /// The place of that name.
 const CONFIGURATION: &str = "configuration";
@@ -145,32 +149,73 @@ fn first_line(error: &ConfigError) -> String {
     error.to_string().lines().next().unwrap_or_default().trim_end_matches(':').to_owned()
 }
 
+/// Why there is no probe.
+struct NoProbe {
+    why: String,
+    /// Whether the launcher refused how it was started, which here is its policy.
+    refused: bool,
+}
+
+impl<E: std::error::Error> From<E> for NoProbe {
+    fn from(error: E) -> Self {
+        Self { why: error.to_string(), refused: false }
+    }
+}
+
 /// Starts a launcher of our own for its probe, in a directory that is gone afterwards.
-fn probe(program: Option<PathBuf>, policy: Option<PathBuf>) -> Result<Host, String> {
-    let program = program.map_or_else(launcher::beside_this_program, Ok).map_err(|error| error.to_string())?;
-    let directory = Scratch::make(&std::env::temp_dir()).map_err(|error| format!("no scratch directory: {error}"))?;
-    let path = directory.0.canonicalize().map_err(|error| error.to_string())?;
+fn probe(program: Option<PathBuf>, policy: Option<PathBuf>) -> Result<Host, NoProbe> {
+    let program = program.map_or_else(launcher::beside_this_program, Ok)?;
+    let directory = Scratch::make(&std::env::temp_dir())
+        .map_err(|error| NoProbe { why: format!("no scratch directory: {error}"), refused: false })?;
+    let path = directory.0.canonicalize()?;
+    // Not a pipe: nobody has to read while the launcher writes.
+    let said = rustix::fs::memfd_create("launcher-words", MemfdFlags::CLOEXEC)?;
+    let words = said.try_clone()?;
     // Must come before the runtime: a descriptor is inheritable for a moment.
-    let mut spawned = launcher::spawn(&program, |socket| {
+    let mut spawned = launcher::spawn(&program, words.into(), |socket| {
         let mut options = Options::new(socket, path, Vec::new());
         options.spares = 0;
         options.policy = policy;
         options
-    })
-    .map_err(|error| error.to_string())?;
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+    })?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let connection = spawned.connection;
     let probed = runtime.block_on(async {
-        let launcher = Launcher::start(connection).await.map_err(|error| error.to_string())?;
-        let probed = launcher.probe().await.map_err(|error| error.to_string());
+        let launcher = Launcher::start(connection).await?;
+        let probed = launcher.probe().await;
         launcher.close();
         probed
     });
     drop(runtime);
     // Its end follows that of its connection.
-    let _ = spawned.child.wait();
-    probed
+    let refused = spawned.child.wait().is_ok_and(|status| status.code() == Some(launcher::CONFIGURATION));
+    let said = tail(&File::from(said));
+    let (before, reason) = match &probed {
+        Ok(_) => (said.as_str(), None),
+        Err(_) => last_words(&said),
+    };
+    // As if the launcher had written it there.
+    eprint!("{before}");
+    probed.map_err(|error| NoProbe { why: reason.unwrap_or_else(|| error.to_string()), refused })
+}
+
+/// The end of what the launcher has said: more of it is told to nobody.
+fn tail(said: &File) -> String {
+    let end = said.metadata().map_or(0, |found| found.len());
+    let begin = end.saturating_sub(MOST_SAID);
+    let mut bytes = Vec::new();
+    let mut reader = said;
+    // What cannot be read back was not said; the error of the connection is told then.
+    let _ = reader.seek(SeekFrom::Start(begin)).and_then(|_| reader.take(MOST_SAID).read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// What a launcher said before its last words, and those: from the last line on that begins with its name.
+fn last_words(said: &str) -> (&str, Option<String>) {
+    let name = format!("{}: ", launcher::PROGRAM);
+    let begins = |at: &usize| *at == 0 || said.as_bytes().get(at - 1) == Some(&b'\n');
+    let last = said.rmatch_indices(&name).map(|(at, _)| at).find(begins);
+    last.map_or((said, None), |at| (&said[..at], Some(said[at + name.len()..].trim_end().to_owned())))
 }
 
 /// A private directory, removed with the value.
@@ -336,4 +381,28 @@ fn writable(name: &str, path: &Path, uid: u32, foreign: u32, key: &str) -> HostP
 fn access(path: &Path) -> io::Result<()> {
     use rustix::fs::{Access, AtFlags, CWD, accessat};
     Ok(accessat(CWD, path, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_words_begin_with_the_launchers_name() {
+        let said = "plugvisor-launcher: one\nplugvisor-launcher: the file has 2 problems:\n  line 1: a\n  line 2: plugvisor-launcher: b\n";
+        let (before, reason) = last_words(said);
+        assert_eq!(before, "plugvisor-launcher: one\n");
+        assert_eq!(reason.as_deref(), Some("the file has 2 problems:\n  line 1: a\n  line 2: plugvisor-launcher: b"));
+        assert_eq!(last_words("Killed\n"), ("Killed\n", None));
+        assert_eq!(last_words(""), ("", None));
+    }
+
+    #[test]
+    fn only_the_end_of_what_is_said_is_kept() {
+        let mut said = tempfile::tempfile().unwrap();
+        let most = usize::try_from(MOST_SAID).unwrap();
+        io::Write::write_all(&mut said, &[b'a'; 100]).unwrap();
+        io::Write::write_all(&mut said, &vec![b'b'; most]).unwrap();
+        assert_eq!(tail(&said), "b".repeat(most));
+    }
 }

@@ -30,7 +30,7 @@ use crate::{
     fleet::Fleet,
     host_events::{HostEvents, PublishLimits},
     ingress::{Ingress, IngressError},
-    launcher::{Inventory, Launcher, LauncherEnd, LauncherError, Link, Tie},
+    launcher::{self, Inventory, Launcher, LauncherEnd, LauncherError, Link, Tie},
     listeners::{self, Holding, ListenError, Listeners},
     logs::{LogDirectory, LogFiles, Logs},
     observe::{self, ServerLimits},
@@ -99,7 +99,7 @@ pub enum RunError {
     Ingress(#[from] IngressError),
     /// The launcher does not start with what it was given.
     #[error(
-        "the launcher refused how it was started: correct what it says above, in the line that begins with \
+        "the launcher refused how it was started: correct what it says above, from the line on that begins with \
          plugvisor-launcher, then start plugvisord again"
     )]
     LauncherConfiguration,
@@ -131,9 +131,6 @@ impl RunError {
         }
     }
 }
-
-/// The launcher's exit status for what it was started with (EX_CONFIG of sysexits.h).
-const LAUNCHER_CONFIGURATION: i32 = 78;
 
 /// Runs until it is asked to stop or cannot go on. Leaves no process, cgroup, socket or file behind, unless the launcher
 /// was started elsewhere: then plugins run on, and the sockets stay for the next supervisor.
@@ -355,7 +352,7 @@ pub async fn run(prepared: Prepared) -> Result<(), RunError> {
         match tokio::task::spawn_blocking(move || tie.wait(LAUNCHER_PATIENCE)).await {
             Ok(Ok(None)) => {}
             Ok(Ok(Some(status)))
-                if status.code() == Some(LAUNCHER_CONFIGURATION)
+                if status.code() == Some(launcher::CONFIGURATION)
                     && matches!(result, Err(RunError::LauncherStart(_))) =>
             {
                 result = Err(RunError::LauncherConfiguration);

@@ -66,6 +66,12 @@ pub enum StartError {
     Privileges(#[from] PrivilegeError),
     /// The directory of logs that the configuration names.
     Logs(#[from] LogDirectoryError),
+    /// The launcher does not start with what it was given, and something else is wrong too.
+    #[error(
+        "the launcher refused how it was started: correct what it says above, from the line on that begins with \
+         plugvisor-launcher; besides, {0}"
+    )]
+    LauncherConfiguration(#[source] Box<Self>),
 }
 
 impl StartError {
@@ -78,6 +84,7 @@ impl StartError {
             | Self::StateDirectory(StateDirectoryError::Unsafe { .. })
             | Self::State(StateError::Incompatible { .. })
             | Self::Logs(_)
+            | Self::LauncherConfiguration(_)
             | Self::Privileges(PrivilegeError::NoUser(_) | PrivilegeError::Root(_)) => 78,
             Self::Config(ConfigError::Unreadable { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => 78,
             Self::Config(ConfigError::Unreadable { .. })
@@ -92,7 +99,7 @@ impl StartError {
                 | StateDirectoryError::Locked { .. }
                 | StateDirectoryError::InTheWay { .. },
             )
-            | Self::State(StateError::Locked { .. } | StateError::Io { .. })
+            | Self::State(StateError::Locked { .. } | StateError::Barred { .. } | StateError::Io { .. })
             | Self::Program(_)
             | Self::Launcher(_)
             | Self::Privileges(PrivilegeError::Refused { .. } | PrivilegeError::Left { .. }) => 74,
@@ -176,13 +183,21 @@ pub fn prepare(args: Args) -> Result<Prepared, StartError> {
         LauncherConfig::External { socket } => Err(socket.clone()),
     };
     let mut allowed = BTreeSet::from([0, surroundings.uid]);
-    if let Some(owner) = owner {
-        privileges::drop_to(&config.supervisor.user, owner)?;
-        allowed.insert(owner.uid);
-    }
-    // One that was started elsewhere lets in the user that the supervisor runs as.
-    let launcher = launcher.or_else(|socket| Link::external(&socket))?;
+    allowed.extend(owner.map(|owner| owner.uid));
+    let dropped = owner.map_or(Ok(()), |owner| privileges::drop_to(&config.supervisor.user, owner));
     // Read by an unprivileged process. What does not start here stops nothing: no plugin was launched or told to end.
-    let state = Opened::open(state_directory, &state::boot_id())?;
+    let state = dropped.map_err(StartError::from).and_then(|()| Ok(Opened::open(state_directory, &state::boot_id())?));
+    let (state, launcher) = match (state, launcher) {
+        (Ok(state), Ok(launcher)) => (state, launcher),
+        // One that was started elsewhere lets in the user that the supervisor runs as.
+        (Ok(state), Err(socket)) => (state, Link::external(&socket)?),
+        // Whoever reads the last line alone must not miss what the launcher has said meanwhile.
+        (Err(error), launcher) => {
+            return Err(match launcher.is_ok_and(Link::is_refused) {
+                true => StartError::LauncherConfiguration(Box::new(error)),
+                false => error,
+            });
+        }
+    };
     Ok(Prepared { config, runtime_directory, allowed, directories, state, logs, launcher })
 }

@@ -313,14 +313,15 @@ impl Options {
         args
     }
 
-    /// Starts this launcher with this policy, and with the descriptors that it names, which it takes over.
+    /// Starts this launcher with this policy, and with the descriptors that it names, which it takes over. What it has to say
+    /// goes to `words`.
     ///
     /// Must be called while the process has one thread: for a moment the descriptors are inheritable, and they stay so until
     /// they are closed.
     ///
     /// # Errors
     /// When the program cannot be started.
-    pub fn spawn(&self, program: &Path, named: &[BorrowedFd<'_>]) -> io::Result<Child> {
+    pub fn spawn(&self, program: &Path, named: &[BorrowedFd<'_>], words: Stdio) -> io::Result<Child> {
         for descriptor in named {
             rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
         }
@@ -330,6 +331,7 @@ impl Options {
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            .stderr(words)
             // Ctrl-C on a terminal reaches the whole foreground group; plugins must outlive it by their drain.
             .process_group(0)
             .spawn()

@@ -202,9 +202,21 @@ async fn a_signed_approval_gives_a_bundle_its_tier(lane: Lane) -> anyhow::Result
 
 /// What is wrong with the launcher's policy file is the operator's to correct, and no bug.
 async fn a_policy_file_that_does_not_hold_is_named(lane: Lane) -> anyhow::Result<()> {
-    for (policy, words) in
-        [("version = 2\n", ["version", "launcher.toml"]), ("[[key]]\nid = \"ops\"\n", ["[[key]]", "launcher.toml"])]
-    {
+    let many = "[[key]]\nid = 5\n[[directory]]\ntier = \"verified\"\n";
+    for (policy, words) in [
+        ("version = 2\n", vec!["launcher.toml has 1 problem", "line 1: version: is 2"]),
+        (
+            many,
+            vec![
+                "launcher.toml has 5 problems",
+                "line 1: version: is required",
+                "line 1: key[0].public_key: is required",
+                "line 1: key[0].tier: is required",
+                "line 2: key[0].id: is the number 5; it takes",
+                "line 3: directory[0].path: is required",
+            ],
+        ),
+    ] {
         let refused = world(lane)?.launcher_policy(policy)?.start_refused().await?;
         ensure!(refused.code == Some(78), "{refused:?}");
         says("the refusal", &refused.stderr, &words)?;

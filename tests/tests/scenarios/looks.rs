@@ -1,6 +1,6 @@
 //! `doctor` and `config validate` beside the real daemon: what they say is what the kernel and the daemon do.
 
-use std::{fs, path::PathBuf};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf};
 
 use anyhow::{Context, ensure};
 use plugvisor_tests::{BundleBuilder, Lane, Process, scenarios};
@@ -103,6 +103,21 @@ async fn a_configuration_is_judged_as_a_start_would(lane: Lane) -> anyhow::Resul
     says("config validate", &judged.stdout, &words)?;
     let doctor = daemon.cli(&["doctor", "--config", missing]).await?;
     says("doctor", &doctor.stdout, &[missing, "no supervisor runs", "has 2 problems"])?;
+
+    // So is what a launcher would refuse, in its own words.
+    let policy = daemon.world().path().join("wrong-policy.toml");
+    fs::write(&policy, "version = 1\n[[directory]]\ntier = \"trusted\"\n")?;
+    fs::set_permissions(&policy, fs::Permissions::from_mode(0o644))?;
+    let doctor = daemon.cli(&["doctor", "--launcher-policy", policy.to_str().context("the path is text")?]).await?;
+    ensure!(doctor.code == Some(3), "{doctor:?}");
+    let words = [
+        "wrong-policy.toml has 2 problems",
+        "line 2: directory[0].path: is required",
+        "line 3: directory[0].tier: is the text \"trusted\"; it takes",
+        "fix: correct that in the file",
+        "No wall was tried",
+    ];
+    says("doctor", &doctor.stdout, &words)?;
 
     let wrong = world(lane)?.toml("[plugin.echo.health]\nlivenes_misses = 3\ndrain_timeout_ms = \"soon\"");
     let file = wrong.path().join("plugvisor.toml");

@@ -1,6 +1,6 @@
 //! What one daemon leaves to the next in the state directory, and what it does when that directory fails.
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use anyhow::{Context, ensure};
 use plugvisor_proto::admin::v1::PluginState;
@@ -135,6 +135,25 @@ async fn a_state_that_cannot_be_used_is_refused(lane: Lane) -> anyhow::Result<()
     let refused = world.start_refused().await?;
     ensure!(refused.code == Some(78), "{refused:?}");
     says("the refusal", &refused.stderr, &["state.db", "version 9", "start the Plugvisor that wrote it"])?;
+
+    // The last line is what people read: what the launcher refuses is named there too.
+    let refused = world.launcher_policy("version = 2\n")?.start_refused().await?;
+    ensure!(refused.code == Some(78), "{refused:?}");
+    let last = refused.stderr.lines().last().unwrap_or_default();
+    says("the last line", last, &["the launcher refused how it was started", "plugvisor-launcher", "state.db"])?;
+    says("the refusal", &refused.stderr, &["line 1: version: is 2"])?;
+
+    if matches!(lane, Lane::Privileged) {
+        let world = crate::world(lane)?;
+        let closed = world.path().join("closed");
+        fs::create_dir(&closed)?;
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700))?;
+        let refused = world.state_directory(&closed.join("state")).start_refused().await?;
+        ensure!(refused.code == Some(74), "{refused:?}");
+        let last = refused.stderr.lines().last().unwrap_or_default();
+        says("the last line", last, &["may not enter", &closed.display().to_string(), "chmod o+x"])?;
+        ensure!(!last.contains("launcher"), "{refused:?}");
+    }
     Ok(())
 }
 

@@ -101,7 +101,12 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
         if trouble.is_empty() {
             output.line(&Line::new(format!("  {name}{at}: ")).add(Style::Good, detail))?;
         } else {
-            output.line(&Line::new(format!("  {name}{at}: ")).add(Style::Bad, trouble))?;
+            // A launcher says each problem of its policy in a line of its own.
+            let mut lines = trouble.lines();
+            output.line(&Line::new(format!("  {name}{at}: ")).add(Style::Bad, lines.next().unwrap_or_default()))?;
+            for line in lines {
+                output.line(&Line::new("    ").add(Style::Bad, line.trim_start()))?;
+            }
             output.line(&Line::new("    fix: ").add(Style::Plain, fix))?;
         }
     }

@@ -403,6 +403,14 @@ impl Admin for Answers {
             places: vec![
                 place("state directory", "/var/lib/plugvisor", "there", "", ""),
                 place("plugin directory", "/srv/plugins", "", "No such file", "create it"),
+                place(
+                    "launcher policy",
+                    "/etc/plugvisor/launcher.toml",
+                    "",
+                    "the policy file /etc/plugvisor/launcher.toml has 2 problems, correct them:\n  line 1: version: is 2, and \
+                     this launcher reads version 1\n  line 5: directory[0].path: is required",
+                    "correct that in the file and look again",
+                ),
             ],
             running: true,
             levels: vec![

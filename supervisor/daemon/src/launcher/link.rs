@@ -8,13 +8,15 @@ use std::{
     io,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
-    process::Child,
+    process::{Child, Stdio},
     time::{Duration, Instant},
 };
 
 use plugvisor_sandbox::{
+    codec::encode_request,
     options::{BundleRoot, Linger, Listen, Options, Supervisor, Variable},
-    seqpacket::Seqpacket,
+    protocol::{Hello, Request, VERSION},
+    seqpacket::{Received, Seqpacket},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -24,6 +26,12 @@ use rustix::{
 };
 
 use super::spawn::{SpawnError, spawn};
+
+/// The launcher's exit status for what it was started with (EX_CONFIG of sysexits.h).
+pub(crate) const CONFIGURATION: i32 = 78;
+
+/// How long a launcher that was just started may take to answer or to end.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The directory of the listening socket in the runtime directory.
 const DOOR: &str = "reattach";
@@ -126,7 +134,7 @@ impl Link {
         if !linger.is_zero() {
             make_door(&directory, own).map_err(|source| LinkError::Door { path: directory, source })?;
         }
-        let spawned = spawn(program, |socket| {
+        let spawned = spawn(program, Stdio::inherit(), |socket| {
             let Own { store, policy, config_root, data_root, variables } = files;
             let usual = Options::new(socket, runtime.to_owned(), roots);
             let mut options = Options { store, policy, config_root, data_root, variables, ..usual };
@@ -144,6 +152,29 @@ impl Link {
         let pidfd = Pid::from_raw(pid).ok_or(Errno::SRCH).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
         let pidfd = pidfd.map_err(|error| LinkError::Unreachable { path, source: error.into() })?;
         Ok(Self { connection, tie: Tie::Found(pidfd), since: Instant::now() })
+    }
+
+    /// Whether the launcher that this supervisor has started ends because of how it was started. Blocks until it ends or
+    /// answers, for a supervisor that does not start itself; the connection is of no use afterwards.
+    #[must_use]
+    pub fn is_refused(self) -> bool {
+        let Self { connection, tie: tie @ Tie::Started(_), since: _ } = self else { return false };
+        let Ok(hello) = encode_request(1, &Request::Hello(Hello { version: VERSION })) else { return false };
+        // One that has ended already cannot be asked.
+        if connection.try_send(&hello, &[]).is_ok() {
+            let time = Timespec { tv_sec: PATIENCE.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: 0 };
+            match poll(&mut [PollFd::new(&connection, PollFlags::IN)], Some(&time)) {
+                Ok(0) | Err(_) => return false,
+                Ok(_) => {}
+            }
+            // The end of one that did not read the question may be an error.
+            if let Ok(Received::Packet(_) | Received::Truncated(_)) = connection.try_recv() {
+                return false;
+            }
+        }
+        drop(connection);
+        let ended = tie.wait(PATIENCE);
+        ended.is_ok_and(|status| status.is_some_and(|status| status.code() == Some(CONFIGURATION)))
     }
 
     /// The launcher that was started elsewhere. It lets in one user, so this is for a process that is that user.

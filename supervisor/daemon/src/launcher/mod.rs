@@ -12,5 +12,6 @@ mod spawn;
 pub use client::{Gone, Launcher, LauncherEnd, LauncherError, Process, describe_exit, signal_name};
 pub use import::BundleFiles;
 pub use keep::{Found, Inventory, Output, Reattachment};
+pub(crate) use link::CONFIGURATION;
 pub use link::{Link, LinkError, Own, Tie};
 pub use spawn::{PROGRAM, SpawnError, Spawned, beside_this_program, spawn};

@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
-    process::Child,
+    process::{Child, Stdio},
 };
 
 use plugvisor_sandbox::{options::Options, seqpacket::Seqpacket};
@@ -45,13 +45,13 @@ pub fn beside_this_program() -> Result<PathBuf, SpawnError> {
 }
 
 /// Starts the launcher with the policy in `options`, which must name `runtime_directory` and the bundle roots; the
-/// connection's descriptor is filled in here.
+/// connection's descriptor is filled in here. What the launcher has to say goes to `words`.
 ///
 /// Must be called while the process has one thread: for a moment the descriptor is inheritable.
-pub fn spawn(program: &Path, options: impl FnOnce(i32) -> Options) -> Result<Spawned, SpawnError> {
+pub fn spawn(program: &Path, words: Stdio, options: impl FnOnce(i32) -> Options) -> Result<Spawned, SpawnError> {
     let (ours, theirs) = Seqpacket::pair().map_err(SpawnError::Socket)?;
     let child = options(theirs.as_raw_fd())
-        .spawn(program, &[theirs.as_fd()])
+        .spawn(program, &[theirs.as_fd()], words)
         .map_err(|source| SpawnError::Program { program: program.to_owned(), source })?;
     // `theirs` closes here, so that the launcher's end has one owner.
     Ok(Spawned { child, connection: ours })

@@ -15,7 +15,7 @@ mod writer;
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::mpsc::{SyncSender, TrySendError, sync_channel},
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime},
@@ -61,6 +61,19 @@ pub enum StateError {
     Locked {
         /// The file.
         path: PathBuf,
+    },
+    /// The user that the supervisor has become cannot get there.
+    #[error(
+        "cannot use {}: user {uid} may not enter {}; let it in (chmod o+x), or set [supervisor] state_directory",
+        path.display(), directory.display()
+    )]
+    Barred {
+        /// The file.
+        path: PathBuf,
+        /// What is in the way.
+        directory: PathBuf,
+        /// Who.
+        uid: u32,
     },
     /// It cannot be read or written.
     #[error("cannot use {}: {why}; free space on its disk, check its owner, or set [supervisor] state_directory", path.display())]
@@ -167,9 +180,13 @@ impl Opened {
                 path,
             }),
             Err(Trouble::Locked) => Err(StateError::Locked { path }),
-            Err(trouble @ (Trouble::Full(_) | Trouble::Io(_) | Trouble::Corrupt(_))) => {
-                Err(StateError::Io { path, why: trouble.why() })
-            }
+            Err(trouble @ (Trouble::Full(_) | Trouble::Io(_) | Trouble::Corrupt(_))) => Err(match barred(&path) {
+                Some(directory) => {
+                    let (directory, uid) = (directory.to_owned(), rustix::process::geteuid().as_raw());
+                    StateError::Barred { path, directory, uid }
+                }
+                None => StateError::Io { path, why: trouble.why() },
+            }),
         }
     }
 
@@ -266,6 +283,16 @@ impl Closing {
             tracing::error!("the thread of the state ended with a panic; this is a bug");
         }
     }
+}
+
+/// The first directory on the way that this process may not enter: SQLite says no more than that it cannot open the file.
+fn barred(path: &Path) -> Option<&Path> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    let closed = |directory: &&Path| {
+        accessat(CWD, *directory, Access::EXEC_OK, AtFlags::EACCESS) == Err(rustix::io::Errno::ACCESS)
+    };
+    // From the file upwards, everything beneath what is closed is closed too.
+    path.ancestors().skip(1).filter(closed).last()
 }
 
 fn locked() -> Error {

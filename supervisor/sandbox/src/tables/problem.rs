@@ -36,7 +36,8 @@ impl fmt::Display for Problem {
 #[derive(Debug)]
 pub struct Problems<'a> {
     text: &'a str,
-    found: Vec<Problem>,
+    /// With where each begins, for its line.
+    found: Vec<(usize, Problem)>,
 }
 
 impl<'a> Problems<'a> {
@@ -59,16 +60,24 @@ impl<'a> Problems<'a> {
         message: impl Into<String>,
         suggestion: Option<String>,
     ) {
-        let before = self.text.as_bytes().get(..at.start).unwrap_or(self.text.as_bytes());
-        // clippy's bytecount is not worth a dependency for a file of at most a megabyte.
-        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
-        self.found.push(Problem { line, key: key.into(), message: message.into(), suggestion });
+        let problem = Problem { line: 0, key: key.into(), message: message.into(), suggestion };
+        self.found.push((at.start, problem));
     }
 
     /// The problems by line.
     #[must_use]
-    pub fn into_sorted(mut self) -> Vec<Problem> {
-        self.found.sort_by_key(|problem| problem.line);
-        self.found
+    pub fn into_sorted(self) -> Vec<Problem> {
+        let Self { text, found } = self;
+        if found.is_empty() {
+            return Vec::new();
+        }
+        // Looked for once: there may be as many problems as lines.
+        let ends: Vec<usize> =
+            text.bytes().enumerate().filter_map(|(at, byte)| (byte == b'\n').then_some(at)).collect();
+        let line = |start: usize| 1 + ends.partition_point(|end| *end < start);
+        let mut sorted: Vec<Problem> =
+            found.into_iter().map(|(start, problem)| Problem { line: line(start), ..problem }).collect();
+        sorted.sort_by_key(|problem| problem.line);
+        sorted
     }
 }

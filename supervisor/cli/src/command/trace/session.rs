@@ -303,13 +303,15 @@ fn start_launcher(manifest: &Manifest, scratch: &Scratch) -> Result<(Child, Aske
         }
     }
     // This process has one thread still.
-    let launcher = options.spawn(&program, &[theirs.as_fd(), traces.as_fd()]).map_err(|error| {
-        Failure::new(
-            Outcome::Failed,
-            format!("the trace cannot begin: {} cannot be started: {error}", program.display()),
-            "plugvisor and plugvisor-launcher belong into one directory; install them together",
-        )
-    })?;
+    let launcher = options.spawn(&program, &[theirs.as_fd(), traces.as_fd()], std::process::Stdio::inherit()).map_err(
+        |error| {
+            Failure::new(
+                Outcome::Failed,
+                format!("the trace cannot begin: {} cannot be started: {error}", program.display()),
+                "plugvisor and plugvisor-launcher belong into one directory; install them together",
+            )
+        },
+    )?;
     drop((theirs, traces));
     let mut asker = Asker { connection: ours, last: 0 };
     match asker.ask(&Request::Hello(Hello { version: VERSION }), &[])? {

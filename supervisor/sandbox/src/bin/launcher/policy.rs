@@ -4,6 +4,9 @@
 //! from (what the starter wrote on the command line), from an entry of the administrator's policy file, or from a
 //! signature by a key that stands there; whatever has none of them is untrusted. This module knows no store.
 
+mod raw;
+mod rules;
+
 use std::{
     collections::BTreeSet,
     fs::{self, File},
@@ -13,15 +16,17 @@ use std::{
     time::SystemTime,
 };
 
-use ed25519_dalek::{Signature, VerifyingKey};
+use ed25519_dalek::Signature;
 use plugvisor_package::{Digest, PluginName, TrustTier, VariableName};
 use plugvisor_sandbox::{
     options::{BundleRoot, Options, Variable},
     protocol::{Approval, Level, Refusal, RefusalCode, Tier, approval_text},
+    tables::Problem,
 };
 use rustix::fs::{Mode, OFlags};
-use serde::Deserialize;
 
+pub(crate) use self::rules::required;
+use self::rules::{Approved, Rules, Wall, parse};
 use crate::{
     check::refuse,
     expiry::Expiry,
@@ -30,6 +35,12 @@ use crate::{
 };
 
 const MOST_BYTES: u64 = 1 << 20;
+
+/// Problems of the file that are told; the others are counted. What is told fits a packet to the supervisor.
+const MOST_TOLD: usize = 32;
+
+/// Characters of each.
+const MOST_CHARACTERS: usize = 400;
 
 /// The policy of one launcher.
 pub(crate) struct Policy {
@@ -49,137 +60,9 @@ struct Stamp {
     changed: (i64, i64),
 }
 
-/// The policy file.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Rules {
-    /// 1.
-    version: u32,
-    /// Replaces `--uid-range`; read at the start only.
-    uid_range: Option<String>,
-    /// Replaces `--cgroup-root`; read at the start only.
-    cgroup_root: Option<String>,
-    /// Replaces `--config-root`; read at the start only.
-    config_root: Option<PathBuf>,
-    /// Replaces `--data-root`; read at the start only.
-    data_root: Option<PathBuf>,
-    #[serde(default)]
-    weakest: Weakest,
-    #[serde(default)]
-    directory: Vec<Directory>,
-    #[serde(default)]
-    approved: Vec<Approved>,
-    #[serde(default)]
-    key: Vec<Key>,
-    #[serde(default)]
-    environment: Vec<Environment>,
-    /// What machines are made of, at the level VM.
-    vm: Option<machine::Settings>,
-}
-
-/// The weakest isolation of each tier; a quarantined bundle is never launched.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Weakest {
-    internal: Wall,
-    verified: Wall,
-    community: Wall,
-    untrusted: Wall,
-}
-
-impl Default for Weakest {
-    fn default() -> Self {
-        Self { internal: Wall::None, verified: Wall::Process, community: Wall::Container, untrusted: Wall::Sandbox }
-    }
-}
-
-impl Weakest {
-    /// None is for what is never launched.
-    fn of(&self, tier: Tier) -> Option<Level> {
-        let wall = match tier {
-            Tier::Quarantined => return None,
-            Tier::Untrusted => self.untrusted,
-            Tier::Community => self.community,
-            Tier::Verified => self.verified,
-            Tier::Internal => self.internal,
-        };
-        Some(wall.into())
-    }
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Wall {
-    None,
-    Process,
-    Container,
-    Sandbox,
-    Vm,
-}
-
-impl From<Wall> for Level {
-    fn from(wall: Wall) -> Self {
-        match wall {
-            Wall::None => Self::None,
-            Wall::Process => Self::Process,
-            Wall::Container => Self::Container,
-            Wall::Sandbox => Self::Sandbox,
-            Wall::Vm => Self::Vm,
-        }
-    }
-}
-
-/// Bundles imported from beneath it have this tier.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Directory {
-    path: PathBuf,
-    tier: TrustTier,
-}
-
-/// This content has this tier, under this name.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Approved {
-    name: PluginName,
-    tier: TrustTier,
-    digest: Digest,
-    /// From when on it no longer holds.
-    expires: Option<Expiry>,
-}
-
-/// Whoever has the private key may approve bundles up to this tier.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Key {
-    id: String,
-    #[serde(deserialize_with = "public_key")]
-    public_key: VerifyingKey,
-    tier: TrustTier,
-    /// From when on nothing that it signed holds.
-    expires: Option<Expiry>,
-}
-
-/// The variables that a plugin may be given, by their names: their values are the supervisor's to say.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Environment {
-    plugin: PluginName,
-    variables: Vec<VariableName>,
-}
-
 /// Whether something that may expire holds now.
 fn holds(expires: Option<Expiry>, now: SystemTime) -> bool {
     expires.is_none_or(|expires| !expires.is_over(now))
-}
-
-fn public_key<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<VerifyingKey, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    // The grammar of a digest is that of 32 bytes in hexadecimal.
-    let bytes: Result<Digest, _> = format!("sha256:{text}").parse();
-    let key = bytes.ok().and_then(|bytes| VerifyingKey::from_bytes(bytes.as_bytes()).ok());
-    key.filter(|key| !key.is_weak())
-        .ok_or_else(|| serde::de::Error::custom("a public key is an Ed25519 point in 64 lower-case hexadecimal digits"))
 }
 
 impl Policy {
@@ -194,18 +77,14 @@ impl Policy {
         let mut this = Self { roots, variables, file: options.policy.clone(), read: None };
         let rules = this.rules()?;
         if let Some(range) = &rules.uid_range {
-            options.uids =
-                Options::uid_range(range).ok_or("--policy: uid_range is not FIRST-LAST without 0 and 65534")?;
+            options.uids = range.clone();
         }
         if let Some(group) = &rules.cgroup_root {
-            options.cgroup_root = Options::group_name(group).ok_or("--policy: cgroup_root is not one plain name")?;
+            options.cgroup_root = group.clone();
         }
         for (root, of_file) in
             [(&mut options.config_root, &rules.config_root), (&mut options.data_root, &rules.data_root)]
         {
-            if of_file.as_ref().is_some_and(|path| !path.is_absolute()) {
-                return Err("--policy: config_root and data_root are absolute paths".to_owned());
-            }
             // Links on the way to it are the administrator's; from here on none is followed.
             *root = of_file.as_ref().or(root.as_ref()).map(|path| resolved(path));
         }
@@ -225,19 +104,19 @@ impl Policy {
             Some((before, _)) if *before == stamp => {}
             _ => self.read = Some((stamp, read(path)?)),
         }
-        self.read.as_ref().map(|(_, rules)| rules).ok_or_else(|| "--policy was not read".to_owned())
+        self.read.as_ref().map(|(_, rules)| rules).ok_or_else(|| "the policy file was not read".to_owned())
     }
 
     /// The directories that have a tier.
     pub(crate) fn roots(&mut self) -> Result<BTreeSet<PathBuf>, Refusal> {
         let given: Vec<PathBuf> = self.roots.iter().map(|root| root.path.clone()).collect();
-        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let rules = self.rules().map_err(|why| refused(&why))?;
         Ok(given.into_iter().chain(rules.directory.iter().map(|directory| directory.path.clone())).collect())
     }
 
     /// What machines are made of; `None` when the file does not say.
     pub(crate) fn machine(&mut self) -> Result<Option<machine::Settings>, Refusal> {
-        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let rules = self.rules().map_err(|why| refused(&why))?;
         Ok(rules.vm.clone())
     }
 
@@ -259,7 +138,7 @@ impl Policy {
         now: SystemTime,
     ) -> Result<Tier, Refusal> {
         let roots = self.roots.clone();
-        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let rules = self.rules().map_err(|why| refused(&why))?;
         let entries = || rules.approved.iter().filter(|entry| entry.digest.as_bytes() == bundle);
         // Nothing outweighs this one, under whatever name.
         if entries().any(|entry| entry.tier == TrustTier::Quarantined) {
@@ -288,7 +167,7 @@ impl Policy {
             return Ok(());
         }
         let (file, given) = (self.file.clone(), self.variables.clone());
-        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let rules = self.rules().map_err(|why| refused(&why))?;
         let of_file = rules.environment.iter().filter(|entry| entry.plugin == *name).flat_map(|entry| &entry.variables);
         let of_starter = given.iter().filter(|variable| variable.plugin == *name).map(|variable| &variable.name);
         let allowed: BTreeSet<&str> = of_file.chain(of_starter).map(VariableName::as_str).collect();
@@ -321,7 +200,7 @@ impl Policy {
         doubt: Option<&Doubt>,
         now: SystemTime,
     ) -> Result<(), Refusal> {
-        let weakest = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?.weakest.clone();
+        let weakest = self.rules().map_err(|why| refused(&why))?.weakest.clone();
         let Some(least) = weakest.of(tier) else {
             return refuse(
                 RefusalCode::Policy,
@@ -371,7 +250,7 @@ impl Policy {
         now: SystemTime,
     ) -> Result<(), Refusal> {
         let file = self.file.clone();
-        let rules = self.rules().map_err(|message| Refusal { code: RefusalCode::Policy, message })?;
+        let rules = self.rules().map_err(|why| refused(&why))?;
         let refused = |code, next: &str| {
             let tier = TrustTier::from(tier);
             refuse(code, format!("{name} was not started: to the launcher its bundle is {tier}, and {against}; {next}"))
@@ -408,6 +287,12 @@ impl Policy {
         );
         refused(RefusalCode::Policy, &next)
     }
+}
+
+/// Says to a supervisor, in one line, why the file cannot be used.
+fn refused(why: &str) -> Refusal {
+    let message = format!("the launcher cannot use its policy: {}", why.replace(":\n  ", ": ").replace("\n  ", "; "));
+    Refusal { code: RefusalCode::Policy, message }
 }
 
 /// A path without links, as far as it is there: its last component may be missing.
@@ -468,7 +353,7 @@ fn signed(
 }
 
 fn stamp(path: &Path) -> Result<Stamp, String> {
-    let found = fs::metadata(path).map_err(|error| format!("--policy {}: {error}", path.display()))?;
+    let found = fs::metadata(path).map_err(|error| format!("the policy file {}: {error}", path.display()))?;
     Ok(Stamp {
         device: found.dev(),
         inode: found.ino(),
@@ -478,7 +363,7 @@ fn stamp(path: &Path) -> Result<Stamp, String> {
 }
 
 fn read(path: &Path) -> Result<Rules, String> {
-    let wrong = |why: String| format!("--policy {}: {why}; correct it", path.display());
+    let wrong = |why: String| format!("the policy file {}: {why}; correct it", path.display());
     // A FIFO put there would make the launcher wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| wrong(error.to_string()))?;
@@ -489,37 +374,24 @@ fn read(path: &Path) -> Result<Rules, String> {
         return Err(wrong("it is not a file of at most 1 MiB".to_owned()));
     }
     let text = io::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
-    parse(&text).map_err(wrong)
+    parse(&text).map_err(|problems| told(path, &problems))
 }
 
-fn parse(text: &str) -> Result<Rules, String> {
-    let rules: Rules = toml::from_str(text).map_err(|error| error.to_string())?;
-    if rules.version != 1 {
-        return Err(format!("version is {}, and this launcher reads version 1", rules.version));
+/// What is wrong with the file: each problem in a line of its own, with the line of the file.
+fn told(path: &Path, problems: &[Problem]) -> String {
+    let (count, plural) = (problems.len(), if problems.len() == 1 { "" } else { "s" });
+    let mut told = format!("the policy file {} has {count} problem{plural}, correct them:", path.display());
+    for problem in problems.iter().take(MOST_TOLD) {
+        told.push_str("\n  ");
+        // A name of the file's may have any length, and control characters.
+        let problem = problem.to_string();
+        let shown = problem.chars().take(MOST_CHARACTERS).map(|c| if c.is_control() { '\u{fffd}' } else { c });
+        told.extend(shown);
     }
-    let relative = |directory: &&Directory| !directory.path.is_absolute();
-    if let Some(directory) = rules.directory.iter().find(relative) {
-        return Err(format!("the directory {} is not absolute", directory.path.display()));
+    if count > MOST_TOLD {
+        told.push_str(&format!("\n  and {} more", count - MOST_TOLD));
     }
-    if let Some(vm) = &rules.vm {
-        vm.check()?;
-    }
-    // It would end by itself what somebody took the trouble to stop.
-    if let Some(entry) = rules.approved.iter().find(|e| e.tier == TrustTier::Quarantined && e.expires.is_some()) {
-        return Err(format!(
-            "the quarantine of {} {} has an expires, and a quarantine has none",
-            entry.name, entry.digest
-        ));
-    }
-    let (mut ids, mut material) = (BTreeSet::new(), BTreeSet::new());
-    if let Some(key) = rules.key.iter().find(|key| !ids.insert(key.id.as_str())) {
-        return Err(format!("two keys have the id {:?}", key.id));
-    }
-    // One that was taken back under one name would go on under the other.
-    match rules.key.iter().find(|key| !material.insert(key.public_key.as_bytes())) {
-        Some(key) => Err(format!("the public_key of {:?} is that of another key; each key stands once", key.id)),
-        None => Ok(rules),
-    }
+    told
 }
 
 #[cfg(test)]
@@ -535,12 +407,16 @@ mod tests {
         SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_767_225_600)
     }
 
+    fn read_text(text: &str) -> Result<Rules, String> {
+        parse(text).map_err(|problems| told(Path::new("/etc/launcher.toml"), &problems))
+    }
+
     fn name(text: &str) -> PluginName {
         text.parse().expect("a name")
     }
 
     fn policy(text: &str, roots: Vec<BundleRoot>) -> Policy {
-        let rules = parse(text).unwrap_or_else(|why| panic!("{why}"));
+        let rules = read_text(text).unwrap_or_else(|why| panic!("{why}"));
         Policy {
             roots,
             variables: Vec::new(),
@@ -613,7 +489,7 @@ mod tests {
         }
         for code in ["LD_PRELOAD", "GCONV_PATH", "PYTHONPATH", "HTTPS_PROXY", "PLUGVISOR_BROKER"] {
             let text = format!("version = 1\n[[environment]]\nplugin = \"a\"\nvariables = [\"{code}\"]\n");
-            parse(&text).map(|_| ()).expect_err(code);
+            read_text(&text).map(|_| ()).expect_err(code);
         }
     }
 
@@ -638,17 +514,17 @@ mod tests {
         }
         for wrong in ["expires = \"soon\"", "expires = \"2026-01-02\"", "expires = 2026-01-02T00:00:00", "expires = 7"]
         {
-            assert!(parse(&entry(wrong)).is_err(), "{wrong}");
+            assert!(read_text(&entry(wrong)).is_err(), "{wrong}");
         }
         let quarantined = entry("expires = 2030-01-01").replace("verified", "quarantined");
-        assert!(parse(&quarantined).is_err_and(|why| why.contains("a quarantine has none")));
+        assert!(read_text(&quarantined).is_err_and(|why| why.contains("a quarantine has none")));
     }
 
     #[test]
     fn a_key_stands_once() {
         let public = hex(SigningKey::from_bytes(&[3; 32]).verifying_key().as_bytes());
         let key = |id: &str| format!("[[key]]\nid = \"{id}\"\npublic_key = \"{public}\"\ntier = \"verified\"\n");
-        let twice = parse(&format!("version = 1\n{}{}", key("a"), key("b")));
+        let twice = read_text(&format!("version = 1\n{}{}", key("a"), key("b")));
         assert!(twice.is_err_and(|why| why.contains("that of another key")));
     }
 
@@ -747,15 +623,29 @@ mod tests {
             ),
             (
                 format!("version = 1\n[[approved]]\nname = \"A\"\ntier = \"verified\"\ndigest = \"sha256:{weak}\""),
-                "plugin name",
+                "plugin's name",
             ),
             ("version = 1\n[[directory]]\npath = \"srv\"\ntier = \"verified\"".to_owned(), "absolute"),
             (format!("version = 1\n[[key]]\nid = \"k\"\npublic_key = \"{weak}\"\ntier = \"verified\""), "public key"),
             ("version = 1\n[weakest]\nquarantined = \"none\"".to_owned(), "quarantined"),
         ] {
-            let why = parse(&text).map(|_| ()).expect_err(&text);
+            let why = read_text(&text).map(|_| ()).expect_err(&text);
             assert!(why.contains(named), "{text}: {why}");
         }
+    }
+
+    /// However much is wrong, what is told has its bounds, and a supervisor is told in one line.
+    #[test]
+    fn what_is_told_has_its_bounds() {
+        let long = "x".repeat(5000);
+        let entries: String = (0..200).map(|_| format!("[[directory]]\n\"{long}\\n\" = 1\n")).collect();
+        let why = read_text(&format!("version = 1\n{entries}")).map(|_| ()).expect_err("much is wrong");
+        assert!(why.contains("has 600 problems") && why.ends_with("and 568 more"), "{why}");
+        assert!(why.len() < 32 * 1024, "{} bytes", why.len());
+        assert_eq!(why.lines().count(), 2 + MOST_TOLD);
+        let one = read_text("version = 2").map(|_| ()).expect_err("another version");
+        let message = refused(&one).message;
+        assert!(!message.contains('\n') && message.contains("correct them: line 1: version: is 2"), "{message}");
     }
 
     #[test]

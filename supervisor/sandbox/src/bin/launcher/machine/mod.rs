@@ -34,6 +34,8 @@ mod plan;
 #[allow(dead_code, reason = "each side uses its half")]
 mod relay;
 
+#[cfg(test)]
+pub(crate) use self::settings::RawSettings;
 pub(crate) use self::{
     accelerator::{Accelerator, Kvm},
     monitor::{MONITOR, run as run_monitor},

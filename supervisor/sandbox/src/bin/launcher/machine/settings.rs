@@ -5,11 +5,12 @@ use std::{
     sync::Arc,
 };
 
+use plugvisor_sandbox::tables::{Problems, Section, Table};
 use rustix::io::Errno;
 use serde::Deserialize;
 
 use super::ours::{Doubt, Owners, Part, judge_place, judged};
-use crate::mounts::HOST_DIRECTORIES;
+use crate::{mounts::HOST_DIRECTORIES, policy::required};
 
 /// What a machine needs of a kernel that has no virtio built in, in the order in which they are loaded, below
 /// `/lib/modules/VERSION/kernel/drivers`.
@@ -21,9 +22,34 @@ const MOST_MODULES: usize = 16;
 /// The largest kernel, in bytes.
 const MOST_KERNEL: u64 = 256 << 20;
 
+/// The table as it is written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct RawSettings {
+    kernel: Option<PathBuf>,
+    modules: Option<Vec<PathBuf>>,
+    emulator: Option<PathBuf>,
+    libraries: Option<Vec<PathBuf>>,
+    runtime: Option<Vec<PathBuf>>,
+    max_memory: Option<u64>,
+}
+
+impl Table for RawSettings {
+    fn takes(key: &str) -> &'static str {
+        match key {
+            "kernel" => "a whole path in text, such as \"/boot/vmlinuz-6.1.0-56-cloud-amd64\"",
+            "modules" => "a list of at most 16 whole paths, such as [] for a kernel that has virtio built in",
+            "emulator" => "a whole path in text, such as \"/usr/bin/qemu-system-x86_64\"",
+            "libraries" => "a list of whole paths, such as [\"/usr/lib/x86_64-linux-gnu\"]",
+            "runtime" => "a list of whole paths, such as [\"/usr/lib/python3\"]",
+            "max_memory" => "a number of bytes, such as 1073741824 for 1 GiB",
+            _ => "",
+        }
+    }
+}
+
 /// The table.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
     /// A kernel for x86-64 as QEMU loads it: Debian's `/boot/vmlinuz-…-cloud-amd64`.
     kernel: PathBuf,
@@ -31,29 +57,24 @@ pub(crate) struct Settings {
     /// kernel called `vmlinuz-VERSION` has.
     modules: Option<Vec<PathBuf>>,
     /// QEMU.
-    #[serde(default = "emulator")]
     emulator: PathBuf,
     /// Where the libraries lie that programs of bundles need.
-    #[serde(default = "libraries")]
     libraries: Vec<PathBuf>,
     /// Files and directories of the host that every guest gets whole, such as `/usr/lib/python3.11`.
-    #[serde(default)]
     runtime: Vec<PathBuf>,
     /// The most memory of the host that one machine may have in bytes, with all that is around its plugin. A bundle decides
     /// how large it is, and the archive of it is in memory.
-    #[serde(default = "max_memory")]
     max_memory: u64,
 }
 
-const fn max_memory() -> u64 {
-    1 << 30
-}
+/// See [`Settings::max_memory`].
+const USUAL_MEMORY: u64 = 1 << 30;
 
-fn emulator() -> PathBuf {
+fn usual_emulator() -> PathBuf {
     "/usr/bin/qemu-system-x86_64".into()
 }
 
-fn libraries() -> Vec<PathBuf> {
+fn usual_libraries() -> Vec<PathBuf> {
     let places = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"];
     places.map(PathBuf::from).to_vec()
 }
@@ -71,17 +92,37 @@ pub(crate) struct Parts {
 }
 
 impl Settings {
-    /// Why the text of a path cannot be, if so; for whoever reads the file.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        let named = [&self.kernel, &self.emulator].into_iter();
-        let mut all = named.chain(&self.libraries).chain(&self.runtime).chain(self.modules.iter().flatten());
-        if let Some(relative) = all.find(|path| !path.is_absolute()) {
-            return Err(format!("[vm]: {} is not absolute", relative.display()));
+    /// The settings of a table; what is wrong with it becomes problems.
+    pub(crate) fn read(table: &Section<RawSettings>, problems: &mut Problems<'_>) -> Option<Self> {
+        let RawSettings { kernel, modules, emulator, libraries, runtime, max_memory } = &table.value;
+        let one = |path: &Option<PathBuf>| path.iter().cloned().collect::<Vec<_>>();
+        let many = |paths: &Option<Vec<PathBuf>>| paths.clone().unwrap_or_default();
+        for (key, paths) in [
+            ("kernel", one(kernel)),
+            ("modules", many(modules)),
+            ("emulator", one(emulator)),
+            ("libraries", many(libraries)),
+            ("runtime", many(runtime)),
+        ] {
+            for relative in paths.iter().filter(|path| !path.is_absolute()) {
+                let takes = RawSettings::takes(key);
+                let message = format!("{:?} is not absolute; it takes {takes}", relative.display().to_string());
+                problems.add(table.at(key), table.key(key), message);
+            }
         }
-        if self.modules.as_ref().is_some_and(|modules| modules.len() > MOST_MODULES) {
-            return Err(format!("[vm]: modules has more than {MOST_MODULES} entries"));
+        if let Some(modules) = modules.as_ref().filter(|modules| modules.len() > MOST_MODULES) {
+            let takes = RawSettings::takes("modules");
+            let message = format!("has {} entries, more than {MOST_MODULES}; it takes {takes}", modules.len());
+            problems.add(table.at("modules"), table.key("modules"), message);
         }
-        Ok(())
+        Some(Self {
+            kernel: required(table, "kernel", kernel.clone(), problems)?,
+            modules: modules.clone(),
+            emulator: emulator.clone().unwrap_or_else(usual_emulator),
+            libraries: libraries.clone().unwrap_or_else(usual_libraries),
+            runtime: runtime.clone().unwrap_or_default(),
+            max_memory: max_memory.unwrap_or(USUAL_MEMORY),
+        })
     }
 
     /// Looks at everything that is named, and says what is not as it must be.
@@ -152,11 +193,22 @@ fn doubted(key: &str, path: &Path, doubt: &Doubt) -> String {
 mod tests {
     use std::{fs, os::unix::fs::PermissionsExt as _};
 
+    use plugvisor_sandbox::tables::section;
+    use toml::{
+        Spanned,
+        de::{DeTable, DeValue},
+    };
+
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, String> {
-        let settings: Settings = toml::from_str(text).map_err(|error| error.to_string())?;
-        settings.check().map(|()| settings)
+        let document = DeTable::parse(text).map_err(|error| error.to_string())?;
+        let (span, document) = (document.span(), document.into_inner());
+        let mut problems = Problems::new(text);
+        let table = section("vm", Spanned::new(span, DeValue::Table(document)), &mut problems);
+        let settings = Settings::read(&table, &mut problems);
+        let problems: Vec<String> = problems.into_sorted().iter().map(ToString::to_string).collect();
+        settings.filter(|_| problems.is_empty()).ok_or_else(|| problems.join("; "))
     }
 
     #[test]
@@ -164,10 +216,10 @@ mod tests {
         let many: Vec<String> = (0..=MOST_MODULES).map(|number| format!("\"/m/{number}\"")).collect();
         for (text, named) in [
             ("emulator = \"/usr/bin/true\"".to_owned(), "kernel"),
-            ("kernel = \"boot/vmlinuz\"".to_owned(), "boot/vmlinuz is not absolute"),
-            ("kernel = \"/k\"\nruntime = [\"lib\"]".to_owned(), "lib is not absolute"),
+            ("kernel = \"boot/vmlinuz\"".to_owned(), "\"boot/vmlinuz\" is not absolute"),
+            ("kernel = \"/k\"\nruntime = [\"lib\"]".to_owned(), "\"lib\" is not absolute"),
             ("kernel = \"/k\"\nqemu = \"/q\"".to_owned(), "qemu"),
-            (format!("kernel = \"/k\"\nmodules = [{}]", many.join(",")), "modules has more than"),
+            (format!("kernel = \"/k\"\nmodules = [{}]", many.join(",")), "modules: has 17 entries, more than 16"),
         ] {
             let why = parse(&text).map(|_| ()).expect_err(&text);
             assert!(why.contains(named), "{text}: {why}");
