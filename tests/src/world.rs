@@ -257,6 +257,13 @@ impl World {
         self.settings.state_directory.clone().unwrap_or_else(|| self.directory.path().join("home/state"))
     }
 
+    /// Whether each daemon is started in a cgroup of its own, which goes with it: then what a killed one left there is not the
+    /// next one's to remove.
+    #[must_use]
+    pub fn gives_each_a_group(&self) -> bool {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner).iter().any(Place::has_limits)
+    }
+
     /// Starts the daemon and waits until it answers on the admin socket.
     ///
     /// # Errors

@@ -34,10 +34,22 @@ pub(crate) fn take(path: &Path, directory: &OwnedFd, owner: Option<u32>) -> Resu
     let lock_path = path.join(NAME);
     let failed = |what, source: io::Error| LockError::Io { what, path: lock_path.clone(), source };
     loop {
-        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let lock = rustix::fs::openat(directory, NAME, flags, Mode::from_raw_mode(0o600))
-            .map_err(|error| failed("open", error.into()))?;
-        let mut lock = File::from(lock);
+        // One that is there is not opened to be created: in a sticky directory the kernel refuses that even to root when
+        // it is another user's, as a dead supervisor's is (`fs.protected_regular`, proc_sys_fs(5); systemd sets it).
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let opened = match rustix::fs::openat(directory, NAME, flags, Mode::empty()) {
+            Err(Errno::NOENT) => {
+                let flags = flags | OFlags::CREATE | OFlags::EXCL;
+                rustix::fs::openat(directory, NAME, flags, Mode::from_raw_mode(0o600))
+            }
+            opened => opened,
+        };
+        let mut lock = match opened {
+            Ok(lock) => File::from(lock),
+            // Somebody else made it meanwhile.
+            Err(Errno::EXIST) => continue,
+            Err(error) => return Err(failed("open", error.into())),
+        };
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {

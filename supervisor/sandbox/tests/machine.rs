@@ -82,7 +82,8 @@ fn without_a_kernel_it_is_refused_and_the_fix_is_said() {
 #[test]
 fn what_is_named_and_wrong_is_said() {
     let mut harness = Harness::start_with_store(As::possible()[0], |_| ());
-    harness.write_policy("version = 1\n[vm]\nkernel = \"/nowhere/vmlinuz\"\n");
+    // Any program does for the emulator: it is never started.
+    harness.write_policy("version = 1\n[vm]\nkernel = \"/nowhere/vmlinuz\"\nemulator = \"/usr/bin/env\"\n");
     let Reply::Probe(host) = harness.ask(&Request::Probe, &[]).0 else { panic!("no probe") };
     let vm = host.levels.into_iter().find(|level| level.level == Level::Vm).expect("the level");
     let told = vm.lacking.iter().find(|lacking| lacking.control == Some(Control::OwnKernel)).expect("it is lacking");
