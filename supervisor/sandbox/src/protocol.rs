@@ -21,7 +21,7 @@ pub use self::keep::{
 pub use self::store::{Approval, Import, ImportBegin, ImportFile, Imported, Stored, Tier, approval_text};
 
 /// The protocol's version, exchanged in [`Hello`] and repeated in each header.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// The largest packet, in bytes. A longer one is refused unread.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -624,6 +624,8 @@ pub enum RefusalCode {
     Version,
     /// A field is outside the launcher's policy.
     Policy,
+    /// The launcher's policy file cannot be used as it is now. It is read again at the next launch.
+    PolicyFile,
     /// The launch id is unknown, or its processes are gone.
     UnknownLaunch,
     /// The level is not implemented by this launcher.

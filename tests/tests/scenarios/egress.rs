@@ -119,7 +119,7 @@ async fn only_the_proxy_and_only_what_is_listed(lane: Lane) -> anyhow::Result<()
         ("net", "http://other.example/".to_owned(), "not_listed", "runtime.network.egress"),
         ("net", format!("http://127.0.0.2:{port}/"), "not_listed", "127.0.0.2"),
         // What its author lists and the operator does not.
-        ("alone", format!("http://localhost:{port}/"), "address_refused", "[plugin.NAME.network]"),
+        ("alone", format!("http://localhost:{port}/"), "address_refused", "[plugin.alone.network]"),
         ("alone", format!("http://127.0.0.1:{port}/"), "address_refused", "loopback"),
     ];
     for (plugin, url, reason, fix) in &refused {

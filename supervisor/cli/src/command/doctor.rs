@@ -114,7 +114,7 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
         output.line(&Line::default())?;
         return output.line(&Line::default().add(Style::Bad, "No wall was tried: see above."));
     }
-    let missing: Vec<&HostControl> = lacking(answer).collect();
+    let mut missing: Vec<&HostControl> = lacking(answer).collect();
     if missing.is_empty() {
         output.line(&Line::default())?;
         let refused = answer.levels.iter().filter(|level| level.gaps.iter().any(|gap| !gap.allowed));
@@ -136,6 +136,16 @@ fn print(output: &Output, answer: &ExamineHostResponse) -> Result<(), Failure> {
         let names = same.map(|other| other.name.as_str()).collect::<Vec<_>>().join(", ");
         output.line(&Line::new("  ").add(Style::Title, names).add(Style::Plain, format!(": {}", control.why)))?;
         output.line(&Line::new("    fix: ").add(Style::Plain, &control.fix))?;
+    }
+    let needed = |control: &&HostControl| {
+        let mut gaps =
+            answer.levels.iter().flat_map(|level| &level.gaps).filter(|gap| gap.control == control.name).peekable();
+        gaps.peek().is_some() && gaps.all(|gap| !gap.may_be_allowed)
+    };
+    missing.retain(|control| !needed(control));
+    if missing.is_empty() {
+        output.line(&Line::default())?;
+        return output.line(&Line::default().add(Style::Bad, "No plugin runs without them at a level that has them."));
     }
     let file = answer.places.iter().find(|place| place.name == "configuration").map_or("", |place| place.path.as_str());
     let file = if file.is_empty() { "plugvisor.toml" } else { file };

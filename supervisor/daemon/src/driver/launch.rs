@@ -28,8 +28,8 @@ use crate::{
 };
 
 /// What an operator can do where a control is missing.
-const UNCONTROLLED: &str =
-    "`plugvisor doctor` says the fix, and has the allow_degraded line to run without it; then restart plugvisord";
+const UNCONTROLLED: &str = "`plugvisor doctor` says the fix, and has the allow_degraded line if it may be done without, which is read when plugvisord \
+     starts";
 
 impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {
@@ -251,7 +251,10 @@ fn launch_failure(name: &PluginName, error: &LauncherError, place: &str) -> Fail
         };
         return transient(Error::new(code, message, hint));
     };
-    let correct = format!("the launcher's policy is set when plugvisord starts: correct the plugin, or {place}");
+    let correct = format!(
+        "correct the plugin, {place}, or the launcher's policy file, which is read anew at each launch; then `plugvisor load \
+         {name}`"
+    );
     let (code, permanence, hint) = match refusal.code {
         RefusalCode::Malformed
         | RefusalCode::Version
@@ -263,6 +266,12 @@ fn launch_failure(name: &PluginName, error: &LauncherError, place: &str) -> Fail
             "plugvisord and plugvisor-launcher are not of one version: install them together",
         ),
         RefusalCode::Policy => (Code::LaunchRefused, Permanence::Permanent, correct.as_str()),
+        // Whoever writes it may be in the middle of it, and no plugin is to blame.
+        RefusalCode::PolicyFile => (
+            Code::LaunchRefused,
+            Permanence::Transient,
+            "correct that file; it is read anew at each launch, and nothing has to be restarted",
+        ),
         RefusalCode::Approval => (
             Code::LaunchRefused,
             Permanence::Permanent,

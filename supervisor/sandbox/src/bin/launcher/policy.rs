@@ -292,7 +292,7 @@ impl Policy {
 /// Says to a supervisor, in one line, why the file cannot be used.
 fn refused(why: &str) -> Refusal {
     let message = format!("the launcher cannot use its policy: {}", why.replace(":\n  ", ": ").replace("\n  ", "; "));
-    Refusal { code: RefusalCode::Policy, message }
+    Refusal { code: RefusalCode::PolicyFile, message }
 }
 
 /// A path without links, as far as it is there: its last component may be missing.

@@ -133,7 +133,7 @@ impl Settings {
             return Err(format!("[vm] emulator: {} lies in none of {places}", self.emulator.display()));
         }
         ours("emulator", &self.emulator, u64::MAX)?;
-        let kernel = ours("kernel", &self.kernel, MOST_KERNEL);
+        let kernel = ours("kernel", &self.kernel, MOST_KERNEL)?;
         let modules = self.modules.clone().map_or_else(|| virtio_of(&self.kernel), Ok)?;
         let modules = modules.iter().map(|module| ours("modules", module, MOST_KERNEL));
         for place in &self.libraries {
@@ -147,7 +147,7 @@ impl Settings {
             judge_place(place, Owners::here()).map_err(|doubt| doubted("runtime", place, &doubt))?;
         }
         Ok(Parts {
-            files: [kernel].into_iter().chain(modules).collect::<Result<_, _>>()?,
+            files: [Ok(kernel)].into_iter().chain(modules).collect::<Result<_, _>>()?,
             emulator: self.emulator.clone(),
             libraries: self.libraries.clone(),
             runtime: self.runtime.clone(),
