@@ -39,7 +39,7 @@ pub use external::ExternalLauncher;
 pub use held_up::HeldUp;
 pub use lane::Lane;
 pub use neighbour::{Neighbour, Quiet};
-pub use patience::stretched;
+pub(crate) use patience::stretched;
 pub use process::{Process, descendants};
 pub use receiver::{Nobody, Receiver, attribute};
 pub use scrape::{Sample, Scrape};

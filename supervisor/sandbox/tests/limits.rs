@@ -78,15 +78,15 @@ fn keyed(text: &str, key: &str) -> u64 {
     line.and_then(|number| number.trim().parse().ok()).unwrap_or_else(|| panic!("no {key} in {text:?}"))
 }
 
-/// What the kernel's files are to say. It counts memory in pages: all that is asked for here, and nine tenths of it, is a
-/// whole number of the largest ones.
+/// What the kernel's files are to say. It counts memory in pages: all that is asked for here is a whole number of the
+/// largest ones.
 fn assert_in_force(plugin: &Plugin, memory: u64, cpu: u64, pids: u64) {
     let quota = (cpu * 1000).to_string();
     let mut wanted = vec![("pids.max", pids.to_string())];
     if find(plugin, "memory.max").is_some() {
         wanted.extend([
             ("memory.max", memory.to_string()),
-            ("memory.high", (memory / 10 * 9).to_string()),
+            ("memory.high", "max".to_owned()),
             ("memory.swap.max", "0".to_owned()),
             ("memory.oom.group", "1".to_owned()),
             ("cpu.max", format!("{quota} 100000")),

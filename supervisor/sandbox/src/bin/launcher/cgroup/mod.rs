@@ -412,8 +412,8 @@ impl Group {
                     }
                     Version::V2 => {
                         holds("memory.max", bytes)?;
-                        // From nine tenths on the kernel takes back what it can and slows the plugin down.
-                        holds("memory.high", bytes / 10 * 9)?;
+                        // No threshold below it: what a plugin has taken for good is not had back by slowing it down, ADR 17.
+                        self.set("memory.high", "max", |value| value == "max")?;
                         if self.directory.join("memory.swap.max").exists() {
                             self.set("memory.swap.max", "0", |value| value == "0")?;
                         }
