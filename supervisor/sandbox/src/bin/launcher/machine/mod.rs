@@ -30,7 +30,7 @@ mod link;
 #[path = "../../../../guest/plan.rs"]
 #[allow(dead_code, reason = "each side uses its half")]
 mod plan;
-#[path = "../../../../guest/relay.rs"]
+#[path = "../../../../guest/relay/mod.rs"]
 #[allow(dead_code, reason = "each side uses its half")]
 mod relay;
 
