@@ -7,4 +7,4 @@ mod problem;
 mod reader;
 
 pub use problem::{Problem, Problems};
-pub use reader::{Section, Table, field_names, into_table, join, section};
+pub use reader::{Section, Table, field_names, into_table, join, section, silent_keys};

@@ -177,6 +177,14 @@ pub fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     names
 }
 
+/// The keys of which [`Table::takes`] says nothing, without those of `tables`, which are read by themselves. A file's own
+/// test wants none.
+#[must_use]
+pub fn silent_keys<T: Table>(tables: &[&str]) -> Vec<&'static str> {
+    let names = field_names::<T>().iter().copied();
+    names.filter(|name| T::takes(name).is_empty() && !tables.contains(name)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
