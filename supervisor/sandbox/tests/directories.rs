@@ -10,26 +10,15 @@ use std::{
     path::Path,
 };
 
-use harness::{As, Harness, Manner, ORDINARY, is_root, with_directories};
+use harness::{As, Harness, LEVELS, Manner, ORDINARY, is_root, with_directories};
 use plugvisor_package::Digest;
-use plugvisor_sandbox::protocol::{Grant, Launch, Level, Refusal, RefusalCode, Reply, Request};
+use plugvisor_sandbox::protocol::{Grant, Level, Refusal, RefusalCode, Reply, Request};
 
 const ENOENT: &str = "2";
 const EACCES: &str = "13";
 const EROFS: &str = "30";
 
-const LEVELS: [Level; 4] = [Level::None, Level::Process, Level::Container, Level::Sandbox];
 const ALL: [Grant; 3] = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData];
-
-fn attempt(harness: &mut Harness, level: Level, grants: &[Grant], args: &[&str]) -> Vec<String> {
-    let allowed = harness.request_at(level, &[]).allow_degraded;
-    let change = |launch: &mut Launch| {
-        launch.level = level;
-        launch.grants = grants.to_vec();
-        launch.allow_degraded = allowed;
-    };
-    harness.attempt(change, args).into_iter().map(|(_, result)| result).collect()
-}
 
 fn refused(harness: &mut Harness, grants: &[Grant]) -> Refusal {
     let mut request = harness.request(&["pause"]);
@@ -46,8 +35,7 @@ fn without_a_grant_there_is_nothing() {
     for as_ in As::possible() {
         let mut harness = Harness::start_with_directories(as_);
         for level in LEVELS {
-            let seen =
-                attempt(&mut harness, level, &[], &["list", "/plugvisor/config", "list", "/plugvisor/data", "env"]);
+            let seen = harness.attempt_at(level, &[], &["list", "/plugvisor/config", "list", "/plugvisor/data", "env"]);
             let nothing = if level == Level::None { ENOENT } else { EACCES };
             // Landlock does not say what is there.
             assert!(seen[..2].iter().all(|seen| seen == ENOENT || seen == nothing), "{as_:?} {level:?}: {seen:?}");
@@ -75,7 +63,7 @@ fn each_grant_opens_what_it_says() {
                 "list",
                 "/plugvisor/data",
             ];
-            let seen = attempt(&mut harness, level, &[Grant::ReadConfig], &config);
+            let seen = harness.attempt_at(level, &[Grant::ReadConfig], &config);
             // Who owns a file is asked before whether anybody may write it.
             assert!(seen[2] == EROFS || seen[2] == EACCES, "{as_:?} {level:?}: {}", seen[2]);
             assert_eq!([&seen[0], &seen[1], &seen[3]], ["hello", "greeting", EROFS], "{as_:?} {level:?}");
@@ -103,19 +91,19 @@ fn each_grant_opens_what_it_says() {
                 "/plugvisor/config",
                 "env",
             ];
-            let seen = attempt(&mut harness, level, &[Grant::WriteData], &write);
+            let seen = harness.attempt_at(level, &[Grant::WriteData], &write);
             let no_exec = if level == Level::Sandbox { "38" } else { EACCES };
             assert_eq!(seen[..6], ["ok", "ok", "ok", "kept", no_exec, "ok"], "{as_:?} {level:?}");
             assert!(seen[6] == other || seen[6] == ENOENT, "{as_:?} {level:?}: {}", seen[6]);
             assert!(seen[7].contains("PLUGVISOR_DATA_DIR=/plugvisor/data"), "{}", seen[7]);
             assert!(!seen[7].contains("PLUGVISOR_CONFIG_DIR"), "{}", seen[7]);
             if level != Level::None {
-                let seen = attempt(&mut harness, level, &[Grant::WriteData], &["bind", "/plugvisor/data/socket"]);
+                let seen = harness.attempt_at(level, &[Grant::WriteData], &["bind", "/plugvisor/data/socket"]);
                 assert_eq!(seen, [EACCES], "{as_:?} {level:?}: no sockets");
             }
             // Another launch, another grant, the same data.
             let read = ["cat", &moved, "append", &moved, "append", "/plugvisor/data/new"];
-            let seen = attempt(&mut harness, level, &[Grant::ReadData, Grant::ReadConfig], &read);
+            let seen = harness.attempt_at(level, &[Grant::ReadData, Grant::ReadConfig], &read);
             assert_eq!(seen, ["kept", EROFS, EROFS], "{as_:?} {level:?}");
         }
     }
@@ -168,8 +156,7 @@ fn data_are_the_names_for_good() {
             assert_eq!(fs::read_to_string(data.join(name).join("name")).expect("its file"), name);
         }
         // Each sees its own, and nothing of the other through it.
-        let seen = attempt(
-            &mut harness,
+        let seen = harness.attempt_at(
             Level::Process,
             &[Grant::ReadData],
             &[
@@ -188,7 +175,7 @@ fn data_are_the_names_for_good() {
             harness.process.kill().expect("SIGKILL");
             harness.process.wait().expect("it ends");
             harness.restart();
-            let seen = attempt(&mut harness, Level::None, &[Grant::ReadData], &["cat", "/plugvisor/data/name"]);
+            let seen = harness.attempt_at(Level::None, &[Grant::ReadData], &["cat", "/plugvisor/data/name"]);
             assert_eq!(seen, ["walled"]);
             assert_eq!(own("walled").uid(), uids[0]);
         }
@@ -218,7 +205,7 @@ fn no_link_is_followed_to_a_directory() {
             fs::remove_file(&own).expect("the file");
         }
         assert!(refused(&mut harness, &[Grant::ReadConfig]).message.contains("mkdir"), "it is not there");
-        assert_eq!(attempt(&mut harness, Level::Process, &[Grant::WriteData], &["list", "/plugvisor/data"]), [""]);
+        assert_eq!(harness.attempt_at(Level::Process, &[Grant::WriteData], &["list", "/plugvisor/data"]), [""]);
     }
 }
 
@@ -231,7 +218,7 @@ fn a_link_inside_leads_nowhere_else() {
         symlink(&secret, harness.path("config/walled/link")).expect("a link");
         for level in [Level::Process, Level::Container, Level::Sandbox] {
             let probes = ["read", "/plugvisor/config/link", "follow", "/plugvisor/data/link", &secret];
-            let seen = attempt(&mut harness, level, &ALL, &probes);
+            let seen = harness.attempt_at(level, &ALL, &probes);
             assert_eq!(seen, [ENOENT, ENOENT], "{as_:?} {level:?}");
         }
     }
@@ -268,7 +255,7 @@ fn what_others_can_change_is_not_shown_as_root() {
     chown(&own, Some(ORDINARY), Some(ORDINARY)).expect("chown");
     wrong(&own, Grant::ReadData, &["another user", "uids"]);
     fs::remove_file(own.join("file")).expect("empty");
-    let seen = attempt(&mut harness, Level::Process, &[Grant::WriteData], &["write", "/plugvisor/data/x", "y"]);
+    let seen = harness.attempt_at(Level::Process, &[Grant::WriteData], &["write", "/plugvisor/data/x", "y"]);
     assert_eq!(seen, ["ok"]);
 }
 

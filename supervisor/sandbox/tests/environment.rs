@@ -4,13 +4,11 @@
 
 mod harness;
 
-use harness::{As, Harness, Manner, read_all};
+use harness::{As, Harness, LEVELS, Manner, read_all};
 use plugvisor_sandbox::{
     options::{Options, Variable},
     protocol::{Exit, Grant, Launch, Level, Refusal, RefusalCode, Tier, environment_digest},
 };
-
-const LEVELS: [Level; 4] = [Level::None, Level::Process, Level::Container, Level::Sandbox];
 
 fn asks() -> Manner {
     let mut manner = Manner::of(&["env"]);

@@ -6,7 +6,7 @@ mod harness;
 
 use std::{fs, os::fd::AsFd, path::Path, time::Instant};
 
-use harness::{As, Harness, Manner, digest, is_root, make_bundle, patience, read_all, wait_readable};
+use harness::{As, Harness, LEVELS, Manner, digest, is_root, make_bundle, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{
     Control, Exit, Grant, Launch, Level, Limits, RefusalCode, Reply, Request, SocketMode,
 };
@@ -17,19 +17,6 @@ const EFAULT: &str = "14";
 const EINVAL: &str = "22";
 const ENOSYS: &str = "38";
 const KILL: i32 = 9;
-
-/// The levels that this version launches.
-const LEVELS: [Level; 4] = [Level::None, Level::Process, Level::Container, Level::Sandbox];
-
-fn attempt(harness: &mut Harness, level: Level, grants: &[Grant], args: &[&str]) -> Vec<String> {
-    let allowed = harness.request_at(level, &[]).allow_degraded;
-    let change = |launch: &mut Launch| {
-        launch.level = level;
-        launch.grants = grants.to_vec();
-        launch.allow_degraded = allowed;
-    };
-    harness.attempt(change, args).into_iter().map(|(_, result)| result).collect()
-}
 
 #[test]
 fn each_level_has_its_controls_and_the_kernel_confirms_them() {
@@ -150,8 +137,7 @@ fn none_is_clean_and_claims_nothing() {
         let number = said[6].split(' ').next().expect("its number");
         assert!(environment.contains(&format!("LISTEN_PID={number}").as_str()), "{environment:?}");
         // The control for what the other levels deny: it works here.
-        let open = attempt(
-            &mut harness,
+        let open = harness.attempt_at(
             Level::None,
             &[],
             &[
@@ -174,7 +160,7 @@ fn none_dies_as_a_whole_and_with_its_launcher() {
     for as_ in As::possible() {
         let mut harness = Harness::start_trusting(as_);
         // Of an ordinary user the guard ends what is its own: its daemons have come to it.
-        assert_eq!(attempt(&mut harness, Level::None, &[], &["daemons"]), ["ok"], "{as_:?}");
+        assert_eq!(harness.attempt_at(Level::None, &[], &["daemons"]), ["ok"], "{as_:?}");
         let request = harness.request_at(Level::None, &["daemons", "pause"]);
         let mut plugin = harness.launch(request.clone());
         assert!(wait_readable(plugin.stdout.as_fd(), Instant::now() + patience()));
@@ -226,13 +212,13 @@ fn container_has_its_own_name_and_cgroup() {
     for as_ in As::possible() {
         let mut harness = Harness::start_trusting(as_);
         let probes = ["host-name", "cat", "/proc/self/cgroup"];
-        let weaker = attempt(&mut harness, Level::Process, &[], &probes);
+        let weaker = harness.attempt_at(Level::Process, &[], &probes);
         assert_eq!(weaker[0], ours);
         // v2 knows no renaming: there a spare's group keeps the name that it was made with.
         let is_named = ["walled", "/spare-"].iter().any(|name| weaker[1].contains(name));
         assert!(as_ == As::Ordinary || is_named, "{}", weaker[1]);
         for level in [Level::Container, Level::Sandbox] {
-            let seen = attempt(&mut harness, level, &[], &probes);
+            let seen = harness.attempt_at(level, &[], &probes);
             assert_eq!(seen[0], "walled", "{as_:?} {level:?}");
             let groups: Vec<&str> =
                 seen[1].split('|').filter_map(|line| line.rsplit_once(':')).map(|(_, group)| group).collect();
@@ -246,20 +232,20 @@ fn sandbox_executes_once() {
     for as_ in As::possible() {
         let mut harness = Harness::start_trusting(as_);
         // The control: at CONTAINER the other program takes its place, and prints nothing.
-        assert_eq!(attempt(&mut harness, Level::Container, &[], &["exec", "/usr/bin/true"]), Vec::<String>::new());
+        assert_eq!(harness.attempt_at(Level::Container, &[], &["exec", "/usr/bin/true"]), Vec::<String>::new());
         let execveat = libc::SYS_execveat.to_string();
-        assert_eq!(attempt(&mut harness, Level::Container, &[], &["raw", &execveat, "-1,0,0,0,0x1000"]), [EFAULT]);
+        assert_eq!(harness.attempt_at(Level::Container, &[], &["raw", &execveat, "-1,0,0,0,0x1000"]), [EFAULT]);
         let again = ["exec", "/usr/bin/true", "exec", "/usr/bin/true", "raw", &execveat, "-1,0,0,0,0x1000"];
-        assert_eq!(attempt(&mut harness, Level::Sandbox, &[], &again), [ENOSYS; 3], "{as_:?}");
+        assert_eq!(harness.attempt_at(Level::Sandbox, &[], &again), [ENOSYS; 3], "{as_:?}");
         // A listener of its own could let it execute: of two filters that answer alike, the newer one counts.
         let seccomp = libc::SYS_seccomp.to_string();
         let prctl = libc::SYS_prctl.to_string();
         let listen = ["raw", &seccomp, "1,8,0", "raw", &prctl, "22,2,0,0,0"];
-        assert_eq!(attempt(&mut harness, Level::Container, &[], &listen), [EFAULT; 2]);
-        assert_eq!(attempt(&mut harness, Level::Sandbox, &[], &listen), [EPERM; 2], "{as_:?}");
+        assert_eq!(harness.attempt_at(Level::Container, &[], &listen), [EFAULT; 2]);
+        assert_eq!(harness.attempt_at(Level::Sandbox, &[], &listen), [EPERM; 2], "{as_:?}");
         // With the grant it may fork; what it forks may not execute either.
         let spawned =
-            attempt(&mut harness, Level::Sandbox, &[Grant::SpawnChild], &["forks", "2", "exec", "/usr/bin/true"]);
+            harness.attempt_at(Level::Sandbox, &[Grant::SpawnChild], &["forks", "2", "exec", "/usr/bin/true"]);
         assert_eq!(spawned, ["2 then ok", ENOSYS], "{as_:?}");
     }
 }
@@ -288,13 +274,13 @@ fn sandbox_executes_nothing_that_it_wrote() {
         // Before 6.3 there is no such seal, and the kernel says so before it looks at the name.
         let has_seal = memfd_create("control", MemfdFlags::NOEXEC_SEAL).is_ok();
         let past_the_walls = if has_seal { EFAULT } else { EINVAL };
-        assert_eq!(attempt(&mut harness, Level::Container, &[], &probes), ["ok", "ok", "ok", past_the_walls]);
-        assert_eq!(attempt(&mut harness, Level::Sandbox, &[], &probes), [EPERM, "ok", EPERM, EPERM], "{as_:?}");
+        assert_eq!(harness.attempt_at(Level::Container, &[], &probes), ["ok", "ok", "ok", past_the_walls]);
+        assert_eq!(harness.attempt_at(Level::Sandbox, &[], &probes), [EPERM, "ok", EPERM, EPERM], "{as_:?}");
         // The kernel's own word, where it has one.
         let asked = ["value", &prctl, "66,0,0,0,0"];
-        let held = attempt(&mut harness, Level::Sandbox, &[], &asked);
+        let held = harness.attempt_at(Level::Sandbox, &[], &asked);
         assert!(held == ["1"] || held == [EINVAL], "{as_:?}: {held:?}");
-        assert_eq!(attempt(&mut harness, Level::Container, &[], &asked)[0], if held == ["1"] { "0" } else { EINVAL });
+        assert_eq!(harness.attempt_at(Level::Container, &[], &asked)[0], if held == ["1"] { "0" } else { EINVAL });
     }
 }
 
@@ -372,7 +358,7 @@ fn sandbox_has_no_writable_code_of_the_kernel_s_making() {
             }
         }
         // The control: without that it runs there.
-        let maps = attempt(&mut harness, Level::Sandbox, &[], &["cat", "/proc/self/maps"]);
+        let maps = harness.attempt_at(Level::Sandbox, &[], &["cat", "/proc/self/maps"]);
         assert_eq!(of_stack(&maps[0]), "rw-p", "{as_:?}");
     }
 }
@@ -406,9 +392,9 @@ fn sandbox_calls_only_what_is_listed() {
             "1",
             "thread",
         ];
-        let weaker = attempt(&mut harness, Level::Container, &[], &probes);
+        let weaker = harness.attempt_at(Level::Container, &[], &probes);
         assert_eq!(weaker, ["ok", "ok", EFAULT, ENOSYS, EPERM, "ok", "ok"], "{as_:?}");
-        let seen = attempt(&mut harness, Level::Sandbox, &[], &probes);
+        let seen = harness.attempt_at(Level::Sandbox, &[], &probes);
         assert_eq!(seen, [EPERM, EPERM, EPERM, ENOSYS, EPERM, "ok", "ok"], "{as_:?}");
         let _ = socket;
     }

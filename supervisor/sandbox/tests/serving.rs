@@ -18,9 +18,7 @@ use std::{
 use harness::{As, Harness, PORTS, patience, wait_readable};
 use plugvisor_sandbox::{
     options::Linger,
-    protocol::{
-        Control, Exit, Grant, Launch, LaunchId, Level, MAX_DESCRIPTORS, MAX_INWARD, RefusalCode, Reply, Request,
-    },
+    protocol::{Exit, Grant, Launch, LaunchId, Level, MAX_DESCRIPTORS, MAX_INWARD, RefusalCode, Reply, Request},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -34,16 +32,6 @@ const ECONNREFUSED: &str = "111";
 const ECONNRESET: &str = "104";
 
 const WALLED: [Level; 3] = [Level::Process, Level::Container, Level::Sandbox];
-
-/// The version of Landlock that holds plugins here.
-fn landlock_version(harness: &mut Harness) -> u32 {
-    let request = harness.request(&["exit", "0"]);
-    let plugin = harness.launch(request);
-    let state = plugin.launched.controls.iter().find(|state| state.control == Control::Landlock);
-    let held = state.and_then(|state| state.enforced.as_deref()).expect("it is held by Landlock");
-    let number = held.strip_prefix("Landlock version ").and_then(|rest| rest.split(',').next());
-    number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{held:?} names no version"))
-}
 
 fn serving(mut launch: Launch, inward: u16) -> Launch {
     launch.grants = vec![Grant::TcpServer];
@@ -61,7 +49,7 @@ fn it_listens_at_its_own_ports_and_nowhere_else() {
         let host = TcpListener::bind("127.0.0.1:0").expect("the host's port");
         let host = host.local_addr().expect("its address").to_string();
         // Landlock has rules for TCP from its version 4 on. Before it the namespace alone holds.
-        let rules = landlock_version(&mut harness) >= 4;
+        let rules = harness.landlock_version() >= 4;
         let or = |with, without| if rules { with } else { without };
         let [port, other] = PORTS.map(|port| format!("0.0.0.0:{port}"));
         let serves: Vec<(Vec<&str>, &str)> = vec![

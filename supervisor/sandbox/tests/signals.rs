@@ -16,16 +16,6 @@ const WALLED: [Level; 3] = [Level::Process, Level::Container, Level::Sandbox];
 /// Every way of sending one to a child.
 const WAYS: [&str; 7] = ["kill", "tgkill", "tkill", "queue", "queue-thread", "pidfd", "owner"];
 
-fn attempt(harness: &mut Harness, level: Level, grants: &[Grant], args: &[&str]) -> Vec<String> {
-    let request = harness.request_at(level, args);
-    let change = |launch: &mut plugvisor_sandbox::protocol::Launch| {
-        launch.level = level;
-        launch.grants = grants.to_vec();
-        launch.allow_degraded = request.allow_degraded;
-    };
-    harness.attempt(change, args).into_iter().map(|(_, result)| result).collect()
-}
-
 fn to_child() -> Vec<&'static str> {
     WAYS.iter().flat_map(|way| ["signal-child", way]).collect()
 }
@@ -35,13 +25,13 @@ fn its_children_are_signalled_with_the_grant_alone() {
     for as_ in As::possible() {
         let mut harness = Harness::start_trusting(as_);
         for level in WALLED {
-            let without = attempt(&mut harness, level, &[Grant::SpawnChild], &to_child());
+            let without = harness.attempt_at(level, &[Grant::SpawnChild], &to_child());
             assert_eq!(without, [EPERM; WAYS.len()], "{as_:?} {level:?}");
-            let with = attempt(&mut harness, level, &[Grant::SpawnChild, Grant::SignalHandling], &to_child());
+            let with = harness.attempt_at(level, &[Grant::SpawnChild, Grant::SignalHandling], &to_child());
             assert_eq!(with, ["ok"; WAYS.len()], "{as_:?} {level:?}");
         }
         // No wall is claimed there.
-        assert_eq!(attempt(&mut harness, Level::None, &[], &to_child()), ["ok"; WAYS.len()], "{as_:?}");
+        assert_eq!(harness.attempt_at(Level::None, &[], &to_child()), ["ok"; WAYS.len()], "{as_:?}");
     }
 }
 
@@ -62,7 +52,7 @@ fn itself_it_always_may_signal() {
                 "signal-self",
                 "owner",
             ];
-            assert_eq!(attempt(&mut harness, level, &[], &own), ["ok"; 5], "{as_:?} {level:?}");
+            assert_eq!(harness.attempt_at(level, &[], &own), ["ok"; 5], "{as_:?} {level:?}");
             let plugin = {
                 let request = harness.request_at(level, &["abort"]);
                 harness.launch(request)
@@ -85,13 +75,13 @@ fn nobody_outside_is_reached_with_the_grant() {
         for level in WALLED {
             let grants = [Grant::SpawnChild, Grant::SignalHandling];
             let probes: Vec<&str> = others.iter().flat_map(|pid| ["kill", pid]).collect();
-            assert_eq!(attempt(&mut harness, level, &grants, &probes), [ESRCH; 3], "{as_:?} {level:?}");
+            assert_eq!(harness.attempt_at(level, &grants, &probes), [ESRCH; 3], "{as_:?} {level:?}");
             // Its init, which is all that is there beside it, heeds no signal that it has no handler for; and everybody,
             // which is nobody but itself.
             let sigkill = "1,9";
             let number = libc::SYS_kill.to_string();
             let probes = ["raw", &number, sigkill, "signal-child", "kill", "kill", "-1"];
-            assert_eq!(attempt(&mut harness, level, &grants, &probes), ["ok", "ok", ESRCH], "{as_:?} {level:?}");
+            assert_eq!(harness.attempt_at(level, &grants, &probes), ["ok", "ok", ESRCH], "{as_:?} {level:?}");
         }
         let request = plugvisor_sandbox::protocol::Request::Kill { launch: sibling.launched.launch };
         harness.ask(&request, &[]);

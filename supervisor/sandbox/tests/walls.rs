@@ -19,7 +19,7 @@ use std::{
 use harness::{As, Harness, patience, read_all, wait_readable};
 use plugvisor_sandbox::{
     options::Linger,
-    protocol::{Control, Exit, Grant},
+    protocol::{Exit, Grant},
 };
 
 const EPERM: &str = "1";
@@ -191,16 +191,6 @@ fn system_calls() {
     }
 }
 
-/// The version of Landlock that plugins are held by here, as the launcher read it.
-fn landlock_version(harness: &mut Harness) -> u32 {
-    let request = harness.request(&["exit", "0"]);
-    let plugin = harness.launch(request);
-    let state = plugin.launched.controls.iter().find(|state| state.control == Control::Landlock);
-    let held = state.and_then(|state| state.enforced.as_deref()).expect("it is held by Landlock");
-    let number = held.strip_prefix("Landlock version ").and_then(|rest| rest.split(',').next());
-    number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{held:?} names no version"))
-}
-
 /// With the grant there is TCP to the proxy in a namespace of its own, and nothing else: no other protocol, no other port,
 /// no other address, and nobody to serve.
 #[test]
@@ -212,7 +202,7 @@ fn egress_is_tcp_to_the_proxy_alone() {
         let host = TcpListener::bind("127.0.0.1:0").expect("the host's port");
         let address = host.local_addr().expect("its address");
         TcpStream::connect(address).expect("reachable from outside");
-        let landlock = landlock_version(&mut harness);
+        let landlock = harness.landlock_version();
         // Both as a child made ahead of the launch, where there are such, and as one that is made for it.
         for spared in [true, false] {
             if spared {

@@ -2,9 +2,14 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::PoisonError};
 
-use plugvisor_sandbox::protocol::{Control, Exit, Launch, Launched, Level, Limits, Refusal, Reply, Request, Tier};
+use plugvisor_sandbox::protocol::{
+    Control, Exit, Grant, Launch, Launched, Level, Limits, Refusal, Reply, Request, Tier,
+};
 
 use super::{As, Harness, Manner, read_all};
+
+/// The levels of one kernel, from the weakest on.
+pub const LEVELS: [Level; 4] = [Level::None, Level::Process, Level::Container, Level::Sandbox];
 
 /// A launched plugin and its ends.
 pub struct Plugin {
@@ -121,5 +126,25 @@ impl Harness {
         text.lines()
             .map(|line| line.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())).expect("NAME RESULT"))
             .collect()
+    }
+    /// The same at a level and with these grants; the results alone.
+    pub fn attempt_at(&mut self, level: Level, grants: &[Grant], args: &[&str]) -> Vec<String> {
+        let allowed = self.request_at(level, args).allow_degraded;
+        let change = |launch: &mut Launch| {
+            launch.level = level;
+            launch.grants = grants.to_vec();
+            launch.allow_degraded = allowed;
+        };
+        self.attempt(change, args).into_iter().map(|(_, result)| result).collect()
+    }
+
+    /// The version of Landlock that plugins are held by here, as the launcher read it.
+    pub fn landlock_version(&mut self) -> u32 {
+        let request = self.request(&["exit", "0"]);
+        let plugin = self.launch(request);
+        let state = plugin.launched.controls.iter().find(|state| state.control == Control::Landlock);
+        let held = state.and_then(|state| state.enforced.as_deref()).expect("it is held by Landlock");
+        let number = held.strip_prefix("Landlock version ").and_then(|rest| rest.split(',').next());
+        number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{held:?} names no version"))
     }
 }

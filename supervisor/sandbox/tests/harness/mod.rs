@@ -32,7 +32,7 @@ mod wait;
 #[allow(unused_imports, reason = "a module of tests, each of which uses a part")]
 pub use self::{
     bundle::{Manner, PORTS, announce, digest, listed, make_bundle, open_to_all, write_manifest},
-    launch::Plugin,
+    launch::{LEVELS, Plugin},
     place::Place,
     start::with_directories,
     wait::{patience, read_all, wait_readable},
