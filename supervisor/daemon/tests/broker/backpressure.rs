@@ -4,7 +4,10 @@ use bytes::Bytes;
 use futures_util::future::{join_all, poll_fn};
 use tokio::{net::UnixStream, sync::mpsc};
 
-use super::support::{World, answer, answer_ok, call, client, message, request, serve, within};
+use super::{
+    grpc::{answer, call, client, message, serve, within},
+    support::{World, answer_ok, request},
+};
 
 /// Far more than all windows and socket buffers on the way together.
 const MUCH: usize = 64 * 1024 * 1024;

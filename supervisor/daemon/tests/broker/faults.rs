@@ -10,8 +10,9 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::support::{
-    World, answer, answer_ok, answer_status, call, client, identity, message, read, request, serve, within,
+use super::{
+    grpc::{answer, call, client, message, serve, within},
+    support::{World, answer_ok, answer_status, identity, read, request},
 };
 
 const LIMIT: u32 = 64 * 1024;

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use plugvisor_daemon::broker::{Drained, Stopped};
 use tokio::{net::UnixStream, sync::mpsc};
 
-use super::support::{PATIENCE, World, answer, answer_ok, call, client, identity, message, request, serve, within};
+use super::{
+    grpc::{PATIENCE, answer, call, client, message, serve, within},
+    support::{World, answer_ok, identity, request},
+};
 
 type Held = h2::server::SendResponse<Bytes>;
 

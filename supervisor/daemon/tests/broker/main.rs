@@ -4,6 +4,8 @@
 
 mod backpressure;
 mod faults;
+#[path = "../grpc/mod.rs"]
+mod grpc;
 mod lifecycle;
 mod passing;
 mod refusals;

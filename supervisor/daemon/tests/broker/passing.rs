@@ -21,8 +21,9 @@ use tonic::{
 use tonic_prost::ProstCodec;
 use tower::service_fn;
 
-use super::support::{
-    Handler, World, answer_ok, answer_status, call, client, identity, message, read, request, serve, within,
+use super::{
+    grpc::{call, client, message, serve, within},
+    support::{Handler, World, answer_ok, answer_status, identity, read, request},
 };
 
 type Codec = ProstCodec<Bytes, Bytes>;

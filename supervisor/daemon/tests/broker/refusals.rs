@@ -11,7 +11,10 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::support::{World, answer_ok, call, client, identity, message, request, serve, within};
+use super::{
+    grpc::{call, client, message, serve, within},
+    support::{World, answer_ok, identity, request},
+};
 
 async fn refused(world: &World, caller: &str, asked: http::request::Builder) -> (i32, String, String) {
     let sender = client(&world.caller(caller).await).await;

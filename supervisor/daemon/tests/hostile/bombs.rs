@@ -1,8 +1,9 @@
 //! Fields that cost more than they seem to: large, many, or few bytes that stand for many.
 
 use super::{
+    grpc::{call, client, message},
     wire::{END_STREAM, Peer, block, headers, indexed_literal, long_headers, request},
-    world::{GROWTH, World, asked, call, client, message},
+    world::{GROWTH, World, asked},
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

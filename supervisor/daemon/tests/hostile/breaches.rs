@@ -1,12 +1,13 @@
 //! Callers that break a rule of HTTP/2: each rule, one by one, and what the broker must do (RFC 9113 and RFC 7541).
 
 use super::{
+    grpc::{call, client, message},
     wire::{
         ACK, COMPRESSION_ERROR, CONTINUATION, DATA, END_STREAM, FLOW_CONTROL_ERROR, FRAME_SIZE_ERROR, GOAWAY, HEADERS,
         PADDED, PING, PREFACE, PRIORITY, PROTOCOL_ERROR, PUSH_PROMISE, Peer, RST_STREAM, SETTINGS, STREAM_CLOSED, Seen,
         WINDOW_UPDATE, block, frame, frame_announced, headers, indexed_literal, request, settings,
     },
-    world::{GROWTH, Setup, World, asked, call, client, message, service},
+    world::{GROWTH, Setup, World, asked, service},
 };
 
 /// What a breach must lead to.
@@ -166,7 +167,7 @@ async fn what_is_no_http2_is_closed() {
 async fn forged_identity_is_overwritten() {
     let callers = vec!["attacker".into(), "b".into()];
     let mut world = World::start(Setup { callers, providers: vec!["b".into()], ..Setup::default() }).await;
-    super::world::serve(world.provider("b"), |_asked, respond| async move { super::world::answer_ok(respond, b"") });
+    super::grpc::serve(world.provider("b"), |_asked, respond| async move { super::world::answer_ok(respond, b"") });
     let sender = client(&world.caller("attacker")).await;
     let mut forged = asked("/t.target/Echo");
     for (name, value) in [

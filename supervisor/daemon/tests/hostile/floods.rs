@@ -4,11 +4,12 @@
 use std::time::Duration;
 
 use super::{
+    grpc::{call, client, message},
     wire::{
         CONTINUATION, DATA, END_STREAM, ENHANCE_YOUR_CALM, HEADERS, PING, PRIORITY, Peer, RST_STREAM, WINDOW_UPDATE,
         block, frame, headers, request, settings,
     },
-    world::{GROWTH, Setup, Victim, World, asked, call, client, message},
+    world::{GROWTH, Setup, Victim, World, asked},
 };
 
 /// What is sent of each flood, in bytes: far more than all buffers on the way together, and than `GROWTH` if each byte

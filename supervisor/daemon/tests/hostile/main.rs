@@ -9,6 +9,8 @@
 mod bombs;
 mod breaches;
 mod floods;
+#[path = "../grpc/mod.rs"]
+mod grpc;
 mod messages;
 mod providers;
 mod silence;

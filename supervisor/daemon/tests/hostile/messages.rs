@@ -1,8 +1,9 @@
 //! Messages that are too large, and callers that do not read what they asked for.
 
 use super::{
+    grpc::{answer, call, client, message, within},
     wire::{DATA, END_STREAM, PREFACE, Peer, block, frame, headers, request, settings},
-    world::{GROWTH, World, answer, asked, call, client, message, prefix, within},
+    world::{GROWTH, World, asked, prefix},
 };
 
 const LIMIT: usize = 4 * 1024 * 1024;

@@ -5,11 +5,12 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 
 use super::{
+    grpc::{Answer, answer, client, message, within},
     wire::{
         ACK, CONTINUATION, DATA, END_STREAM, GOAWAY, HEADERS, PADDED, PING, PRIORITY, PUSH_PROMISE, Peer, RST_STREAM,
         SETTINGS, WINDOW_UPDATE, block, frame, frame_announced, headers, indexed_literal, long_headers, settings,
     },
-    world::{Answer, GROWTH, Setup, World, answer, asked_within, client, message, prefix, service, within},
+    world::{GROWTH, Setup, World, asked_within, prefix, service},
 };
 
 /// Serves every connection with the same bytes: `first` as soon as it is there, `then` (made for the stream) after each

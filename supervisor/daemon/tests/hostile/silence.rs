@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::{
+    grpc::{answer, client, message, within},
     wire::{DATA, END_STREAM, HEADERS, PREFACE, Peer, frame, frame_announced, headers, request, settings},
-    world::{GROWTH, Setup, World, answer, asked_within, client, message, prefix, within},
+    world::{GROWTH, Setup, World, asked_within, prefix},
 };
 
 /// Short, so that the test is; what the broker takes by itself is 10 s. The pair of plugins that must not notice anything
@@ -92,7 +93,7 @@ async fn who_drips_a_head_is_closed() {
         if !peer.send(&[*byte]).await {
             break;
         }
-        assert!(begun.elapsed() < super::world::PATIENCE, "it drips on");
+        assert!(begun.elapsed() < super::grpc::PATIENCE, "it drips on");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     world.told(&["CallerRejected", "loris#1"]).await;
