@@ -1,36 +1,34 @@
 //! The launcher's side of a launch: prepares everything, forks the child, and holds what belongs to a launch until the
 //! last of its processes is gone. What a child does is in `child`; the event loop is in `serve`.
 
+mod pipes;
+mod running;
+mod sockets;
+
 use std::{
-    ffi::CStr,
-    fs, io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::fs::{DirBuilderExt, PermissionsExt},
-    },
-    path::{Path, PathBuf},
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
     time::{Duration, Instant},
 };
 
 use plugvisor_package::PluginName;
 use plugvisor_sandbox::{
-    notify,
     options::Options,
-    protocol::{Control, Exit, Grant, Launch, LaunchId, Level, Limits, Refusal, RefusalCode, SocketMode},
+    protocol::{Control, Grant, Launch, LaunchId, Level, Limits, Refusal, RefusalCode},
     seqpacket::Seqpacket,
 };
 use rustix::{
-    fs::{Gid, Mode, OFlags, Uid},
-    mount::{MountFlags, UnmountFlags, mount, unmount},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, socketpair},
-    pipe::{PipeFlags, pipe_with},
-    process::{PidfdFlags, Resource, Signal, getgid, getpid, getrlimit, getuid, pidfd_open, pidfd_send_signal},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+    process::{PidfdFlags, Resource, getgid, getpid, getrlimit, getuid, pidfd_open},
 };
 
+use self::{pipes::Pipes, sockets::Sockets};
+pub(crate) use self::{running::Running, sockets::remove_sockets};
 use crate::{
     cgroup::{Cgroups, Groups, LimitError, MemoryWatch},
     check::{Checked, refuse},
-    child::{self, Ends, Entry, Failure, Kit, Order, Plan, Rlimits},
+    child::{self, Ends, Entry, Kit, Order, Plan, Rlimits},
     creds::Identity,
     directories::{self, Roots},
     kernel::{self, Cloned},
@@ -40,25 +38,21 @@ use crate::{
     mounts::Own,
     policy::Policy,
     probe::Trial,
-    report::{self, Message},
+    report,
     seccomp::Filters,
     spares::{Spare, Spares},
     step,
     store::Store,
     timing::{self, Marks, Part},
-    uids::{self, Uids, Unsaved},
+    uids::{Uids, Unsaved},
 };
 
-/// Connections that may wait on a plugin's sockets.
-const BACKLOG: i32 = 4096;
 /// Open files when the manifest says nothing: what most systems give.
 pub(crate) const OPEN_FILES: u64 = 1024;
 /// The largest core: none, also where a handler takes them.
 pub(crate) const CORE_BYTES: u64 = 1;
 /// The size of /tmp when the plugin has one.
 pub(crate) const TEMP_BYTES: u64 = 64 << 20;
-/// The file system of the directory in which a plugin binds its socket: room for the socket and a lock beside it.
-const WORKER_DIRECTORY: &CStr = c"size=64k,nr_inodes=16,mode=0711";
 /// How long a child may take to set itself up: far more than ever needed, unless a filesystem hangs.
 pub(crate) const SETUP_TIME: Duration = Duration::from_secs(10);
 
@@ -94,53 +88,6 @@ pub(crate) struct Parts {
     pub(crate) trace: Option<Seqpacket>,
     /// Whether the launcher is in a mount namespace of its own.
     pub(crate) own_mounts: bool,
-}
-
-/// One launch, from the fork until nothing of it is left.
-pub(crate) struct Running {
-    pub(crate) id: LaunchId,
-    pub(crate) plugin: String,
-    pub(crate) level: Level,
-    pub(crate) walls: Walls,
-    pub(crate) identity: Identity,
-    pub(crate) limits: Limits,
-    pub(crate) grants: Vec<Grant>,
-    pub(crate) allow_degraded: Vec<Control>,
-    pub(crate) arrived: Instant,
-    /// The same by the clock of the marks.
-    pub(crate) began: u64,
-    pub(crate) marks: Marks,
-    /// The init or the guard, a child of the launcher.
-    pub(crate) init: OwnedFd,
-    pub(crate) init_pid: i32,
-    /// From the child; closed when all of it is gone.
-    pub(crate) report: OwnedFd,
-    pub(crate) report_closed: bool,
-    /// Readable when the program was executed or died.
-    pub(crate) exec: Option<OwnedFd>,
-    /// What the monitor of its machine tells beside how the plugin ended.
-    pub(crate) told: Option<OwnedFd>,
-    pub(crate) program: Option<OwnedFd>,
-    /// Readable when the program asks for its exec; closed when it was let pass.
-    pub(crate) listener: Option<OwnedFd>,
-    /// How many more execs are let pass.
-    pub(crate) execs: u8,
-    pub(crate) executing: bool,
-    pub(crate) failure: Option<Failure>,
-    pub(crate) ended: Option<Exit>,
-    pub(crate) groups: Groups,
-    pub(crate) memory: Option<MemoryWatch>,
-    pub(crate) oom: bool,
-    /// For the supervisor: broker, worker, stdout, stderr. Taken when the launch has succeeded.
-    pub(crate) ends: Vec<OwnedFd>,
-    /// For the supervisor, when egress was granted: what its child listens with in its network namespace.
-    pub(crate) egress: Option<OwnedFd>,
-    /// For the supervisor, with the grant to serve: what connects to it in its network namespace.
-    pub(crate) inward: Vec<OwnedFd>,
-    /// The content digest of its bundle.
-    pub(crate) bundle: [u8; 32],
-    /// The program waits for its uid to be on the disk.
-    unsaved: Option<Unsaved>,
 }
 
 /// What a launch runs.
@@ -565,192 +512,4 @@ struct Begun {
     memory: Option<MemoryWatch>,
     groups: Groups,
     ends: Vec<OwnedFd>,
-}
-
-/// The pipes of a launch.
-struct Pipes {
-    stdout: OwnedFd,
-    stdout_write: OwnedFd,
-    stderr: OwnedFd,
-    stderr_write: OwnedFd,
-    /// Closed by the exec, which is how the launcher sees it.
-    exec: OwnedFd,
-    exec_write: OwnedFd,
-    /// Over which a machine's monitor tells what its end does not; at the level that has one.
-    told: Option<(OwnedFd, OwnedFd)>,
-}
-
-impl Pipes {
-    fn make(identity: Identity, kernel: Kernel) -> io::Result<Self> {
-        let pipe = || -> io::Result<(OwnedFd, OwnedFd)> {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-            rustix::io::ioctl_fionbio(&read, true)?;
-            if let Identity::Own { uid } = identity {
-                // So that the plugin may open /dev/stdout, which opens the pipe anew.
-                rustix::fs::fchown(&write, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
-            }
-            Ok((read, write))
-        };
-        let ((stdout, stdout_write), (stderr, stderr_write)) = (pipe()?, pipe()?);
-        let (exec, exec_write) = pipe_with(PipeFlags::CLOEXEC)?;
-        let told = match kernel {
-            Kernel::Host => None,
-            // The monitor has its end alone, and the launcher this one: neither waits.
-            Kernel::Own => Some(pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?),
-        };
-        Ok(Self { stdout, stdout_write, stderr, stderr_write, exec, exec_write, told })
-    }
-}
-
-/// The sockets of a launch, in a directory of its own in the launcher's private one, which is the working directory.
-struct Sockets {
-    broker: OwnedFd,
-    worker: OwnedFd,
-    listener: Option<OwnedFd>,
-}
-
-impl Sockets {
-    fn make(id: LaunchId, mode: SocketMode, identity: Identity, own_mounts: bool) -> io::Result<Self> {
-        let directory = PathBuf::from(id.0.to_string());
-        fs::DirBuilder::new().mode(0o700).create(&directory)?;
-        let broker = listener(&directory.join("broker.sock"), SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
-        let (path, listener) = match mode {
-            SocketMode::Inherit => {
-                let path = directory.join("worker.sock");
-                // Blocking, as programs expect of what they inherit; whoever wants it otherwise sets it.
-                let listener = listener(&path, SocketFlags::CLOEXEC)?;
-                (path, Some(listener))
-            }
-            SocketMode::Bind => {
-                let path = directory.join("worker");
-                fs::create_dir(&path)?;
-                // The plugin binds in it, and may make whatever else: without a file system of its own that would be as
-                // many inodes of the host's as it likes. An ordinary user's launcher with a store on the disk has no mounts
-                // of its own, and its plugins have that user's file system anyway.
-                if own_mounts {
-                    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-                    mount("tmpfs", &path, "tmpfs", flags, WORKER_DIRECTORY)?;
-                }
-                // The supervisor's user connects through its descriptor.
-                fs::set_permissions(&path, fs::Permissions::from_mode(0o711))?;
-                if let Identity::Own { uid } = identity {
-                    std::os::unix::fs::chown(&path, Some(uid), Some(uid))?;
-                }
-                (path, None)
-            }
-        };
-        let worker = rustix::fs::open(&path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { broker, worker, listener })
-    }
-}
-
-fn listener(path: &Path, flags: SocketFlags) -> io::Result<OwnedFd> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    // Who may reach the path is what protects it: nobody but root gets into the directory, and in the plugin's tree
-    // only its own sockets are mounted.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket)
-}
-
-/// Removes what [`Sockets::make`] made, and what a plugin bound.
-pub(crate) fn remove_sockets(id: LaunchId) {
-    let directory = PathBuf::from(id.0.to_string());
-    // Fails when nothing is mounted there. What the plugin made goes with the mount, and need not be walked through.
-    let _ = unmount(directory.join("worker"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-    drop(fs::remove_dir_all(directory));
-}
-
-impl Running {
-    /// Takes what the child reported. The socket is read until it has no more.
-    pub(crate) fn drain(&mut self) {
-        loop {
-            let (message, descriptor) = match report::receive(self.report.as_fd()) {
-                Ok(Some(received)) => received,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // Told once, of a child that ended before it read all that was sent to it; what it said comes after.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => continue,
-                Ok(None) | Err(_) => {
-                    self.report_closed = true;
-                    return;
-                }
-            };
-            match message {
-                Message::Failed { step, errno } => self.failure = self.failure.or(Some(Failure { step, errno })),
-                Message::Ready => {}
-                Message::Listening => self.egress = descriptor,
-                Message::Inward => self.inward.extend(descriptor),
-                Message::Asks => self.listener = descriptor,
-                Message::Executing { marks } => {
-                    self.program = descriptor;
-                    self.executing = true;
-                    self.marks = marks;
-                }
-                Message::Ended { signal: false, value } => self.ended = Some(Exit::Code(value)),
-                Message::Ended { signal: true, value } => self.ended = Some(Exit::Signal(value)),
-            }
-        }
-    }
-
-    /// Whether its machine's monitor told that the guest's kernel killed it for memory. Asked once, when it has ended.
-    pub(crate) fn ran_out_in_its_machine(&mut self) -> bool {
-        self.told.take().is_some_and(|told| rustix::io::read(&told, &mut [0; 1]) == Ok(1))
-    }
-
-    /// Lets the program be executed if what it waits for is on the disk now.
-    pub(crate) fn release_if_saved(&mut self, uids: &Uids) {
-        if self.unsaved.is_some_and(|unsaved| uids.is_saved(unsaved)) {
-            self.unsaved = None;
-            // A child that is dead already is told of by its own event.
-            drop(report::release(self.report.as_fd()));
-        }
-    }
-
-    /// Why it cannot be executed when the saver has failed with this error; `None` when it does not wait for it.
-    pub(crate) fn unsaved(&self, errno: i32) -> Option<Refusal> {
-        self.unsaved.map(|_| uids::unwritten(&self.plugin, errno))
-    }
-
-    /// Lets the program execute what it asks for, as often as its level does: then the listener is closed, and who asks again
-    /// is told ENOSYS. Called when the listener is readable. Gives the listener when it is not waited for any more.
-    pub(crate) fn let_execute(&mut self) -> Option<OwnedFd> {
-        // Fails only when the program died while it asked; its end follows.
-        let _ = notify::let_pass(self.listener.as_ref()?.as_fd());
-        self.execs = self.execs.saturating_sub(1);
-        if self.execs == 0 { self.listener.take() } else { None }
-    }
-
-    /// What is left when its first process is gone, of a launch without a PID namespace.
-    pub(crate) fn kill_left(&self) {
-        if self.walls.keeper == Keeper::Guard {
-            self.groups.kill_members();
-        }
-    }
-
-    /// Kills every process: the init's end ends its PID namespace. Who has none is killed with its groups, here and until
-    /// they are empty.
-    pub(crate) fn kill(&self) {
-        self.groups.kill();
-        if self.walls.keeper == Keeper::Guard {
-            self.groups.kill_members();
-        }
-        // Fails only when the init is gone already.
-        let _ = pidfd_send_signal(&self.init, Signal::KILL);
-        // What is frozen does not die; a group that is gone needs no thaw. Members that are being killed thaw when all are.
-        if self.walls.keeper == Keeper::Init {
-            let _ = self.groups.thaw();
-        }
-    }
-
-    /// Whether the operator allowed this launch to be without a control that its level may be without.
-    pub(crate) fn may_lack(&self, control: Control) -> bool {
-        may_be_allowed(self.level, control) && self.allow_degraded.contains(&control)
-    }
-
-    /// The program's number in the launcher's PID namespace.
-    pub(crate) fn program_pid(&self) -> Option<i32> {
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.program.as_ref()?.as_raw_fd())).ok()?;
-        info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok().filter(|pid| *pid > 0)
-    }
 }
