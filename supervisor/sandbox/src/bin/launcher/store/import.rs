@@ -3,39 +3,38 @@
 //! The launcher makes every directory and every file itself, below a directory of its own, from paths that it has
 //! checked; a child copies into them. A refusal ends the import and leaves nothing of it.
 
+mod packet;
+mod words;
+
 use std::{
     collections::BTreeSet,
-    fs,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use plugvisor_package::{BundleFile, Digest, Manifest, PluginName, content_digest, content_list};
+use plugvisor_package::{BundleFile, Digest, PluginName, content_digest, content_list};
 use plugvisor_sandbox::protocol::{ImportBegin, ImportFile, Refusal, RefusalCode};
 use rustix::{
-    fs::{Mode, OFlags, ResolveFlags, fchmod, mkdirat, open, openat2},
-    io::Errno,
-    net::{AddressFamily, SocketFlags, SocketType, socketpair},
-    process::{Signal, WaitId, WaitIdOptions, getpid, pidfd_send_signal, waitid},
+    fs::{Mode, OFlags, open},
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 
+use self::{
+    packet::Given,
+    words::{shown, wrong},
+};
 use super::{
-    Bundle, Store, StoreLimits,
+    Bundle, Store,
     chore::Chore,
-    copy::{self, Job, Outcome, Terms, Told, Wrong},
-    origin::{Doubt, Listing, Owners},
+    copy::{self, Outcome},
+    origin::{Doubt, Listing},
     place::{About, Staged},
-    stated::{self, Stated},
+    stated::Stated,
     writable_code::WritableCode,
 };
 use crate::{
     check::{self, refuse},
-    creds::Identity,
-    kernel::{self, Cloned},
     level,
 };
 
@@ -70,13 +69,19 @@ enum Origin {
     None(Doubt),
 }
 
-/// What holds for a packet, whoever sends it.
-struct Given<'a> {
-    limits: &'a StoreLimits,
-    copier: Identity,
-    owners: Owners,
-    /// The directories that have a tier.
-    roots: &'a BTreeSet<PathBuf>,
+impl Origin {
+    /// The directory that vouches for a bundle with these files.
+    fn vouches(self, files: &[BundleFile]) -> Result<PathBuf, Doubt> {
+        match self {
+            Self::Bundle { path, listing } => {
+                let mut came = Listing::default();
+                files.iter().for_each(|file| came.add(&file.path, file.executable));
+                if listing == Some(came.digest()) { Ok(path) } else { Err(Doubt::Partial { bundle: path }) }
+            }
+            Self::None(doubt) => Err(doubt),
+            Self::Unknown => Err(Doubt::Elsewhere),
+        }
+    }
 }
 
 /// The child that copies the files of one packet.
@@ -356,203 +361,6 @@ impl Store {
     }
 }
 
-impl Transaction {
-    fn take(
-        &mut self,
-        request: u64,
-        files: Vec<ImportFile>,
-        descriptors: &[OwnedFd],
-        given: &Given<'_>,
-    ) -> Result<(), Refusal> {
-        let Given { limits, copier, owners, roots } = *given;
-        if files.is_empty() || files.len() != descriptors.len() {
-            return refuse(
-                RefusalCode::Policy,
-                format!(
-                    "{} files came with {} descriptors; each file needs one, and a packet at least one file",
-                    files.len(),
-                    descriptors.len()
-                ),
-            );
-        }
-        let mut paths = Vec::with_capacity(files.len());
-        for (file, descriptor) in files.iter().zip(descriptors) {
-            self.expect(file, limits)?;
-            paths.push(self.note_origin(file, descriptor, roots));
-        }
-        let mut targets = Vec::with_capacity(files.len());
-        for file in &files {
-            targets.push(self.create(file).map_err(|errno| match errno {
-                Errno::EXIST | Errno::NOTDIR => Refusal {
-                    code: RefusalCode::Policy,
-                    message: format!("{} was not imported: its path came twice", shown(&file.path)),
-                },
-                other => Refusal {
-                    code: RefusalCode::Kernel,
-                    message: format!("{} was not imported: making its copy failed: {other}", shown(&file.path)),
-                },
-            })?);
-        }
-        let failed = |error: std::io::Error| Refusal {
-            code: RefusalCode::Exhausted,
-            message: format!("the bundle was not imported: no process could be started to copy it: {error}"),
-        };
-        // One message, however long: a pipe would take a part of it.
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (report, write) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-            .map_err(|errno| failed(errno.into()))?;
-        let jobs: Vec<Job<'_>> = files
-            .iter()
-            .zip(descriptors)
-            .zip(&targets)
-            .zip(paths)
-            .map(|(((file, source), target), path)| Job { source: source.as_fd(), target: target.as_fd(), file, path })
-            .collect();
-        let vouching = match &self.origin {
-            Origin::Bundle { path, .. } if files.iter().any(|file| file.path == Manifest::FILE_NAME) => {
-                Some(path.clone())
-            }
-            Origin::Bundle { .. } | Origin::Unknown | Origin::None(_) => None,
-        };
-        let terms = Terms {
-            launcher: getpid(),
-            identity: copier,
-            limits: &limits.bundle,
-            vouching,
-            owners,
-            time: limits.copy_time,
-        };
-        match kernel::clone3(0, None) {
-            Ok(Cloned::Child) => copy::run(&jobs, write.as_fd(), &terms),
-            Ok(Cloned::Parent { pidfd, pid }) => {
-                drop(jobs);
-                let deadline = Instant::now() + limits.copy_time;
-                self.copying =
-                    Some(Copying { request: Some(request), pidfd, pid, report, files, deadline, refusal: None });
-                Ok(())
-            }
-            Err(error) => Err(failed(error)),
-        }
-    }
-
-    /// Whether the file may come, by its name and size.
-    fn expect(&mut self, file: &ImportFile, limits: &StoreLimits) -> Result<(), Refusal> {
-        let name = shown(&file.path);
-        let bounds = &limits.bundle;
-        let wrong = |why: String| refuse(RefusalCode::Policy, format!("{name} was not imported: {why}"));
-        if let Err(why) = check_path(&file.path, bounds.depth, bounds.name_bytes) {
-            return wrong(format!("{why}; it must be a relative path inside the bundle"));
-        }
-        if file.size > bounds.file_bytes {
-            return wrong(format!("it is larger than {} bytes", bounds.file_bytes));
-        }
-        self.bytes = self.bytes.saturating_add(file.size);
-        if self.bytes > self.begin.bytes {
-            return wrong(format!("the import was to bring {} bytes, and this is more", self.begin.bytes));
-        }
-        if self.files.len() >= usize::try_from(self.begin.files).unwrap_or(usize::MAX) {
-            return wrong(format!("the import was to bring {} files, and this is one more", self.begin.files));
-        }
-        let parents = file.path.match_indices('/').map(|(at, _)| file.path[..at].to_owned());
-        self.directories.extend(parents);
-        if self.files.len() + self.directories.len() >= bounds.entries {
-            return wrong(format!("the bundle has more than {} files and directories", bounds.entries));
-        }
-        self.files.push(BundleFile {
-            path: file.path.clone(),
-            executable: file.executable,
-            size: file.size,
-            sha256: Digest::from_bytes(file.sha256),
-        });
-        Ok(())
-    }
-
-    /// The kernel tells the path behind a descriptor without asking the file system. Whether that file is there for the
-    /// launcher too is for the child to see.
-    fn note_origin(&mut self, file: &ImportFile, descriptor: &OwnedFd, roots: &BTreeSet<PathBuf>) -> PathBuf {
-        let path = fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd())).unwrap_or_default();
-        let within = format!("/{}", file.path);
-        let text = path.as_os_str().as_bytes();
-        let bundle = text.strip_suffix(within.as_bytes()).filter(|bundle| bundle.starts_with(b"/"));
-        let bundle = bundle.map(|bundle| PathBuf::from(std::ffi::OsStr::from_bytes(bundle)));
-        self.origin = match (std::mem::replace(&mut self.origin, Origin::Unknown), bundle) {
-            // Looked at by nobody when it gives nothing: the supervisor named it.
-            (Origin::Unknown, Some(path)) if !roots.iter().any(|root| path.starts_with(root)) => {
-                Origin::None(Doubt::Elsewhere)
-            }
-            (Origin::Unknown, Some(path)) if !path.parent().is_some_and(|parent| roots.contains(parent)) => {
-                Origin::None(Doubt::Nested { bundle: path })
-            }
-            (Origin::Unknown, Some(path)) => Origin::Bundle { path, listing: None },
-            (Origin::Bundle { path, listing }, Some(bundle)) if path == bundle => Origin::Bundle { path, listing },
-            (Origin::Unknown | Origin::Bundle { .. }, _) => Origin::None(Doubt::Scattered),
-            (Origin::None(doubt), _) => Origin::None(doubt),
-        };
-        path
-    }
-
-    /// What the child saw of where the files are.
-    fn seen(&mut self, in_place: bool, found: Option<Result<[u8; 32], Doubt>>) {
-        self.origin = match (std::mem::replace(&mut self.origin, Origin::Unknown), found) {
-            // Nobody is trusted for a path that only the supervisor sees.
-            (Origin::Bundle { .. }, _) if !in_place => Origin::None(Doubt::Scattered),
-            (Origin::Bundle { path, .. }, Some(Ok(listing))) => Origin::Bundle { path, listing: Some(listing) },
-            (Origin::Bundle { .. }, Some(Err(doubt))) => Origin::None(doubt),
-            (origin, _) => origin,
-        };
-    }
-
-    /// Makes the file, empty, with its directories.
-    fn create(&self, file: &ImportFile) -> Result<OwnedFd, Errno> {
-        let parts: Vec<&str> = file.path.split('/').collect();
-        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        for count in 1..parts.len() {
-            let directory = parts[..count].join("/");
-            match mkdirat(&self.root, &directory, Mode::from_raw_mode(0o755)) {
-                Ok(()) => {
-                    // The launcher's umask leaves nothing to others.
-                    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                    let made = openat2(&self.root, &directory, flags, Mode::empty(), beneath)?;
-                    fchmod(&made, Mode::from_raw_mode(0o755))?;
-                }
-                Err(Errno::EXIST) => {}
-                Err(errno) => return Err(errno),
-            }
-        }
-        // For reading too: the child looks at what it wrote.
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = openat2(&self.root, &file.path, flags, Mode::from_raw_mode(0o600), beneath)?;
-        fchmod(&made, Mode::from_raw_mode(if file.executable { 0o755 } else { 0o644 }))?;
-        Ok(made)
-    }
-
-    /// What the child copied is here.
-    fn arrived(&mut self, told: Option<Told>) -> Result<(), Refusal> {
-        if let Some(Told { name, stated }) = told {
-            match name.parse() {
-                Ok(name) => self.manifest = Some((name, stated)),
-                Err(_) => return refuse(RefusalCode::File, "plugin.json gives no name that a plugin may have"),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Origin {
-    /// The directory that vouches for a bundle with these files.
-    fn vouches(self, files: &[BundleFile]) -> Result<PathBuf, Doubt> {
-        match self {
-            Self::Bundle { path, listing } => {
-                let mut came = Listing::default();
-                files.iter().for_each(|file| came.add(&file.path, file.executable));
-                if listing == Some(came.digest()) { Ok(path) } else { Err(Doubt::Partial { bundle: path }) }
-            }
-            Self::None(doubt) => Err(doubt),
-            Self::Unknown => Err(Doubt::Elsewhere),
-        }
-    }
-}
-
 /// Whether it has the program that it names, and may be given what it asks for.
 fn runnable(name: &PluginName, stated: &Stated, files: &[BundleFile]) -> Result<(), Refusal> {
     if !files.iter().any(|file| file.path == stated.exec && file.executable) {
@@ -595,88 +403,4 @@ fn complete(begin: &ImportBegin, files: &[BundleFile], bytes: u64) -> Result<(),
         );
     }
     Ok(())
-}
-
-/// Why a path may not be in a bundle.
-fn check_path(path: &str, depth: usize, name_bytes: usize) -> Result<(), &'static str> {
-    if path.is_empty() || path.starts_with('/') || path.len() > (depth + 1) * (name_bytes + 1) {
-        return Err("its path is empty, absolute or too long");
-    }
-    if path.chars().any(char::is_control) {
-        return Err("its path has a control character");
-    }
-    let parts = path.split('/');
-    if parts.clone().count() > depth + 1 {
-        return Err("it lies too deep");
-    }
-    for part in parts {
-        if matches!(part, "" | "." | "..") {
-            return Err("its path has an empty part, '.' or '..'");
-        }
-        if part.len() > name_bytes {
-            return Err("a name in its path is too long");
-        }
-    }
-    Ok(())
-}
-
-/// What the child found wrong, in words.
-fn wrong(file: Option<&ImportFile>, why: &Wrong) -> Refusal {
-    let name = file.map_or_else(|| "a file".to_owned(), |file| shown(&file.path));
-    let errno = |errno: i32| std::io::Error::from_raw_os_error(errno);
-    let (code, what) = match why {
-        Wrong::Kind => (RefusalCode::File, "it is not a regular file that is open for reading".to_owned()),
-        Wrong::Size => (
-            RefusalCode::File,
-            "it is not as large as was said: it changed since it was verified; load the plugin again when nothing \
-             writes to it"
-                .to_owned(),
-        ),
-        Wrong::Digest => (
-            RefusalCode::DigestMismatch,
-            "its bytes have another SHA-256 than was said: it changed since it was verified".to_owned(),
-        ),
-        Wrong::Read(number) => (RefusalCode::File, format!("reading it failed: {}", errno(*number))),
-        Wrong::Write(number) => (
-            if matches!(*number, libc::ENOSPC | libc::EDQUOT | libc::EFBIG) {
-                RefusalCode::Exhausted
-            } else {
-                RefusalCode::Kernel
-            },
-            format!("writing its copy failed: {}; look at the space left where the store is", errno(*number)),
-        ),
-        Wrong::Manifest(problems) => (RefusalCode::File, format!("it is no manifest: {problems}")),
-        Wrong::TooMuch => (
-            RefusalCode::File,
-            format!(
-                "the arguments and variables of its runtime take more than {} bytes; put them into a file of the bundle",
-                stated::MOST
-            ),
-        ),
-        Wrong::Confine(number) => {
-            (RefusalCode::Kernel, format!("the process that was to copy it could not be confined: {}", errno(*number)))
-        }
-    };
-    Refusal { code, message: format!("{name} was not imported: {what}") }
-}
-
-/// A path from outside, for people: short, and without what could forge a line.
-fn shown(path: &str) -> String {
-    format!("{:?}", path.chars().take(200).collect::<String>())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::check_path;
-
-    #[test]
-    fn only_plain_relative_paths_are_taken() {
-        for good in ["plugin.json", "bin/a", "a b/c.d", "…", &["a"; 17].join("/")] {
-            assert_eq!(check_path(good, 16, 128), Ok(()), "{good:?}");
-        }
-        let (deep, long) = (["a"; 18].join("/"), "a".repeat(129));
-        for bad in ["", "/", "/etc/passwd", "a//b", "a/", "./a", "a/..", "../a", "a\n", "a\0", &deep, &long] {
-            assert!(check_path(bad, 16, 128).is_err(), "{bad:?} was accepted");
-        }
-    }
 }
