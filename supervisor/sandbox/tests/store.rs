@@ -18,7 +18,8 @@ use std::{
 };
 
 use harness::{
-    As, Harness, Manner, Stopping, announce, digest, is_root, listed, make_bundle, patience, read_all, write_manifest,
+    As, Harness, Manner, Stopping, announce, described, digest, is_root, listed, make_bundle, patience, read_all,
+    write_manifest,
 };
 use plugvisor_package::{BundleFile, Digest, Manifest, ManifestLimits, content_digest};
 use plugvisor_sandbox::protocol::{Exit, Import, ImportBegin, ImportFile, Launch, RefusalCode, Request, Stored, Tier};
@@ -31,6 +32,11 @@ fn start(as_: As) -> Harness {
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {
     sha2::Sha256::digest(bytes).into()
+}
+
+/// A file of a bundle, as what it is said to be.
+fn file(path: &str, executable: bool, bytes: &[u8]) -> BundleFile {
+    BundleFile { path: path.into(), executable, size: bytes.len() as u64, sha256: Digest::of(bytes) }
 }
 
 /// A bundle `walled` of its own, with a script as its program and these other files.
@@ -307,12 +313,6 @@ fn set_id_bits_and_links_do_not_come_along() {
         fs::set_permissions(bundle.join("assets/a"), fs::Permissions::from_mode(0o2666)).expect("chmod");
         std::os::unix::fs::symlink("a", bundle.join("assets/l")).expect("a link");
         let canonical = canonical(&bundle);
-        let file = |path: &str, executable, bytes: &[u8]| BundleFile {
-            path: path.into(),
-            executable,
-            size: bytes.len() as u64,
-            sha256: Digest::of(bytes),
-        };
         let script = fs::read(bundle.join("bin/run")).expect("the script");
         let said = [
             file("plugin.json", false, &canonical),
@@ -321,16 +321,7 @@ fn set_id_bits_and_links_do_not_come_along() {
             // What is behind the link is what was opened: a file of its own in the store.
             file("assets/l", false, b"a"),
         ];
-        let files: Vec<ImportFile> = said
-            .iter()
-            .map(|file| ImportFile {
-                path: file.path.clone(),
-                executable: file.executable,
-                size: file.size,
-                sha256: *file.sha256.as_bytes(),
-            })
-            .collect();
-        let begin = announce(*content_digest(&said).as_bytes(), &files);
+        let (begin, files) = described(content_digest(&said), said);
         harness.import_listed(begin, &files, &bundle).expect("imported");
         // Its files did not all come from their own places, so the directory vouches for nothing.
         let refusal = harness.launch_stored(run_of(&harness, begin.bundle)).map(drop).expect_err("untrusted");
@@ -473,24 +464,8 @@ fn scripts_run_from_where_they_are() {
             let bundle = scripted(&harness, "", &[]);
             let manifest = canonical(&bundle);
             fs::write(bundle.join("bin/run"), &bytes).expect("the entry");
-            let said = [("plugin.json", false, manifest.as_slice()), ("bin/run", true, &bytes)].map(
-                |(path, executable, bytes)| BundleFile {
-                    path: path.into(),
-                    executable,
-                    size: bytes.len() as u64,
-                    sha256: Digest::of(bytes),
-                },
-            );
-            let files: Vec<ImportFile> = said
-                .iter()
-                .map(|file| ImportFile {
-                    path: file.path.clone(),
-                    executable: file.executable,
-                    size: file.size,
-                    sha256: *file.sha256.as_bytes(),
-                })
-                .collect();
-            let begin = announce(*content_digest(&said).as_bytes(), &files);
+            let said = [file("plugin.json", false, &manifest), file("bin/run", true, &bytes)];
+            let (begin, files) = described(content_digest(&said), said);
             harness.import_listed(begin, &files, &bundle).expect("imported");
             let refusal = harness.launch_stored(run_of(&harness, begin.bundle)).map(drop).expect_err(what);
             assert_eq!(refusal.code, RefusalCode::Entry, "{what}: {}", refusal.message);

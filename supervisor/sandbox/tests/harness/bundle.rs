@@ -11,7 +11,7 @@ use std::{
     sync::PoisonError,
 };
 
-use plugvisor_package::{Bundle, BundleFile, BundleLimits};
+use plugvisor_package::{Bundle, BundleFile, BundleLimits, Digest};
 use plugvisor_sandbox::protocol::{
     Import, ImportBegin, ImportFile, MAX_DESCRIPTORS, Refusal, Reply, Request, SocketMode, Stored,
 };
@@ -156,15 +156,19 @@ pub fn write_manifest(bundle: &Path, name: &str, exec: &str) {
 /// What a supervisor says of a bundle.
 pub fn listed(path: &Path) -> (ImportBegin, Vec<ImportFile>) {
     let bundle = Bundle::open(path, &BundleLimits::default()).expect("a bundle");
+    described(bundle.digest, bundle.files)
+}
+
+/// What a supervisor says of a bundle with these files, when it says this digest.
+pub fn described(digest: Digest, files: impl IntoIterator<Item = BundleFile>) -> (ImportBegin, Vec<ImportFile>) {
     let file = |file: BundleFile| ImportFile {
         path: file.path,
         executable: file.executable,
         size: file.size,
         sha256: *file.sha256.as_bytes(),
     };
-    let digest = *bundle.digest.as_bytes();
-    let files: Vec<ImportFile> = bundle.files.into_iter().map(file).collect();
-    (announce(digest, &files), files)
+    let files: Vec<ImportFile> = files.into_iter().map(file).collect();
+    (announce(*digest.as_bytes(), &files), files)
 }
 
 /// The beginning of an import of these files.

@@ -31,7 +31,7 @@ mod wait;
 
 #[allow(unused_imports, reason = "a module of tests, each of which uses a part")]
 pub use self::{
-    bundle::{Manner, PORTS, announce, digest, listed, make_bundle, open_to_all, write_manifest},
+    bundle::{Manner, PORTS, announce, described, digest, listed, make_bundle, open_to_all, write_manifest},
     launch::{LEVELS, Plugin},
     place::Place,
     start::with_directories,
