@@ -1,8 +1,8 @@
 //! Connections on one side, frames on the other: the same code in a guest and on its host.
 //!
 //! One thread, one `poll`. What is kept is bounded: a window of bytes for each connection, so many connections in each
-//! direction, and about [`HIGH`] bytes on their way out. Each turn reads a piece of every connection that has something, so that none of them
-//! waits for another one's end.
+//! direction, and about [`HIGH`] bytes on their way out. Each turn reads a piece of every connection that has something,
+//! so that none of them waits for another one's end.
 //!
 //! Here is what is relayed and in which order; `frames` is about the link, `stream` about one connection.
 

@@ -367,7 +367,8 @@ fn runnable(name: &PluginName, stated: &Stated, files: &[BundleFile]) -> Result<
         return refuse(
             RefusalCode::Entry,
             format!(
-                "the bundle of {name} was not imported: it has no executable file {}, which its runtime.exec names;                  correct the bundle",
+                "the bundle of {name} was not imported: it has no executable file {}, which its runtime.exec names; \
+                 correct the bundle",
                 shown(&stated.exec)
             ),
         );
