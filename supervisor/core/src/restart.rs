@@ -122,7 +122,7 @@ pub struct RestartHistory {
     pub last_delay: Duration,
     /// The newest failures, the oldest first; never more than [`RestartHistory::MAX_RECENT`].
     pub recent: Vec<Time>,
-    /// Restarts scheduled in this plugin's life.
+    /// Restarts after failures in this plugin's life.
     pub total: u32,
 }
 
@@ -154,7 +154,8 @@ impl Restarts {
         RestartHistory { failures: *failures, crash_loop: *crash_loop, last_delay: *last_delay, recent, total: *total }
     }
 
-    /// Restarts scheduled in this plugin's life, never reset.
+    /// Restarts after failures in this plugin's life, never reset. One that is only scheduled is none: an operator's start
+    /// may come before it.
     #[must_use]
     pub const fn total(&self) -> u32 {
         self.total
@@ -170,6 +171,11 @@ impl Restarts {
     pub fn forgive(&mut self) {
         let total = self.total;
         *self = Self { total, ..Self::default() };
+    }
+
+    /// Notes that the restart which a failure has scheduled is made.
+    pub fn restarted(&mut self) {
+        self.total = self.total.saturating_add(1);
     }
 
     /// Notes a failure that might pass and says when to try again. `ready_for` is how long the plugin had been ready
@@ -196,7 +202,6 @@ impl Restarts {
         };
         let full = if self.crash_loop { policy.cap } else { policy.delay(self.failures) };
         self.failures = self.failures.saturating_add(1);
-        self.total = self.total.saturating_add(1);
         self.last_delay = full;
         Retry::After { attempt: self.failures, delay: jitter.between(full / 2, full), pace }
     }
@@ -244,12 +249,13 @@ mod tests {
         let mut now = Time::ZERO;
         for _ in 0..3 {
             restarts.failed(&policy, None, now, Jitter::new(1.0));
+            restarts.restarted();
             now = now + ms(1000);
         }
         let mut other = restarts.clone();
         assert_eq!(delay(restarts.failed(&policy, Some(ms(59_999)), now, Jitter::new(1.0))), ms(4000));
         assert_eq!(delay(other.failed(&policy, Some(ms(60_000)), now, Jitter::new(1.0))), ms(500));
-        assert_eq!((other.failures(), other.total()), (1, 4));
+        assert_eq!((other.failures(), other.total()), (1, 3));
     }
 
     #[test]
@@ -288,6 +294,7 @@ mod tests {
             let expected = straight.failed(&policy, None, now, Jitter::MIDDLE);
             assert_eq!(again.failed(&policy, None, now, Jitter::MIDDLE), expected, "failure {failure}");
             assert_eq!(again, straight);
+            straight.restarted();
         }
         let rebooted = Restarts::restore(straight.history().after_reboot());
         assert_eq!((rebooted.failures(), rebooted.total()), (0, 8));

@@ -58,7 +58,8 @@ async fn a_crash_loop_goes_on(lane: Lane) -> anyhow::Result<()> {
     written(daemon.world(), "SELECT count(*) FROM plugin WHERE name = 'crashes' AND crash_loop = 1", 1).await?;
     let daemon = daemon.kill_for_another().await?.start().await?;
     let after = daemon.until("crashes", "in a crash loop", looping).await?;
-    ensure!(after.restarts == before.restarts + 1, "{before:?} {after:?}");
+    // The start of another daemon is no restart after a failure, and what was only scheduled was not made.
+    ensure!(after.restarts == before.restarts, "{before:?} {after:?}");
     let scheduled = told_at_the_cap(&daemon).await?;
     ensure!(scheduled >= 300_000.0, "tried again after {scheduled} ms: its failures were forgotten");
     ensure!(!daemon.events().all().iter().any(|event| events::is(event, "plugin.crashloop", "crashes")), "told twice");

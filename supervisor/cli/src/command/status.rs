@@ -180,8 +180,8 @@ pub(crate) fn trouble(plugin: &PluginStatus) -> Vec<Line> {
     let first = error.next().unwrap_or_default();
     let mut line = Line::default().add(Style::Bad, &plugin.name).add(Style::Plain, format!(": {first}"));
     if let Some(time) = plugin.restart_in {
-        // The one that is scheduled is counted already.
-        line = line.add(Style::Plain, format!(", restart {} in {}", plugin.restarts, span(time)));
+        // The one that is scheduled is counted when it is made.
+        line = line.add(Style::Plain, format!(", restart {} in {}", plugin.restarts.saturating_add(1), span(time)));
     }
     if plugin.calls_failed_total > 0 {
         let calls = if plugin.calls_failed_total == 1 { "call" } else { "calls" };

@@ -244,7 +244,10 @@ impl Step<'_> {
 
     fn failed(&mut self, failed: Failed, event: Event) -> Next {
         match event {
-            Event::RestartDue { .. } if failed.restart.is_some() => Ok(self.load()),
+            Event::RestartDue { .. } if failed.restart.is_some() => {
+                self.life.restarts.restarted();
+                Ok(self.load())
+            }
             Event::LoadRequested | Event::RestartRequested => {
                 self.cancel_restart(&failed);
                 self.life.restarts.forgive();

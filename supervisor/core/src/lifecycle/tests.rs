@@ -566,6 +566,20 @@ fn a_process_that_dies_unasked_is_restarted_in_a_new_generation() {
 }
 
 #[test]
+fn a_restart_that_is_scheduled_and_not_made_is_not_counted() {
+    // Another start is asked for before it is due, or none.
+    for request in [Event::RestartRequested, Event::LoadRequested, Event::UnloadRequested] {
+        let mut world = World::loaded();
+        world.act(&Act::Exit(1));
+        assert!(world.restart.is_some());
+        assert_eq!(world.life.restarts(), 0, "it may never be made");
+        world.feed(request.clone()).expect("it may be asked for");
+        world.settle();
+        assert_eq!((world.restart, world.life.restarts()), (None, 0), "{request:?}");
+    }
+}
+
+#[test]
 fn exit_78_and_permanent_failures_are_not_restarted() {
     let mut world = World::loaded();
     world.act(&Act::Exit(78));
