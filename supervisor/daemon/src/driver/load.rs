@@ -14,7 +14,7 @@ use plugvisor_proto::worker::v1::LifecycleHook;
 
 use super::{
     Driver, HOOK_PATIENCE, Inward, settings,
-    worker::{Init, Trouble, Worker, bound_socket},
+    worker::{Init, Trouble, Way, Worker, bound_socket},
 };
 use crate::broker::{CallLimits, CallerSpec, ProviderSpec};
 
@@ -39,21 +39,22 @@ impl Driver {
         }
         let name = self.name.clone();
         let run = self.of(generation)?;
-        let mode = run.verified.as_ref()?.info.manifest.runtime.socket;
+        let verified = run.verified.as_ref()?;
+        let way = Way { mode: verified.info.manifest.runtime.socket, level: verified.verdict.level };
         let running = run.process.as_ref()?;
         let (given, uid, deadline) = (Arc::clone(&running.given), running.view.uid, running.deadline);
         let adopted = run.adopted.is_some();
         self.spawn_phase(generation, Phase::Handshake, async move {
-            let (socket, peer) = match mode {
+            let (socket, peer) = match way.mode {
                 SocketMode::Inherit => (given, None),
-                SocketMode::Bind => (Arc::new(bound_socket(name.as_str(), &given, deadline).await?), Some(uid)),
+                SocketMode::Bind => (Arc::new(bound_socket(name.as_str(), &given, way, deadline).await?), Some(uid)),
             };
             let worker = Worker::new(Arc::clone(&socket), peer);
             if adopted {
                 // There is no Init to wait behind.
                 worker.serving(name.as_str(), deadline).await?;
             } else {
-                worker.first_answer(name.as_str(), mode, deadline).await?;
+                worker.first_answer(name.as_str(), way, deadline).await?;
             }
             Ok(Inward::Reached(generation, socket, worker))
         });

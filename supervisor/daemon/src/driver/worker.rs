@@ -8,7 +8,7 @@ use std::{error::Error as _, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use plugvisor_core::{CapabilitySet, Code, Error, lifecycle::Permanence};
-use plugvisor_package::SocketMode;
+use plugvisor_package::{IsolationLevel, SocketMode};
 use plugvisor_proto::worker::v1::{
     DrainRequest, HookRequest, InitRequest, LifecycleHook, StopReason, StopRequest, worker_client::WorkerClient,
 };
@@ -68,7 +68,12 @@ fn permanent(code: Code, message: impl Into<String>, hint: impl Into<String>) ->
 }
 
 /// Waits until a plugin that binds its own socket has done so; returns an `O_PATH` descriptor of the socket.
-pub(super) async fn bound_socket(plugin: &str, directory: &OwnedFd, deadline: Instant) -> Result<OwnedFd, Trouble> {
+pub(super) async fn bound_socket(
+    plugin: &str,
+    directory: &OwnedFd,
+    way: Way,
+    deadline: Instant,
+) -> Result<OwnedFd, Trouble> {
     let mut pause = RETRY;
     loop {
         match worker_socket::bound(directory) {
@@ -91,7 +96,7 @@ pub(super) async fn bound_socket(plugin: &str, directory: &OwnedFd, deadline: In
             }
         }
         if Instant::now() + pause > deadline {
-            return Err(never_listened(plugin, SocketMode::Bind, "it did not bind the socket at PLUGVISOR_LISTEN"));
+            return Err(never_listened(plugin, way, "it did not bind the socket at PLUGVISOR_LISTEN"));
         }
         sleep(pause).await;
         pause = (pause * 2).min(RETRY_CAP);
@@ -129,13 +134,13 @@ impl Worker {
     }
 
     /// Waits for the first answer of its health service, whatever it says.
-    pub(super) async fn first_answer(&self, plugin: &str, mode: SocketMode, deadline: Instant) -> Result<(), Trouble> {
+    pub(super) async fn first_answer(&self, plugin: &str, way: Way, deadline: Instant) -> Result<(), Trouble> {
         let mut pause = RETRY;
         let mut last = "it accepted no connection, or never answered on one".to_owned();
         loop {
             let attempt = timeout_at(deadline, self.health().check(HealthCheckRequest::default())).await;
             let status = match attempt {
-                Err(_late) => return Err(never_listened(plugin, mode, &last)),
+                Err(_late) => return Err(never_listened(plugin, way, &last)),
                 Ok(Ok(_)) => return Ok(()),
                 Ok(Err(status)) => status,
             };
@@ -152,7 +157,7 @@ impl Worker {
                 Fault::Transport(detail) => last = detail,
             }
             if Instant::now() + pause > deadline {
-                return Err(never_listened(plugin, mode, &last));
+                return Err(never_listened(plugin, way, &last));
             }
             sleep(pause).await;
             pause = (pause * 2).min(RETRY_CAP);
@@ -334,9 +339,16 @@ impl Fault {
     }
 }
 
-fn never_listened(plugin: &str, mode: SocketMode, detail: &str) -> Trouble {
+/// How a plugin comes to listen, as far as that says why it may not.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way {
+    pub(super) mode: SocketMode,
+    pub(super) level: IsolationLevel,
+}
+
+fn never_listened(plugin: &str, way: Way, detail: &str) -> Trouble {
     let message = format!("plugin {plugin} did not answer its health check in its start-up time: {detail}");
-    let hint = match mode {
+    let serve = match way.mode {
         SocketMode::Inherit => {
             "serve gRPC with grpc.health.v1.Health on descriptor 3, which is the worker socket, listening already; a program \
              that binds PLUGVISOR_LISTEN itself needs runtime.socket: \"bind\" in its plugin.json; see `plugvisor logs`"
@@ -346,7 +358,14 @@ fn never_listened(plugin: &str, mode: SocketMode, detail: &str) -> Trouble {
              says runtime.socket: \"bind\"; see `plugvisor logs`"
         }
     };
-    transient(Code::NeverListened, message, hint)
+    let slow = match way.level {
+        IsolationLevel::Vm => {
+            "; its machine may only be slow to start, as one that is emulated is: raise \
+             monitoring.performance.maxStartupTime in its plugin.json"
+        }
+        IsolationLevel::None | IsolationLevel::Process | IsolationLevel::Container | IsolationLevel::Sandbox => "",
+    };
+    transient(Code::NeverListened, message, format!("{serve}{slow}"))
 }
 
 fn broken(plugin: &str, detail: &str) -> Trouble {
@@ -444,6 +463,18 @@ mod tests {
         }
         let trouble = refused_init(Grpc::Unavailable).await;
         assert_eq!((trouble.permanence, trouble.error.code), (Permanence::Transient, Code::PluginInitFailed));
+    }
+
+    #[test]
+    fn a_machine_may_need_more_time_and_nothing_else_is_told_so() {
+        for mode in [SocketMode::Inherit, SocketMode::Bind] {
+            let hint = |level| never_listened("p", Way { mode, level }, "late").error.hint;
+            assert!(hint(IsolationLevel::Vm).contains("grpc.health.v1.Health"));
+            assert!(hint(IsolationLevel::Vm).contains("maxStartupTime"));
+            for level in [IsolationLevel::None, IsolationLevel::Process, IsolationLevel::Sandbox] {
+                assert!(!hint(level).contains("maxStartupTime"), "{level:?}");
+            }
+        }
     }
 
     #[tokio::test]
