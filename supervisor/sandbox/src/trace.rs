@@ -23,7 +23,7 @@ mod watch;
 
 pub use self::{
     book::{Book, Kind, Meaning, Verdict},
-    proposal::{Denied, Outside, Proposal, propose},
+    proposal::{Denied, Outside, Proposal, Survival, propose},
     rules_file::rules_file,
     seen::{Access, FileUse, Place, Seen, SocketUse, Times},
     watch::watch,

@@ -14,7 +14,7 @@ use plugvisor_sandbox::{
     protocol::{Exit, Grant, Level, RefusalCode, Tier},
     rules::{AllowFile, syscalls},
     seqpacket::{Received, Seqpacket},
-    trace::{Book, Proposal, Seen, propose, rules_file, watch},
+    trace::{Book, Proposal, Seen, Survival, propose, rules_file, watch},
 };
 use rustix::io::FdFlags;
 
@@ -60,7 +60,7 @@ fn launched(harness: &mut Harness, level: Level, capabilities: &[Capability], ar
 }
 
 fn proposed(seen: &Seen, level: Level, capabilities: &[Capability]) -> Proposal {
-    propose(seen, &Book::of_this_build().expect("the data files"), level, capabilities)
+    propose(seen, &Book::of_this_build().expect("the data files"), level, capabilities, Survival::Unknown)
 }
 
 /// What a proposal says, a thing a line.

@@ -22,7 +22,7 @@ use std::{
 use plugvisor_package::{Bundle, BundleError, BundleLimits, IsolationLevel, Manifest};
 use plugvisor_sandbox::{
     protocol::Level,
-    trace::{Book, Seen, propose, rules_file, watch},
+    trace::{Book, Seen, Survival, propose, rules_file, watch},
     worker_socket,
 };
 use rustix::event::{PollFd, PollFlags, poll};
@@ -85,7 +85,9 @@ pub(crate) fn trace(output: &Output, arguments: &TraceArgs) -> Result<(), Failur
         use std::io::Write as _;
         file.write_all(rules_file(&seen, &book, &name).as_bytes()).map_err(|error| unwritten(path, &error))?;
     }
-    let proposal = propose(&seen, &book, level, capabilities);
+    let driven = driver.is_none_or(|status| status.success());
+    let survival = if served == Served::Yes && driven { Survival::ToTheEnd } else { Survival::Unknown };
+    let proposal = propose(&seen, &book, level, capabilities, survival);
     let subject =
         report::Subject { name: &name, level, capabilities, ended: &ended, policy: arguments.policy.as_deref() };
     report::print(output, &subject, &seen, &proposal)?;
@@ -163,7 +165,10 @@ struct Followed {
 /// Whether the plugin came to serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Served {
+    /// It did, until others ended the trace.
     Yes,
+    /// It did, and then ended by itself.
+    Once,
     /// The trace ended otherwise before that was known.
     Unknown,
     /// It ended before.
@@ -210,9 +215,10 @@ fn follow(manifest: &Manifest, session: &session::Session, arguments: &TraceArgs
             tokio::select! {
                 // What comes first of two that are ready is of no interest.
                 end = &mut end => {
-                    if served == Served::Unknown {
-                        served = Served::Never;
-                    }
+                    served = match served {
+                        Served::Yes | Served::Once => Served::Once,
+                        Served::Unknown | Served::Never => Served::Never,
+                    };
                     break Ok((end.ok().flatten().unwrap_or_else(|| "its launcher ended".to_owned()), None));
                 }
                 greeting = &mut greeting, if !greeted => {

@@ -20,7 +20,10 @@ pub struct Proposal {
     pub level: Level,
     /// The capabilities that it used there, and those of the manifest that a trace cannot tell about.
     pub capabilities: Vec<Capability>,
-    /// The ports at which it listened there.
+    /// Capabilities that the manifest does not ask for and whose every use was refused in the trace too, of a plugin that
+    /// served all the same: it may ask for them, and does without.
+    pub optional: Vec<Capability>,
+    /// The ports at which it listened there, or tried to.
     pub listen: Vec<u16>,
     /// Those of them that are there because a trace cannot tell about them.
     pub untold: Vec<Capability>,
@@ -74,13 +77,22 @@ pub struct Outside {
     pub capability: Option<Capability>,
 }
 
+/// Whether a plugin went on in spite of what a trace refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survival {
+    /// It served, until others ended the trace.
+    ToTheEnd,
+    /// It ended by itself, or was not seen to serve.
+    Unknown,
+}
+
 /// Those that open the way to the egress proxy.
 const PROXY: [Capability; 3] = [Capability::HttpClient, Capability::WebSocket, Capability::DnsResolve];
 
 /// What the manifest should say, and what it says that is too little or too much. `level` and `capabilities` are the
 /// manifest's.
 #[must_use]
-pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capability]) -> Proposal {
+pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capability], survival: Survival) -> Proposal {
     let outward = outward(capabilities);
     let network = network(seen, capabilities, &outward);
     let (strongest, lifted) = strongest(seen, book);
@@ -149,10 +161,18 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
         }
     }
     used.extend(untold.iter().copied());
+    let optional = match survival {
+        Survival::ToTheEnd => refused(seen, capabilities, &used),
+        Survival::Unknown => BTreeSet::new(),
+    };
+    let ordered = |wanted: &dyn Fn(&Capability) -> bool| -> Vec<Capability> {
+        Capability::ALL.iter().copied().filter(|capability| wanted(capability)).collect()
+    };
     let grants = Granted::of(&Grant::of_all(capabilities.iter().copied()));
     Proposal {
         level: strongest,
-        capabilities: Capability::ALL.iter().copied().filter(|capability| used.contains(capability)).collect(),
+        capabilities: ordered(&|capability| used.contains(capability) && !optional.contains(capability)),
+        optional: ordered(&|capability| optional.contains(capability)),
         listen: listen.into_iter().collect(),
         untold,
         unused,
@@ -169,6 +189,19 @@ pub fn propose(seen: &Seen, book: &Book, level: Level, capabilities: &[Capabilit
         broker,
         proxy,
     }
+}
+
+/// Those that were used in vain alone: without them the trace has no such directory, no port and no way out either. A TCP
+/// socket by itself is carried out, and nothing that was carried out is known to be done without.
+fn refused(seen: &Seen, capabilities: &[Capability], used: &BTreeSet<Capability>) -> BTreeSet<Capability> {
+    let connects = seen.sockets.keys().any(|socket| matches!(socket, SocketUse::Connect(_)));
+    let in_vain = |capability: &&Capability| match capability {
+        Capability::ReadConfig | Capability::ReadData | Capability::WriteData | Capability::TcpServer => true,
+        Capability::HttpClient => connects,
+        _ => false,
+    };
+    let unasked = used.iter().filter(|capability| !capabilities.contains(capability));
+    unasked.filter(in_vain).copied().collect()
 }
 
 /// The capabilities by which this manifest reaches the proxy, or would: a trace cannot tell them apart.
@@ -315,7 +348,13 @@ mod tests {
             ("kill", [7, 15, 0, 0, 0, 0]),
             ("mount", [0; 6]),
         ]);
-        let proposal = propose(&seen, &book, Level::Sandbox, &[Capability::SignalHandling, Capability::WriteTemp]);
+        let proposal = propose(
+            &seen,
+            &book,
+            Level::Sandbox,
+            &[Capability::SignalHandling, Capability::WriteTemp],
+            Survival::ToTheEnd,
+        );
         assert_eq!(proposal.level, Level::Sandbox, "mount fails everywhere");
         assert_eq!(proposal.capabilities, [Capability::SpawnChild, Capability::SignalHandling]);
         assert_eq!(proposal.unused, [Capability::WriteTemp]);
@@ -328,14 +367,14 @@ mod tests {
     #[test]
     fn a_weaker_level_is_proposed_for_what_sandbox_never_allows() {
         let (seen, book) = made(&[("mmap", [0, 4096, 7, 0x22, 0, 0])]);
-        let proposal = propose(&seen, &book, Level::Sandbox, &[]);
+        let proposal = propose(&seen, &book, Level::Sandbox, &[], Survival::ToTheEnd);
         assert_eq!(proposal.level, Level::Container);
         assert_eq!(
             (proposal.denied[0].level, proposal.denied[0].arguments.as_slice()),
             (Some(Level::Container), &[(2, 7)][..])
         );
         assert_eq!(proposal.above, proposal.denied);
-        let proposal = propose(&seen, &book, Level::Process, &[]);
+        let proposal = propose(&seen, &book, Level::Process, &[], Survival::ToTheEnd);
         assert_eq!((proposal.denied.len(), proposal.above.len(), proposal.level), (0, 1, Level::Container));
     }
 
@@ -343,10 +382,10 @@ mod tests {
     fn a_grant_that_makes_another_one_necessary_brings_it() {
         // tkill needs signals only beside children.
         let (seen, book) = made(&[("fork", [0; 6]), ("tkill", [9, 6, 0, 0, 0, 0])]);
-        let proposal = propose(&seen, &book, Level::Process, &[]);
+        let proposal = propose(&seen, &book, Level::Process, &[], Survival::ToTheEnd);
         assert_eq!(proposal.capabilities, [Capability::SpawnChild, Capability::SignalHandling]);
         let (seen, book) = made(&[("tkill", [9, 6, 0, 0, 0, 0])]);
-        assert_eq!(propose(&seen, &book, Level::Process, &[]).capabilities, []);
+        assert_eq!(propose(&seen, &book, Level::Process, &[], Survival::ToTheEnd).capabilities, []);
     }
 
     #[test]
@@ -370,7 +409,7 @@ mod tests {
         seen.socket(SocketUse::Connect(EGRESS.into()));
         let book = Book::of_this_build().expect("the data files");
         let asked = [Capability::WebSocket, Capability::InternalCalls, Capability::ReadConfig];
-        let proposal = propose(&seen, &book, Level::Sandbox, &asked);
+        let proposal = propose(&seen, &book, Level::Sandbox, &asked, Survival::Unknown);
         let wanted = [Capability::WebSocket, Capability::WriteData, Capability::WriteTemp, Capability::InternalCalls];
         assert_eq!(proposal.capabilities, wanted);
         assert_eq!((proposal.untold.as_slice(), proposal.unused.as_slice()), (&asked[1..2], &asked[2..]));
@@ -387,5 +426,38 @@ mod tests {
                 ("execute", "/tmp/a", None),
             ]
         );
+    }
+
+    #[test]
+    fn what_was_refused_and_survived_is_optional() {
+        let (mut seen, book) = made(&[("socket", [2, 1, 0, 0, 0, 0]), ("fork", [0; 6])]);
+        let file = |access, path: &str| FileUse { access, path: path.to_owned(), place: Place::Nowhere };
+        seen.file(file(Access::Write, "/tmp/a"));
+        seen.file(file(Access::Read, "/plugvisor/config/x"));
+        seen.file(file(Access::Write, "/plugvisor/data/x"));
+        seen.socket(SocketUse::Connect(([93, 184, 215, 14], 443).into()));
+        seen.socket(SocketUse::Bind(([0, 0, 0, 0], 8080).into()));
+        let of = |capabilities: &[Capability], survival| propose(&seen, &book, Level::Sandbox, capabilities, survival);
+        let all = [
+            Capability::HttpClient,
+            Capability::TcpServer,
+            Capability::ReadConfig,
+            Capability::WriteData,
+            Capability::WriteTemp,
+            Capability::SpawnChild,
+        ];
+        let ended = of(&[], Survival::Unknown);
+        assert_eq!((ended.capabilities.as_slice(), ended.optional.as_slice()), (&all[..], &[][..]));
+        // What a trace carries out may have been what it lived by.
+        let survived = of(&[], Survival::ToTheEnd);
+        assert_eq!((survived.capabilities.as_slice(), survived.optional.as_slice()), (&all[4..], &all[..4]));
+        assert_eq!(survived.listen, [8080], "for whoever wants it to");
+        // What the manifest asks for was not refused.
+        let asked = of(&all, Survival::ToTheEnd);
+        assert_eq!((asked.capabilities.as_slice(), asked.optional.as_slice()), (&all[..], &[][..]));
+        // Nobody knows what a socket alone was for.
+        let (seen, book) = made(&[("socket", [2, 1, 0, 0, 0, 0])]);
+        let probed = propose(&seen, &book, Level::Sandbox, &[], Survival::ToTheEnd);
+        assert_eq!((probed.capabilities.as_slice(), probed.optional.as_slice()), (&all[..1], &[][..]));
     }
 }

@@ -82,6 +82,10 @@ fn lines(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal, wide: bool) ->
         lines.extend(title("Asked for and not used".to_owned()));
         lines.extend(names(&proposal.unused).into_iter().map(|name| Line::new(format!("  {name}"))));
     }
+    if !proposal.optional.is_empty() {
+        lines.extend(title("Survived without, and so optional".to_owned()));
+        lines.extend(names(&proposal.optional).into_iter().map(|name| Line::new(format!("  {name}"))));
+    }
     lines.extend(title("plugin.json, for what was seen".to_owned()));
     lines.extend(format!("{:#}", snippet(proposal)).lines().map(Line::new));
     lines.push(Line::default());
@@ -133,7 +137,13 @@ fn notes(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Vec<String>
             names(&proposal.untold).join(", ")
         ));
     }
-    if proposal.capabilities.contains(&Capability::HttpClient)
+    if !proposal.optional.is_empty() {
+        say(format!(
+            "What it used {} for was refused in this trace too, and it served to the end: ask for them if that is to work.",
+            names(&proposal.optional).join(", ")
+        ));
+    }
+    if [&proposal.capabilities, &proposal.optional].iter().any(|some| some.contains(&Capability::HttpClient))
         && !subject.capabilities.contains(&Capability::HttpClient)
     {
         say("TCP is one to the kernel: network:websocket or network:dns-resolve may be what is meant by network:http-client."
@@ -149,7 +159,7 @@ fn notes(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Vec<String>
     let ports: Vec<String> = proposal.listen.iter().map(u16::to_string).collect();
     if !ports.is_empty() {
         say(format!(
-            "It listens at {}: with network:tcp-server plugin.json names the ports in runtime.network.listen, and at others \
+            "It listens at {}, or tried to: with network:tcp-server plugin.json names the ports in runtime.network.listen, and at others \
              binding is refused, also in a trace.",
             ports.join(", ")
         ));
@@ -184,7 +194,7 @@ fn snippet(proposal: &Proposal) -> Value {
         "capabilities": names(&proposal.capabilities),
         "sandbox": { "isolationLevel": proposal.level.as_str() },
     } });
-    if !proposal.listen.is_empty() {
+    if !proposal.listen.is_empty() && proposal.capabilities.contains(&Capability::TcpServer) {
         snippet["runtime"] = json!({ "network": { "listen": proposal.listen } });
     }
     snippet
@@ -252,6 +262,7 @@ fn as_json(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Value {
         "proxy": proposal.proxy,
         "unused": names(&proposal.unused),
         "untold": names(&proposal.untold),
+        "survivedWithout": names(&proposal.optional),
         "proposal": snippet(proposal),
         "notes": notes(subject, seen, proposal),
     })
@@ -261,7 +272,7 @@ fn as_json(subject: &Subject<'_>, seen: &Seen, proposal: &Proposal) -> Value {
 mod tests {
     use plugvisor_sandbox::{
         rules::syscalls,
-        trace::{Access, Book, FileUse, Place, SocketUse, Times, propose},
+        trace::{Access, Book, FileUse, Place, SocketUse, Survival, Times, propose},
     };
 
     use super::*;
@@ -310,13 +321,17 @@ mod tests {
             policy: Some(Path::new("policy.toml")),
         };
         let seen = seen(&book);
-        let proposal = propose(&seen, &book, subject.level, subject.capabilities);
+        let proposal = propose(&seen, &book, subject.level, subject.capabilities, Survival::Unknown);
         let table: Vec<String> =
             lines(&subject, &seen, &proposal, false).iter().map(|line| line.render(false)).collect();
         super::super::hold("trace.txt", &format!("{}\n", table.join("\n")));
+        let survived = propose(&seen, &book, subject.level, subject.capabilities, Survival::ToTheEnd);
+        let table: Vec<String> =
+            lines(&subject, &seen, &survived, false).iter().map(|line| line.render(false)).collect();
+        super::super::hold("trace-survived.txt", &format!("{}\n", table.join("\n")));
         super::super::hold("trace.json", &format!("{:#}\n", as_json(&subject, &seen, &proposal)));
         let quiet = Subject { level: Level::None, capabilities: &[], policy: None, ..subject };
-        let proposal = propose(&Seen::default(), &book, quiet.level, quiet.capabilities);
+        let proposal = propose(&Seen::default(), &book, quiet.level, quiet.capabilities, Survival::ToTheEnd);
         let table: Vec<String> =
             lines(&quiet, &Seen::default(), &proposal, true).iter().map(|line| line.render(false)).collect();
         super::super::hold("trace-quiet.txt", &format!("{}\n", table.join("\n")));
