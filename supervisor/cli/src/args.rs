@@ -67,6 +67,7 @@ pub(crate) enum Command {
     /// SINCE is how long a plugin has been in its state. RESTARTS counts its starts again after failures, all of its life: it
     /// is kept in the state directory over restarts of the supervisor and of the host, and `plugvisor restart` and `load` are
     /// not among them. CALLS and FAILED count from the start of the supervisor that runs.
+    #[command(visible_alias = "ps")]
     Status,
     /// Show everything about one plugin: walls, grants, services, history.
     Describe {
@@ -382,6 +383,16 @@ mod tests {
     #[test]
     fn the_tree_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn ps_is_the_status() {
+        let said = |word: &str| Cli::try_parse_from(["plugvisor", word]).map(|cli| cli.command);
+        assert!(matches!(said("ps"), Ok(Command::Status)));
+        for near in ["pss", "stauts"] {
+            let told = said(near).map(drop).unwrap_err().to_string();
+            assert!(told.contains("tip: a similar subcommand exists: 'ps'") || told.contains("'status'"), "{told}");
+        }
     }
 
     #[test]

@@ -20,7 +20,8 @@ pub(crate) fn run(arguments: &[OsString]) -> Failure {
         }
     };
     let daemon = own.with_file_name("plugvisord");
-    let error = Command::new(&daemon).args(arguments).exec();
+    // As it was called, so that its help and its errors name what to write.
+    let error = Command::new(&daemon).arg0("plugvisor run").args(arguments).exec();
     let hint = match error.kind() {
         io::ErrorKind::NotFound => "plugvisor and plugvisord belong into one directory; install them together",
         _ => "check the file's permissions and that it is made for this machine",
