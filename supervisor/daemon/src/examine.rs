@@ -3,7 +3,9 @@
 //! Controls are what the launcher found by using them; places are tried as the supervisor would use them, and left as
 //! they were. Nothing here starts or stops a plugin.
 
+mod addresses;
 mod configuration;
+mod running;
 
 use std::{
     collections::BTreeSet,
@@ -15,7 +17,6 @@ use std::{
     sync::Arc,
 };
 
-use plugvisor_package::PluginName;
 use plugvisor_proto::admin::v1::{
     ExamineHostResponse, HostControl, HostLevel, HostPlace, LevelGap, Setting, ShowConfigurationResponse,
 };
@@ -26,10 +27,10 @@ use plugvisor_sandbox::{
 use prost::Message as _;
 use rustix::fs::MemfdFlags;
 
+pub use self::running::running;
 use crate::{
-    config::{Config, ConfigError, ListenConfig, Origin, Problem, Surroundings},
+    config::{Config, ConfigError, Origin, Problem, Surroundings},
     discovery::{Found, PluginDirectory},
-    ingress,
     launcher::{self, Launcher},
     privileges,
     runtime_directory::{self, Owner},
@@ -124,11 +125,10 @@ fn host(args: Args) -> ExamineHostResponse {
         report.places.insert(0, place(CONFIGURATION, &file, "", Some(wrong)));
     }
     match (probed, policy) {
-        (Ok(_), Some(policy)) => report.places.push(place("launcher policy", &policy, "read and valid", None)),
+        (Ok(_), Some(path)) => running::add(&mut report, running::policy_place(&path, None)),
         (Ok(_), None) => {}
-        (Err(NoProbe { why, refused: true }), Some(policy)) => {
-            let fix = "correct that in the file and look again";
-            report.places.push(place("launcher policy", &policy, "", Some((why, fix.into()))));
+        (Err(NoProbe { why, refused: true }), Some(path)) => {
+            running::add(&mut report, running::policy_place(&path, Some(why)))
         }
         (Err(NoProbe { why, refused: _ }), _) => {
             let fix = "correct that; if nothing is named, install plugvisord and plugvisor-launcher together";
@@ -237,8 +237,8 @@ impl Drop for Scratch {
 }
 
 /// The report. `uid` starts the supervisor and `owner` is whom it becomes. A supervisor that runs shows the plugin
-/// directories that it `holds`: it may not be allowed to reach them by their paths any more.
-pub fn report(
+/// directories that it `holds`: it may not be allowed to reach them by their paths any more. Blocks.
+fn report(
     config: &Config,
     features: &Host,
     uid: u32,
@@ -276,6 +276,7 @@ pub fn report(
             places.push(writable("log directory", &config.log_directory(), uses, 0o022, &setting("[logs] directory")));
         }
     }
+    let mut sources = Vec::new();
     for directory in &config.directories {
         let held = holds.iter().copied().flatten().find(|held| held.is(directory)).cloned();
         let opened = held.map_or_else(|| PluginDirectory::open(directory).map(Arc::new), Ok);
@@ -286,6 +287,7 @@ pub fn report(
                 if !strays.is_empty() {
                     detail.push_str(&format!("; without a plugin.json, and so no bundles: {}", strays.join(", ")));
                 }
+                sources.extend(candidates);
                 place("plugin directory", &directory.path, &detail, None)
             }
             Err(error) => {
@@ -293,10 +295,7 @@ pub fn report(
             }
         });
     }
-    for (plugin, settings) in &config.plugins {
-        let listen = settings.network.listen.iter();
-        places.extend(listen.map(|listen| outer_address(plugin, listen, holds.is_some())));
-    }
+    places.extend(addresses::places(config, &sources, holds.is_some()));
     let system = rustix::system::uname();
     ExamineHostResponse {
         uid,
@@ -318,14 +317,6 @@ fn gap(lacking: &Lacking, allowed: &BTreeSet<Control>) -> LevelGap {
         allowed: *may_be_allowed && control.is_some_and(|control| allowed.contains(&control)),
         may_be_allowed: *may_be_allowed,
     }
-}
-
-/// An address where others reach a plugin. Where no supervisor runs it is tried.
-fn outer_address(plugin: &PluginName, listen: &ListenConfig, running: bool) -> HostPlace {
-    let ListenConfig { address, port, max_connections, .. } = listen;
-    let leads = format!("leads to port {port} of plugin {plugin}, {max_connections} connections at most");
-    let trouble = if running { None } else { ingress::try_address(*address).err() };
-    place("address", Path::new(&address.to_string()), &leads, trouble)
 }
 
 fn place(name: &str, path: &Path, detail: &str, trouble: Option<(String, String)>) -> HostPlace {

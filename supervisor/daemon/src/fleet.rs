@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     config::Config,
     discovery::{Found, PluginDirectory, Rejection, Source},
-    driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, graph},
+    driver::{Command, Driver, Figures, PluginHandle, PluginView, Shared, check_restart, graph},
     events::Subject,
     launcher::Inventory,
     legacy::Legacy,
@@ -219,6 +219,10 @@ impl Fleet {
             return Err(view.last_error.clone().unwrap_or_else(|| self.not_found(name_or_path)));
         };
         let name = handle.view.borrow().name.parse::<PluginName>();
+        let runs = handle.view.borrow().process.is_some();
+        if wish == Wish::Restart && runs {
+            check_restart(&self.shared.launcher, name_or_path).await?;
+        }
         if let Ok(name) = name {
             // First remembered, then done: who comes after a crash finds what was asked for.
             let desired = match wish {

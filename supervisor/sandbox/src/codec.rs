@@ -8,7 +8,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::protocol::{
     ControlState, Exit, Hello, Host, Import, Imported, Launch, LaunchId, Launched, Limited, Limits, Listed, MAX_PACKET,
-    Notice, Reattached, Refusal, Reply, Request, Stats, VERSION,
+    Notice, PolicyFile, Reattached, Refusal, Reply, Request, Stats, VERSION,
 };
 
 /// The header's length in bytes.
@@ -55,6 +55,8 @@ pub mod kind {
     pub const INWARD: u16 = 19;
     /// [`Request::End`](crate::protocol::Request::End).
     pub const END: u16 = 18;
+    /// [`Request::Policy`](crate::protocol::Request::Policy).
+    pub const POLICY: u16 = 20;
     /// [`Reply::Hello`](crate::protocol::Reply::Hello).
     pub const HELLO_REPLY: u16 = 0x101;
     /// [`Reply::Probe`](crate::protocol::Reply::Probe).
@@ -77,6 +79,8 @@ pub mod kind {
     pub const REATTACHED: u16 = 0x110;
     /// [`Reply::Inward`](crate::protocol::Reply::Inward).
     pub const INWARD_REPLY: u16 = 0x113;
+    /// [`Reply::Policy`](crate::protocol::Reply::Policy).
+    pub const POLICY_REPLY: u16 = 0x114;
     /// [`Reply::Done`](crate::protocol::Reply::Done).
     pub const DONE: u16 = 0x1fe;
     /// [`Reply::Refused`](crate::protocol::Reply::Refused).
@@ -174,6 +178,7 @@ pub fn encode_request(id: u64, request: &Request) -> Result<Vec<u8>, EncodeError
     match request {
         Request::Hello(hello) => packet(kind::HELLO, id, hello),
         Request::Probe => packet(kind::PROBE, id, &()),
+        Request::Policy => packet(kind::POLICY, id, &()),
         Request::Launch(launch) => packet(kind::LAUNCH, id, launch),
         Request::Signal { launch, signal } => packet(kind::SIGNAL, id, &(launch, signal)),
         Request::Kill { launch } => packet(kind::KILL, id, launch),
@@ -202,6 +207,10 @@ pub fn decode_request(bytes: &[u8]) -> Result<(u64, Request), DecodeError> {
         kind::PROBE => {
             parse::<()>(kind, id, body)?;
             Request::Probe
+        }
+        kind::POLICY => {
+            parse::<()>(kind, id, body)?;
+            Request::Policy
         }
         kind::LAUNCH => Request::Launch(Box::new(parse::<Launch>(kind, id, body)?)),
         kind::SIGNAL => {
@@ -245,6 +254,7 @@ pub fn encode_reply(id: u64, reply: &Reply) -> Result<Vec<u8>, EncodeError> {
     match reply {
         Reply::Hello { version, pid } => packet(kind::HELLO_REPLY, id, &(version, pid)),
         Reply::Probe(probed) => packet(kind::PROBE_REPLY, id, probed),
+        Reply::Policy(file) => packet(kind::POLICY_REPLY, id, file),
         Reply::Launched(launched) => packet(kind::LAUNCHED, id, launched),
         Reply::Done => packet(kind::DONE, id, &()),
         Reply::Inspected(controls) => packet(kind::INSPECTED, id, controls),
@@ -276,6 +286,7 @@ pub fn decode_from_launcher(bytes: &[u8]) -> Result<FromLauncher, DecodeError> {
             Reply::Hello { version, pid }
         }
         kind::PROBE_REPLY => Reply::Probe(parse::<Host>(kind, id, body)?),
+        kind::POLICY_REPLY => Reply::Policy(parse::<PolicyFile>(kind, id, body)?),
         kind::LAUNCHED => Reply::Launched(parse::<Launched>(kind, id, body)?),
         kind::DONE => {
             parse::<()>(kind, id, body)?;

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     grant::{EGRESS, Grant, MAX_INWARD},
-    host::{Host, Lacking, ProbeState, Probed, ProbedLevel},
+    host::{Host, Lacking, PolicyFile, ProbeState, Probed, ProbedLevel},
     keep::{
         Condition, Kept, Known, LIST_PAGE, Limited, Listed, MAX_HELD, MAX_HELD_NAME, Over, ReattachState, Reattached,
         Stats,
@@ -48,6 +48,9 @@ pub enum Request {
     Hello(Hello),
     /// Which controls work here, found by using them.
     Probe,
+    /// Whether the launcher's policy file can be used as it is at this moment: it is read anew if it has changed. Launches
+    /// nothing and changes nothing.
+    Policy,
     /// Starts a plugin from a bundle in the store.
     Launch(Box<Launch>),
     /// Sends a signal to the plugin's first process.
@@ -220,6 +223,8 @@ pub enum Reply {
     },
     /// To [`Request::Probe`].
     Probe(Host),
+    /// To [`Request::Policy`].
+    Policy(PolicyFile),
     /// To [`Request::Launch`]. Descriptors: 0 a pidfd, 1 the listening broker socket, 2 an `O_PATH` descriptor through
     /// which the worker socket is reached (the socket itself when inherited, its directory when the plugin binds it),
     /// 3 stdout and 4 stderr, the reading ends; with [`Grant::Egress`], 5 a TCP socket that listens at [`EGRESS`] in the

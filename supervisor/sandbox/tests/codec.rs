@@ -6,8 +6,8 @@ use plugvisor_sandbox::{
     protocol::{
         Approval, Condition, Control, ControlState, DirectoryState, Exit, Grant, Hello, Host, Import, ImportBegin,
         ImportFile, Kept, Known, Lacking, Launch, LaunchId, Launched, Level, Limits, Listed, MAX_PACKET, Notice, Over,
-        ProbeState, Probed, ProbedLevel, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request, Stats,
-        Stored, Tier, VERSION,
+        PolicyFile, ProbeState, Probed, ProbedLevel, ReattachState, Reattached, Refusal, RefusalCode, Reply, Request,
+        Stats, Stored, Tier, VERSION,
     },
 };
 use proptest::prelude::*;
@@ -49,6 +49,7 @@ fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         any::<u16>().prop_map(|version| Request::Hello(Hello { version })),
         Just(Request::Probe),
+        Just(Request::Policy),
         launch().prop_map(|launch| Request::Launch(Box::new(launch))),
         (any::<u64>(), any::<i32>()).prop_map(|(id, signal)| Request::Signal { launch: LaunchId(id), signal }),
         (any::<u64>(), any::<u16>()).prop_map(|(id, from)| Request::Inward { launch: LaunchId(id), from }),
@@ -191,6 +192,9 @@ fn answers_survive() {
         reattached(ReattachState::Over(over)),
         Reply::Hello { version: 1, pid: 2 },
         Reply::Probe(host),
+        Reply::Policy(PolicyFile::Absent),
+        Reply::Policy(PolicyFile::Usable { path: "/p".into() }),
+        Reply::Policy(PolicyFile::Unusable { path: "/p".into(), why: "w".into() }),
         Reply::Launched(launched),
         Reply::Done,
         Reply::Inspected(vec![state]),

@@ -23,7 +23,7 @@ use std::{
 
 use harness::{As, Harness, Manner, Plugin, patience, read_all, wait_readable};
 use plugvisor_sandbox::protocol::{
-    Control, Exit, Grant, Launch, Level, Limits, Notice, RefusalCode, Reply, Request, SocketMode,
+    Control, Exit, Grant, Launch, Level, Limits, Notice, PolicyFile, RefusalCode, Reply, Request, SocketMode,
 };
 
 /// A launcher that has machines, and to which plugins are the operator's own.
@@ -88,6 +88,16 @@ fn what_is_named_and_wrong_is_said() {
     let vm = host.levels.into_iter().find(|level| level.level == Level::Vm).expect("the level");
     let told = vm.lacking.iter().find(|lacking| lacking.control == Some(Control::OwnKernel)).expect("it is lacking");
     assert!(told.why.contains("/nowhere/vmlinuz") && !told.may_be_allowed, "{told:?}");
+    // While the file itself cannot be used, that is the cause, and not what the level lacks for it.
+    let request = harness.request_at(Level::Vm, &["pause"]);
+    let request = harness.prepared(request);
+    harness.write_policy("version = 2\n");
+    let refusal = harness.launch_stored(request).map(|_| ()).expect_err("the file does not hold");
+    assert_eq!(refusal.code, RefusalCode::PolicyFile, "{refusal:?}");
+    let Reply::Policy(state) = harness.ask(&Request::Policy, &[]).0 else { panic!("no answer about the policy") };
+    assert!(matches!(&state, PolicyFile::Unusable { why, .. } if why.contains("version: is 2")), "{state:?}");
+    harness.write_policy("version = 1\n");
+    assert!(matches!(harness.ask(&Request::Policy, &[]).0, Reply::Policy(PolicyFile::Usable { .. })));
 }
 
 #[test]

@@ -107,6 +107,7 @@ fn descriptors_where_none_belong() {
     all.extend([
         Request::Hello(Hello { version: VERSION }),
         Request::Probe,
+        Request::Policy,
         Request::List { after: LaunchId(0) },
         Request::TakeFd { name: "a".to_owned(), keep: true },
     ]);
@@ -546,7 +547,7 @@ fn under(what: &str, attack: impl Fn(&Harness, &Seqpacket) + Sync) {
 
 /// Packets of every sort, some with descriptors.
 fn barrage() -> Vec<Vec<u8>> {
-    let mut all = vec![Request::Probe, Request::List { after: LaunchId(0) }];
+    let mut all = vec![Request::Probe, Request::Policy, Request::List { after: LaunchId(0) }];
     // Launches that are over, and such as are dying.
     for launch in (2..16).step_by(3).map(LaunchId) {
         all.extend(requests(launch).into_iter().filter(|request| {

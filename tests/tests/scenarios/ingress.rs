@@ -309,7 +309,12 @@ async fn an_address_that_leads_nowhere_is_refused(lane: Lane) -> anyhow::Result<
     let control = unreached.controls.iter().find(|control| control.name == "ingress").context("no ingress")?;
     says("describe", &control.enforced, &["[[plugin.unreached.network.listen]] has no address"])?;
     let doctor = daemon.cli(&["doctor"]).await?;
-    says("doctor", &doctor.stdout, &["127.0.0.1:0", "port 8080 of plugin other"])?;
+    let words =
+        ["127.0.0.1:0", "port 8080 of plugin other", "9090, 9091", "plugin unasked, which may serve nobody without"];
+    says("doctor", &doctor.stdout, &words)?;
+    // Said with the same words, by the same code, whether a supervisor runs or not.
+    let offline = daemon.cli(&["doctor", "--config", file]).await?;
+    says("doctor --config", &offline.stdout, &words)?;
     daemon.stop().await?;
 
     let taken = StdListener::bind("127.0.0.1:0")?;

@@ -114,7 +114,7 @@ async fn a_configuration_is_judged_as_a_start_would(lane: Lane) -> anyhow::Resul
         "wrong-policy.toml has 2 problems",
         "line 2: directory[0].path: is required",
         "line 3: directory[0].tier: is the text \"trusted\"; it takes",
-        "fix: correct that in the file",
+        "fix: correct that and look again",
         "No wall was tried",
     ];
     says("doctor", &doctor.stdout, &words)?;

@@ -1,5 +1,7 @@
 //! What an operator does and sees: commands with their exit codes, events, logs, metrics, health.
 
+use std::{fs, os::unix::fs::PermissionsExt as _};
+
 use anyhow::{Context, ensure};
 use plugvisor_proto::admin::v1::{PluginState, WatchEventsRequest};
 use plugvisor_tests::{BundleBuilder, Lane, contract::SayRequest, events, scenarios};
@@ -61,6 +63,43 @@ async fn commands_change_what_runs(lane: Lane) -> anyhow::Result<()> {
     daemon.stop().await
 }
 
+/// While the launcher's policy file cannot be used nothing would be launched: what runs is left running, doctor beside the
+/// supervisor says why, and both see the file as soon as it is mended.
+async fn a_policy_file_that_breaks_stops_no_plugin(lane: Lane) -> anyhow::Result<()> {
+    let good = "version = 1\n";
+    let daemon = world(lane)?.launcher_policy(good)?.start().await?;
+    let before = daemon.loaded("echo").await?;
+    let file = daemon.world().path().join("launcher.toml");
+    let read = format!("launcher policy {}: read and valid", file.display());
+    says("doctor", &daemon.cli(&["doctor"]).await?.stdout, &[&read])?;
+
+    let left_running = async |words: &[&str]| {
+        let restart = daemon.cli(&["restart", "echo"]).await?;
+        ensure!(restart.code == Some(1), "{restart:?}\n{}", daemon.account());
+        let all = ["plugin echo was not restarted and runs on", "isolation.launch_refused", "`plugvisor unload echo`"];
+        says("restart", &restart.stderr, &[&all, words].concat())?;
+        let doctor = daemon.cli(&["doctor"]).await?;
+        ensure!(doctor.code == Some(3), "{doctor:?}");
+        says("doctor", &doctor.stdout, &[words, &["fix: correct that and look again"]].concat())?;
+        let after = daemon.plugin("echo").await?;
+        ensure!((after.pid, after.generation) == (before.pid, before.generation), "{before:?} became {after:?}");
+        daemon.echo().say(SayRequest::default()).await?;
+        anyhow::Ok(())
+    };
+    fs::write(&file, "version = 1\n[[directory]]\ntier = \"trusted\"\n")?;
+    left_running(&["launcher.toml has 2 problems", "line 2: directory[0].path: is required"]).await?;
+    fs::write(&file, good)?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o664))?;
+    left_running(&["launcher.toml: others may write it (mode 664); chown it"]).await?;
+
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+    says("doctor", &daemon.cli(&["doctor"]).await?.stdout, &[&read])?;
+    let restart = daemon.cli(&["restart", "echo"]).await?;
+    ensure!(restart.code == Some(0), "{restart:?}\n{}", daemon.account());
+    ensure!(daemon.loaded("echo").await?.pid != before.pid, "it was not restarted");
+    daemon.stop().await
+}
+
 /// status, describe, events and logs, for people and for programs.
 async fn commands_show_what_is(lane: Lane) -> anyhow::Result<()> {
     let daemon = world(lane)?.start().await?;
@@ -71,6 +110,14 @@ async fn commands_show_what_is(lane: Lane) -> anyhow::Result<()> {
     says("status", &status.stdout, &["echo", "LOADED", &plugin.pid.to_string()])?;
     let status = daemon.cli(&["status", "-o", "json"]).await?.json()?;
     ensure!(status["plugins"][0]["name"] == "echo", "{status}");
+    let again = daemon.cli(&["ps"]).await?;
+    says("ps", &again.stdout, &["echo", "LOADED", &plugin.pid.to_string()])?;
+    // What `run` says names what was typed, though it is plugvisord that says it.
+    for (argument, words) in [("--help", "--launcher-policy"), ("--no-such-flag", "unexpected argument")] {
+        let output = daemon.world().administer(&["run", argument])?;
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        says("run", &said, &["Usage: plugvisor run", words])?;
+    }
     let describe = daemon.cli(&["describe", "echo"]).await?;
     ensure!(describe.code == Some(0), "{describe:?}");
     says("describe", &describe.stdout, &["seccomp", "landlock", "plugvisor.test.v1.EchoService"])?;
@@ -176,6 +223,7 @@ async fn metrics_come_and_go_with_the_process(lane: Lane) -> anyhow::Result<()> 
 
 scenarios!(
     commands_change_what_runs,
+    a_policy_file_that_breaks_stops_no_plugin,
     commands_show_what_is,
     events_resume_where_they_were_left,
     metrics_come_and_go_with_the_process,

@@ -342,7 +342,9 @@ impl Admin for AdminService {
     }
 
     async fn examine_host(&self, _: Request<ExamineHostRequest>) -> Result<Response<ExamineHostResponse>, Status> {
-        let (uid, held) = (rustix::process::geteuid().as_raw(), self.state.fleet.directories());
-        Ok(Response::new(examine::report(&self.state.config, &self.state.features, uid, None, Some(held))))
+        let Supervisor { config, shared, fleet, features, .. } = &*self.state;
+        let held = fleet.directories().to_vec();
+        let report = examine::running(Arc::clone(config), &shared.launcher, features, held).await;
+        report.map(Response::new).map_err(|error| status(&error))
     }
 }

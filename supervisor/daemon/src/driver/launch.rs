@@ -8,7 +8,7 @@ use plugvisor_core::{
     lifecycle::{Failure, Permanence, Phase},
 };
 use plugvisor_package::{Capability, PluginName};
-use plugvisor_sandbox::protocol::{self, ControlState, Launch, RefusalCode};
+use plugvisor_sandbox::protocol::{self, ControlState, Launch, PolicyFile, RefusalCode};
 use tokio::time::Instant;
 
 use super::{
@@ -22,7 +22,7 @@ use super::{
 use crate::{
     egress::Proxy,
     events::Subject,
-    launcher::{LauncherError, Process},
+    launcher::{Launcher, LauncherError, Process},
     logs::LogStream,
     meter::Meter,
 };
@@ -241,14 +241,67 @@ pub(super) struct Holding {
     pub(super) memory_limit: Option<u64>,
 }
 
+/// Problems of the launcher's policy file that are told with an error: an answer's head is short. `plugvisor doctor` tells all.
+const MOST_TOLD: usize = 2;
+
+/// Asked before a plugin that runs is stopped for another launch: nothing would come in its place while the launcher refuses
+/// every launch, or does not answer.
+///
+/// # Errors
+///
+/// Why it is left running.
+pub(crate) async fn check_restart(launcher: &Launcher, name: &str) -> Result<(), Error> {
+    let refused = |code, why: &str, next: &str| {
+        let message = format!("plugin {name} was not restarted and runs on: {why}");
+        let hint = format!("{next}, then `plugvisor restart {name}`; `plugvisor unload {name}` stops it all the same");
+        Error::new(code, message, hint)
+    };
+    match launcher.policy().await {
+        Ok(PolicyFile::Absent | PolicyFile::Usable { path: _ }) => Ok(()),
+        Ok(PolicyFile::Unusable { path: _, why }) => {
+            let why = format!("the launcher cannot use its policy: {}", in_one_line(&why));
+            let next =
+                "correct that file, which is read anew at each launch (`plugvisor doctor` says all that is wrong)";
+            Err(refused(Code::LaunchRefused, &why, next))
+        }
+        Err(error) => {
+            let (code, next) = unanswered(&error);
+            Err(refused(code, &error.to_string(), next))
+        }
+    }
+}
+
+/// What is wrong with a file, with its first problems.
+fn in_one_line(why: &str) -> String {
+    let mut lines = why.lines();
+    let mut told = lines.next().unwrap_or_default().to_owned();
+    let mut join = " ";
+    for line in lines.by_ref().take(MOST_TOLD) {
+        told.push_str(join);
+        told.push_str(line.trim_start());
+        join = "; ";
+    }
+    if lines.next().is_some() {
+        told.push_str("; and more");
+    }
+    told
+}
+
+/// What it means that the launcher has not refused, and not done it either.
+fn unanswered(error: &LauncherError) -> (Code, &'static str) {
+    match error {
+        LauncherError::Gone(_) => (Code::LauncherLost, "restart plugvisord"),
+        LauncherError::Late(_) => (Code::OperationTimeout, "look at the load of the host"),
+        LauncherError::Refused(_) | LauncherError::Request(_) | LauncherError::Mismatch => {
+            (Code::Bug, "report this as a bug")
+        }
+    }
+}
+
 fn launch_failure(name: &PluginName, error: &LauncherError, place: &str) -> Failure {
     let message = format!("plugin {name} was not launched: {error}");
     let LauncherError::Refused(refusal) = error else {
-        let (code, hint) = match error {
-            LauncherError::Gone(_) => (Code::LauncherLost, "restart plugvisord"),
-            LauncherError::Late(_) => (Code::OperationTimeout, "look at the load of the host"),
-            _ => (Code::Bug, "report this as a bug"),
-        };
+        let (code, hint) = unanswered(error);
         return transient(Error::new(code, message, hint));
     };
     let correct = format!(
@@ -306,4 +359,16 @@ fn launch_failure(name: &PluginName, error: &LauncherError, place: &str) -> Fail
         }
     };
     Failure { error: Error::new(code, message, hint), permanence, stderr_tail: Vec::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_one_line;
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_one_line_with_its_first_problems() {
+        assert_eq!(in_one_line("the file: others may write it"), "the file: others may write it");
+        assert_eq!(in_one_line("2 problems:\n  line 1: a\n  line 2: b"), "2 problems: line 1: a; line 2: b");
+        assert_eq!(in_one_line("9 problems:\n  a\n  b\n  c\n  and 6 more"), "9 problems: a; b; and more");
+    }
 }

@@ -50,8 +50,9 @@ use tracing::Instrument as _;
 use self::adopt::Inherited;
 pub use adopt::Living;
 pub(crate) use dependencies::graph;
+pub(crate) use launch::check_restart;
 pub(crate) use settings::rights;
-pub(crate) use verify::{decide, ungiven, unserved};
+pub(crate) use verify::{InVain, decide, in_vain, ungiven};
 pub use view::{BundleInfo, ExitView, Figures, PluginView, ProcessView};
 
 use self::{shown::describe, verify::Verified, worker::Worker};

@@ -8,7 +8,7 @@ use plugvisor_core::{
     lifecycle::{Failure, Phase},
     policy::{Policy, Verdict, WhyNot},
 };
-use plugvisor_package::{Approval, Bundle, Capability, PluginName, TrustTier, VariableName};
+use plugvisor_package::{Approval, Bundle, Capability, Manifest, PluginName, TrustTier, VariableName};
 
 use super::{
     BundleInfo, Driver, Inward, PluginView,
@@ -16,7 +16,7 @@ use super::{
     settings,
 };
 use crate::{
-    config::PluginConfig,
+    config::{ListenConfig, PluginConfig},
     discovery::{Rejection, Source},
     launcher::BundleFiles,
 };
@@ -116,9 +116,8 @@ fn verify(
     let directory_tier = source.tier();
     let (approval, verdict) = decide(source, &bundle, config, place).map_err(permanent)?;
     let ungiven = ungiven(name, &verdict, config, place);
-    let unmet =
-        ungiven.into_iter().chain(unserved(name, &verdict, config, place)).chain(unlisted(&bundle, config, place));
-    if let Some(error) = joined(unmet) {
+    let in_vain = in_vain(&bundle.manifest, &verdict, config, place).into_iter().next();
+    if let Some(error) = joined(ungiven.into_iter().chain(in_vain.map(|in_vain| in_vain.error))) {
         return Err(permanent(error));
     }
     let read = |error: std::io::Error| {
@@ -193,29 +192,47 @@ pub(crate) fn ungiven(name: &PluginName, verdict: &Verdict, config: &PluginConfi
     ))
 }
 
-/// Why no address that the operator set for it can lead to it. It would be connected to in vain.
-pub(crate) fn unserved(name: &PluginName, verdict: &Verdict, config: &PluginConfig, place: &str) -> Option<Error> {
-    let first = config.network.listen.first()?;
-    if verdict.rights.hold(Capability::TcpServer) {
-        return None;
-    }
+/// An address that the operator set for a plugin, and why it leads to nobody. It would be connected to in vain.
+#[derive(Debug)]
+pub(crate) struct InVain {
+    /// Which `[[plugin.NAME.network.listen]]` it is, counted from 0.
+    pub(crate) index: usize,
+    /// What of it does not fit: `address` or `port`.
+    pub(crate) key: &'static str,
+    /// Why, and what to do.
+    pub(crate) error: Error,
+}
+
+/// The addresses that lead to nobody: none may lead to the plugin, or its manifest does not list the port.
+pub(crate) fn in_vain(manifest: &Manifest, verdict: &Verdict, config: &PluginConfig, place: &str) -> Vec<InVain> {
+    let served = verdict.rights.hold(Capability::TcpServer);
+    let all = config.network.listen.iter().enumerate();
+    let wrong = all.filter_map(|(index, listen)| {
+        if !served {
+            return Some(InVain { index, key: "address", error: unserved(&manifest.name, verdict, listen, place) });
+        }
+        Some(InVain { index, key: "port", error: unlisted(manifest, listen, place)? })
+    });
+    wrong.collect()
+}
+
+fn unserved(name: &PluginName, verdict: &Verdict, listen: &ListenConfig, place: &str) -> Error {
     let lack = verdict.rights.lack(Capability::TcpServer);
-    Some(Error::new(
+    Error::new(
         Code::ConfigurationInvalid,
         format!(
             "{place} has {} lead to plugin {name}, which may serve nobody without {}: {}",
-            first.address,
+            listen.address,
             lack.capability,
             lack.why()
         ),
         format!("{}; or remove [[plugin.{name}.network.listen]]", lack.hint(name.as_str())),
-    ))
+    )
 }
 
-/// Why one of them leads nowhere.
-fn unlisted(bundle: &Bundle, config: &PluginConfig, place: &str) -> Option<Error> {
-    let name = &bundle.manifest.name;
-    let wrong = config.network.listen.iter().find_map(|listen| listen.unlisted(&bundle.manifest))?;
+fn unlisted(manifest: &Manifest, listen: &ListenConfig, place: &str) -> Option<Error> {
+    let name = &manifest.name;
+    let wrong = listen.unlisted(manifest)?;
     Some(Error::new(
         Code::ConfigurationInvalid,
         format!("{place}: {wrong}"),

@@ -14,7 +14,7 @@ use super::{at, configured, shown};
 use crate::{
     config::{Config, PluginConfig, Problem, Surroundings},
     discovery::{PluginDirectory, Source},
-    driver::{decide, ungiven, unserved},
+    driver::{InVain, decide, in_vain, ungiven},
     privileges,
     start::Args,
 };
@@ -121,14 +121,13 @@ impl Look<'_> {
     fn serving(&mut self, name: &PluginName, bundle: &Bundle, settings: &PluginConfig, verdict: &Verdict) {
         let (listen, ports) = (&settings.network.listen, &bundle.manifest.runtime.listen);
         let table = format!("plugin.{name}.network.listen");
-        if let Some(error) = unserved(name, verdict, settings, &self.config.place()) {
-            return self.refuse(format!("{table}[0].address"), &error);
+        let in_vain = in_vain(&bundle.manifest, verdict, settings, &self.config.place());
+        for InVain { index, key, error } in &in_vain {
+            self.refuse(format!("{table}[{index}].{key}"), error);
         }
-        let unlisted = listen.iter().enumerate().filter_map(|(index, listen)| {
-            let why = listen.unlisted(&bundle.manifest)?;
-            Some(at(self.config, format!("{table}[{index}].port"), &why))
-        });
-        self.refused.extend(unlisted);
+        if in_vain.iter().any(|in_vain| in_vain.key == "address") {
+            return;
+        }
         let port_names = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
         let lack = verdict.rights.lack(Capability::TcpServer);
         let why = match (ports.is_empty(), lack.not_asked, verdict.rights.hold(Capability::TcpServer)) {

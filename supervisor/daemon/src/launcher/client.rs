@@ -14,7 +14,8 @@ use std::{
 use plugvisor_sandbox::{
     codec::{FromLauncher, decode_from_launcher, encode_request},
     protocol::{
-        Control, ControlState, Exit, Hello, Host, Launch, LaunchId, Launched, Notice, Refusal, Reply, Request, VERSION,
+        Control, ControlState, Exit, Hello, Host, Launch, LaunchId, Launched, Notice, PolicyFile, Refusal, Reply,
+        Request, VERSION,
     },
     seqpacket::{Packet, Received, Seqpacket},
 };
@@ -177,6 +178,14 @@ impl Launcher {
     pub async fn probe(&self) -> Result<Host, LauncherError> {
         match self.ask(Request::Probe, Vec::new(), LAUNCH_PATIENCE).await? {
             Answer::Plain(Reply::Probe(probed)) => Ok(probed),
+            _ => Err(LauncherError::Mismatch),
+        }
+    }
+
+    /// The launcher's policy file as it is now.
+    pub async fn policy(&self) -> Result<PolicyFile, LauncherError> {
+        match self.ask(Request::Policy, Vec::new(), PATIENCE).await? {
+            Answer::Plain(Reply::Policy(file)) => Ok(file),
             _ => Err(LauncherError::Mismatch),
         }
     }

@@ -4,6 +4,26 @@ use serde::{Deserialize, Serialize};
 
 use super::{Control, Level};
 
+/// The launcher's policy file. While it cannot be used every launch is refused with
+/// [`RefusalCode::PolicyFile`](super::RefusalCode::PolicyFile).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PolicyFile {
+    /// The starter named none.
+    Absent,
+    /// It holds.
+    Usable {
+        /// Where it is.
+        path: String,
+    },
+    /// It does not hold.
+    Unusable {
+        /// Where it is.
+        path: String,
+        /// What is wrong with it, for people; each problem in a line of its own.
+        why: String,
+    },
+}
+
 /// What the host can enforce.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {

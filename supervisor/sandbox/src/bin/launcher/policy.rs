@@ -22,7 +22,7 @@ use ed25519_dalek::Signature;
 use plugvisor_package::{Digest, PluginName, TrustTier, VariableName};
 use plugvisor_sandbox::{
     options::{BundleRoot, Options, Variable},
-    protocol::{Approval, Level, Refusal, RefusalCode, Tier, approval_text},
+    protocol::{Approval, Level, PolicyFile, Refusal, RefusalCode, Tier, approval_text},
     tables::Problem,
 };
 use rustix::fs::{Mode, OFlags};
@@ -114,6 +114,20 @@ impl Policy {
         let given: Vec<PathBuf> = self.roots.iter().map(|root| root.path.clone()).collect();
         let rules = self.rules().map_err(|why| refused(&why))?;
         Ok(given.into_iter().chain(rules.directory.iter().map(|directory| directory.path.clone())).collect())
+    }
+
+    /// The file as it is now, for whoever asks without a launch.
+    pub(crate) fn state(&mut self) -> PolicyFile {
+        let Some(path) = self.file.as_ref().map(|file| file.display().to_string()) else { return PolicyFile::Absent };
+        match self.rules() {
+            Ok(_) => PolicyFile::Usable { path },
+            Err(why) => PolicyFile::Unusable { path, why },
+        }
+    }
+
+    /// Refuses while the file cannot be used, whatever else is wrong.
+    pub(crate) fn check_file(&mut self) -> Result<(), Refusal> {
+        self.rules().map(drop).map_err(|why| refused(&why))
     }
 
     /// What machines are made of; `None` when the file does not say.
@@ -369,7 +383,9 @@ fn read(path: &Path) -> Result<Rules, String> {
     // A FIFO put there would make the launcher wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| wrong(error.to_string()))?;
-    store::only_ours(&file).map_err(|why| wrong(format!("{why}; chown it to the launcher's user and chmod it 644")))?;
+    store::only_ours(&file).map_err(|why| {
+        format!("the policy file {}: {why}; chown it to the launcher's user and chmod it 644", path.display())
+    })?;
     let file = File::from(file);
     let kind = file.metadata().map_err(|error| wrong(error.to_string()))?;
     if !kind.is_file() || kind.len() > MOST_BYTES {

@@ -190,7 +190,11 @@ impl Launcher {
     pub(crate) fn look_for_machines(&mut self) {
         match self.policy.machine() {
             Ok(settings) => self.machines.look(settings, Instant::now()),
-            Err(refusal) => self.machines.found = Err(refusal.message),
+            // What is wrong with it is told once, as the file's own trouble.
+            Err(_) => {
+                let why = "the launcher's policy file cannot be used as it is now; `plugvisor doctor` says what is wrong with it";
+                self.machines.found = Err(why.to_owned());
+            }
         }
     }
 

@@ -264,9 +264,15 @@ fn the_file_is_ours_alone_and_read_anew_when_it_changes() {
     assert_eq!(tier(&mut policy, "a", &["/srv/a"], None), Ok(Tier::Untrusted));
     write("version = 1\n[[directory]]\npath = \"/srv\"\ntier = \"verified\"\n");
     assert_eq!(tier(&mut policy, "a", &["/srv/a"], None), Ok(Tier::Verified));
+    let shown = path.display().to_string();
+    assert_eq!(policy.state(), PolicyFile::Usable { path: shown.clone() });
+    assert_eq!(policy.check_file(), Ok(()));
     // What cannot be read is not taken for what it was.
     write("version = 1\n[[directory]]\n");
     assert!(tier(&mut policy, "a", &["/srv/a"], None).is_err());
+    assert!(policy.check_file().is_err_and(|refusal| refusal.code == RefusalCode::PolicyFile));
+    let PolicyFile::Unusable { path: named, why } = policy.state() else { panic!("it does not hold") };
+    assert!(named == shown && why.contains("\n  line 2: directory[0].path: is required"), "{why}");
     write("version = 1\nuid_range = \"7000-7999\"\ncgroup_root = \"pv\"\n");
     Policy::load(&mut options).expect("a policy");
     assert_eq!((options.uids.clone(), options.cgroup_root.as_str()), (7000..=7999, "pv"));

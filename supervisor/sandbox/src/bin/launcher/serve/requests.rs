@@ -54,6 +54,7 @@ impl Server {
                 self.look_for_machines();
                 Reply::Probe(self.launcher.probed())
             }
+            Request::Policy => Reply::Policy(self.launcher.policy.state()),
             Request::Launch(launch) => match self.launch(id, &launch, arrived) {
                 Ok(()) => return None,
                 Err(refusal) => Reply::Refused(refusal),
@@ -144,6 +145,8 @@ impl Server {
                 ),
             );
         }
+        // First, because what the file says decides over more than this launch: at VM over what machines are made of.
+        self.launcher.policy.check_file()?;
         if walls.kernel == Kernel::Own {
             self.look_for_machines();
         }
