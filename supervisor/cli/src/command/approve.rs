@@ -4,6 +4,8 @@
 //! written beside the bundle, where plugvisord finds it; the launcher verifies it with the key in its policy file. This is
 //! done where the key is, which need not be the host that runs the plugin.
 
+mod ceiling;
+
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -51,6 +53,10 @@ pub(crate) fn approve(output: &Output, asked: &Asked, key_file: &Path) -> Result
     let signature = key.sign(approval_text(name.as_str(), *tier, &digest).as_bytes()).to_bytes();
     let approval = Approval { name: name.clone(), tier: *tier, digest, key: id.clone(), signature };
     let beside = place.write(&approval.write()).map_err(|error| failed("written", path, &error))?;
+    // It may be for other hosts, so that it is written all the same.
+    if let Some(warning) = ceiling::warning(Path::new(ceiling::POLICY), &id, &public(&key), *tier) {
+        eprintln!("plugvisor: {warning}");
+    }
     match output.format {
         Format::Json | Format::Jsonl => output.json(&json!({
             "approval": beside.display().to_string(), "name": name.as_str(), "tier": tier.as_str(),
