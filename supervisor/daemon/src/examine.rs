@@ -128,7 +128,7 @@ fn host(args: Args) -> ExamineHostResponse {
         (Ok(_), Some(path)) => running::add(&mut report, running::policy_place(&path, None)),
         (Ok(_), None) => {}
         (Err(NoProbe { why, refused: true }), Some(path)) => {
-            running::add(&mut report, running::policy_place(&path, Some(why)))
+            running::add(&mut report, running::policy_place(&path, Some(why)));
         }
         (Err(NoProbe { why, refused: _ }), _) => {
             let fix = "correct that; if nothing is named, install plugvisord and plugvisor-launcher together";
