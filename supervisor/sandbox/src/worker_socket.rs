@@ -1,5 +1,5 @@
-//! The worker socket that a plugin binds itself: in a directory of its own, into which it may put whatever it likes. Who connects
-//! to it holds it first, so that neither a link nor a file that is put there later leads elsewhere.
+//! The worker socket that a plugin binds itself: in a directory of its own, into which it may put whatever it likes. Who
+//! connects to it holds it first, so that neither a link nor a file that is put there later leads elsewhere.
 
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 

@@ -126,6 +126,49 @@ fn a_plugin_runs_on_its_own_kernel_and_the_walls_around_it_are_confirmed() {
 }
 
 #[test]
+fn its_configuration_is_copied_into_its_machine_and_its_data_are_not() {
+    for as_ in As::possible() {
+        let Some(mut harness) = start(as_) else { return };
+        let place = "/plugvisor/config";
+        let args = ["cat", "/plugvisor/config/greeting", "list", place, "append", "/plugvisor/config/greeting", "env"];
+        let mut request = in_machine(&harness, &Manner::of(&args));
+        request.grants = vec![Grant::ReadConfig];
+        let mut plugin = harness.launch(request.clone());
+        let states = plugin.launched.directories.clone();
+        assert_eq!(states.len(), 1, "{as_:?}: {states:?}");
+        let held = states[0].enforced.as_deref().unwrap_or_default();
+        assert!(held.starts_with("ro,nosuid,nodev,noexec") && held.contains("a copy"), "{as_:?}: {states:?}");
+        let (said, errors, exit) = whole(&mut harness, &mut plugin);
+        assert_eq!(exit, Exit::Code(0), "{as_:?}: {said}{errors}");
+        let lines: Vec<&str> = said.lines().filter_map(|line| Some(line.split_once(' ')?.1)).collect();
+        // Permission denied, as to whom a file is not writable.
+        assert_eq!(lines[..3], ["hello", "greeting", "13"], "{as_:?}: {said}{errors}");
+        assert!(lines[3].contains("PLUGVISOR_CONFIG_DIR=/plugvisor/config"), "{as_:?}: {said}");
+
+        // More than a machine has room for is told with the numbers.
+        let large = harness.path("config/walled/large");
+        fs::File::create(&large).and_then(|file| file.set_len((4 << 20) + 1)).expect("a file");
+        fs::set_permissions(&large, fs::Permissions::from_mode(0o644)).expect("chmod");
+        let mut plugin = harness.launch(request.clone());
+        let (_, errors, exit) = whole(&mut harness, &mut plugin);
+        assert_eq!(exit, Exit::Code(70), "{as_:?}: {errors}");
+        for words in ["packing its archive", "/plugvisor/config", "at most 4194304"] {
+            assert!(errors.contains(words), "{as_:?}: {words:?}: {errors}");
+        }
+        fs::remove_file(&large).expect("removes");
+
+        for grant in [Grant::ReadData, Grant::WriteData] {
+            request.grants = vec![Grant::ReadConfig, grant];
+            let refusal = harness.try_launch(request.clone()).map(|_| ()).expect_err("data are not in it");
+            assert_eq!(refusal.code, RefusalCode::Policy, "{as_:?}: {refusal:?}");
+            for words in ["filesystem:read-data", "at the level sandbox"] {
+                assert!(refusal.message.contains(words), "{as_:?}: {words:?}: {}", refusal.message);
+            }
+        }
+    }
+}
+
+#[test]
 fn it_serves_on_both_kinds_of_socket_and_reaches_its_broker() {
     for as_ in As::possible() {
         let Some(mut harness) = start(as_) else { return };

@@ -28,8 +28,8 @@ use crate::{
 };
 
 /// What an operator can do where a control is missing.
-const UNCONTROLLED: &str = "`plugvisor doctor` says the fix, and has the allow_degraded line if it may be done without, which is read when plugvisord \
-     starts";
+const UNCONTROLLED: &str = "`plugvisor doctor` says the fix, and has the allow_degraded line if it may be done \
+     without, which is read when plugvisord starts";
 
 impl Driver {
     pub(super) fn begin_launch(&mut self, generation: Generation) {

@@ -1,6 +1,7 @@
 //! Bytes in both directions until both sides have ended, or nothing passes for too long. A side that has said everything
 //! goes on hearing (half-close).
 
+use plugvisor_core::egress::Origin;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, copy_bidirectional_with_sizes, join},
     net::TcpStream,
@@ -8,7 +9,6 @@ use tokio::{
 
 use super::{Proxy, client::Client};
 use crate::meter::{Activity, Metered};
-use plugvisor_core::egress::Origin;
 
 const BUFFER: usize = 16 * 1024;
 

@@ -53,8 +53,8 @@ pub(crate) fn columns(machine: &Guest, rows: &[&Row], number: &mut i64) -> Vec<C
     })
 }
 
-/// What a machine does not have: the host's directories.
-const OUTSIDE: [Grant; 3] = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData];
+/// What a machine does not have: the host's data.
+const OUTSIDE: [Grant; 2] = [Grant::ReadData, Grant::WriteData];
 
 impl Column {
     fn of(mut world: World, rows: &[&Row]) -> Self {
@@ -121,7 +121,14 @@ impl Column {
             words.push("then");
             words.extend(row.words(Level::Vm));
         }
-        let grants = vec![Grant::WriteTemp, Grant::SpawnChild, Grant::SignalHandling, Grant::Egress, Grant::TcpServer];
+        let grants = vec![
+            Grant::WriteTemp,
+            Grant::SpawnChild,
+            Grant::SignalHandling,
+            Grant::ReadConfig,
+            Grant::Egress,
+            Grant::TcpServer,
+        ];
         self.guests += 1;
         let mut plugin = match world.launch_with(Level::Vm, grants, limits, &words) {
             Ok(plugin) => plugin,

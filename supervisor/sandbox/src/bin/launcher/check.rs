@@ -58,11 +58,12 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
         ));
     }
     inward(&plugin, request, &walls)?;
-    let outside = [Grant::ReadConfig, Grant::ReadData, Grant::WriteData];
-    if let Some(grant) = outside.iter().find(|grant| walls.kernel == Kernel::Own && request.grants.contains(grant)) {
+    // Its configuration is copied into its machine; what changes is not.
+    let data = request.grants.iter().any(|grant| matches!(grant, Grant::ReadData | Grant::WriteData));
+    if walls.kernel == Kernel::Own && data {
         return policy(format!(
-            "{plugin} was not started: at the level {} it has a kernel of its own, and no directory of the host is in its \
-             machine; take {grant:?} back, or run it at the level sandbox",
+            "{plugin} was not started: at the level {} it has a kernel of its own, and no data directory of the host is in its \
+             machine; take filesystem:read-data and filesystem:write-data back, or run it at the level sandbox",
             request.level.as_str()
         ));
     }

@@ -27,6 +27,7 @@ use crate::{
     check::refuse,
     child::Failure,
     creds::Identity,
+    level::Kernel,
     mounts,
     step::Step,
     store::{self, Doubt, Owners},
@@ -295,7 +296,13 @@ pub(crate) fn refusal(roots: Roots<'_>, plugin: &str, failure: Failure) -> Optio
 }
 
 /// What the kernel says of the directories of a process, as its mounts show them.
-pub(crate) fn read_back(roots: Roots<'_>, plugin: &str, grants: &[Grant], pid: i32) -> Vec<DirectoryState> {
+pub(crate) fn read_back(
+    roots: Roots<'_>,
+    plugin: &str,
+    grants: &[Grant],
+    kernel: Kernel,
+    pid: i32,
+) -> Vec<DirectoryState> {
     let path = format!("/proc/{pid}/mountinfo");
     let mountinfo = std::fs::read_to_string(&path).unwrap_or_default();
     let state = |kind: Kind| {
@@ -309,6 +316,7 @@ pub(crate) fn read_back(roots: Roots<'_>, plugin: &str, grants: &[Grant], pid: i
             place: kind.place().to_owned(),
             requested: format!("{} at {}, {how}", source.display(), kind.place()),
             enforced: mounted(&mountinfo, kind.place(), wanted).map(|found| match kind {
+                Kind::Config if kernel == Kernel::Own => format!("{found}; a copy as of its start is in its machine"),
                 Kind::Config => found,
                 Kind::Data => format!("{found}; Plugvisor sets no quota"),
             }),

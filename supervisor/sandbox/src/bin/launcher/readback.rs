@@ -104,7 +104,7 @@ fn unconfirmed(running: &Running, control: Control, read_from: &str) -> String {
 /// The directories of its name, read now.
 pub(crate) fn directories(launcher: &Launcher, running: &Running) -> Vec<DirectoryState> {
     let pid = running.program_pid().unwrap_or(-1);
-    directories::read_back(Roots::of(&launcher.options), &running.plugin, &running.grants, pid)
+    directories::read_back(Roots::of(&launcher.options), &running.plugin, &running.grants, running.walls.kernel, pid)
 }
 
 /// Every control of this launch, read now.

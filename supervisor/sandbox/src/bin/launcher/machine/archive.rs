@@ -63,7 +63,24 @@ impl Contents {
 
     /// Puts a file or a directory with everything in it at this path of the guest.
     pub(super) fn put_tree(&mut self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut left = vec![(from.to_owned(), to.to_owned())];
+        self.put_all(from, to, Executable::Yes).map(drop)
+    }
+
+    /// The same of data: nothing of it may be executed, and its files have so many bytes at most.
+    pub(super) fn put_data(&mut self, from: &Path, to: &Path, most: u64) -> io::Result<()> {
+        let bytes = self.put_all(from, to, Executable::No)?;
+        if bytes > most {
+            let from = from.display();
+            return Err(io::Error::other(format!(
+                "{from} has {bytes} bytes, and at most {most} are copied into a machine"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Puts it, with programs as programs or not, and says how many bytes its files have.
+    fn put_all(&mut self, from: &Path, to: &Path, programs: Executable) -> io::Result<u64> {
+        let (mut left, mut bytes) = (vec![(from.to_owned(), to.to_owned())], 0_u64);
         while let Some((from, to)) = left.pop() {
             let found = fs::symlink_metadata(&from)?;
             if self.nodes.len() > MOST_ENTRIES {
@@ -71,18 +88,20 @@ impl Contents {
             }
             if found.is_dir() {
                 self.put(&to, Node::Directory);
-                for entry in fs::read_dir(&from)? {
+                let entries = fs::read_dir(&from).map_err(|error| about(&from, &error))?;
+                for entry in entries {
                     let name = entry?.file_name();
                     left.push((from.join(&name), to.join(&name)));
                 }
             } else if found.is_symlink() {
                 self.put(&to, Node::Link(fs::read_link(&from)?));
             } else if found.is_file() {
-                let executable = if found.permissions().mode() & 0o111 == 0 { Executable::No } else { Executable::Yes };
+                let executable = if found.permissions().mode() & 0o111 == 0 { Executable::No } else { programs };
+                bytes = bytes.saturating_add(found.len());
                 self.put(&to, Node::Copy { from, executable });
             }
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// The files that are copied.
@@ -102,6 +121,11 @@ impl Contents {
         }
         archive.entry(Path::new("TRAILER!!!"), 0, 0, (0, 0), &mut io::empty())
     }
+}
+
+/// The same with the path that it is about.
+fn about(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 const DIRECTORY: u32 = 0o040_755;
@@ -130,7 +154,7 @@ impl<W: Write> Archive<'_, W> {
             }
             Node::Device { major, minor } => self.entry(path, DEVICE, 0, (*major, *minor), &mut io::empty()),
             Node::Copy { from, executable } => {
-                let mut file = File::open(from)?;
+                let mut file = File::open(from).map_err(|error| about(from, &error))?;
                 let mode = if *executable == Executable::Yes { EXECUTABLE } else { PLAIN };
                 let size = file.metadata()?.len();
                 self.entry(path, mode, size, (0, 0), &mut file)
@@ -209,5 +233,25 @@ mod tests {
         assert_eq!(contents.files(), [directory.path().join("in/file")]);
         let bytes = written(&contents, 4096).expect("it fits");
         assert!(bytes.windows(4).any(|window| window == b"text"));
+    }
+
+    #[test]
+    fn data_are_bounded_and_not_executable() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("file");
+        fs::write(&file, "text").expect("writes");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let mode_of = |contents: &Contents| match contents.nodes.get(Path::new("data/file")) {
+            Some(Node::Copy { executable, .. }) => *executable,
+            other => panic!("{other:?}"),
+        };
+        let mut contents = Contents::default();
+        contents.put_data(directory.path(), Path::new("/data"), 4).expect("it fits");
+        assert_eq!(mode_of(&contents), Executable::No);
+        let mut contents = Contents::default();
+        contents.put_tree(directory.path(), Path::new("/data")).expect("reads");
+        assert_eq!(mode_of(&contents), Executable::Yes);
+        let error = Contents::default().put_data(directory.path(), Path::new("/data"), 3).expect_err("it does not fit");
+        assert!(error.to_string().contains("has 4 bytes, and at most 3"), "{error}");
     }
 }

@@ -38,9 +38,10 @@ use super::{
     pace::Pace,
     plan::{self, Plan},
     relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
-    size::SOCKET_BUFFER,
+    size::{CONFIGURATION, SOCKET_BUFFER},
 };
 use crate::{
+    directories::Kind,
     kernel,
     level::Tree,
     mounts::{self, BUNDLE},
@@ -75,6 +76,8 @@ pub(crate) struct Orders {
     pub(crate) listen: Vec<u16>,
     /// The most connections to them at once.
     pub(crate) inward: u16,
+    /// Its configuration is copied.
+    pub(crate) configuration: bool,
     pub(crate) temp: Option<u64>,
     pub(crate) memory: Option<u64>,
     pub(crate) pids: Option<u64>,
@@ -175,6 +178,10 @@ fn pack(orders: &Orders, argv: Vec<OsString>) -> io::Result<File> {
     };
     contents.put(Path::new(plan::PATH), Node::Bytes(plan.write()));
     contents.put_tree(Path::new(BUNDLE), Path::new(plan::BUNDLE))?;
+    if orders.configuration {
+        let place = Path::new(Kind::Config.place());
+        contents.put_data(place, place, CONFIGURATION)?;
+    }
     for path in &orders.runtime {
         contents.put_tree(path, path).map_err(|error| {
             io::Error::other(format!("{}, which [vm] runtime of the launcher's policy names: {error}", path.display()))

@@ -1,5 +1,5 @@
-//! Whether a file or directory that the administrator names is the administrator's: followed from `/` on, one component at a time, with
-//! everything judged on the way. It knows nothing of what the file is for.
+//! Whether a file or directory that the administrator names is the administrator's: followed from `/` on, one component at a
+//! time, with everything judged on the way. It knows nothing of what the file is for.
 //!
 //! Where the launcher is root, every directory, link and the file itself must be root's, and nobody else may write them; a
 //! directory on the way that others may write is taken when it is sticky, such as `/tmp`: there nobody but root moves what

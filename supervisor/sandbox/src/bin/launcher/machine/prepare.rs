@@ -16,7 +16,7 @@ use super::{
     monitor::{MONITOR, Orders},
     ours::{Owners, Part, judge_entry},
     settings::{Parts, Settings},
-    size::Size,
+    size::{CONFIGURATION, Size},
 };
 use crate::{
     check::{Checked, refuse},
@@ -157,7 +157,10 @@ fn size_of(paths: &[PathBuf]) -> Result<u64, String> {
         let wrong = |error: io::Error| format!("[vm] runtime: {}: {error}", path.display());
         let found = fs::symlink_metadata(&path).map_err(wrong)?;
         judge_entry(&found, Owners::here()).map_err(|doubt| {
-            format!("[vm] runtime: {}: {doubt}; every guest would get it: chown -R root and chmod -R go-w what runtime names", path.display())
+            format!(
+                "[vm] runtime: {}: {doubt}; every guest would get it: chown -R root and chmod -R go-w what runtime names",
+                path.display()
+            )
         })?;
         files += 1;
         if files > MOST_FILES {
@@ -228,7 +231,9 @@ impl Launcher {
         let accelerator = self.machines.accelerator();
         let Found { parts, runtime } = self.machines.found.as_ref().map_err(|why| not_started(why.clone()))?;
         let heads = u64::try_from(files).unwrap_or(u64::MAX).saturating_mul(512);
-        let size = Size::of(&request.limits, bundle.saturating_add(heads), *runtime, request.inward);
+        let configuration = request.grants.contains(&Grant::ReadConfig);
+        let own = bundle.saturating_add(heads).saturating_add(if configuration { CONFIGURATION } else { 0 });
+        let size = Size::of(&request.limits, own, *runtime, request.inward);
         if size.whole() > parts.max_memory {
             return refuse(
                 RefusalCode::Policy,
@@ -256,6 +261,7 @@ impl Launcher {
             egress: request.grants.contains(&Grant::Egress),
             listen: checked.listen.clone(),
             inward: request.inward,
+            configuration,
             temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
             memory: limits.memory_bytes,
             pids: limits.pids.map(u64::from),

@@ -14,6 +14,8 @@ const PLUGIN: u64 = 256 * MIB;
 const KERNEL: u64 = 96 * MIB;
 /// What the libraries of the host may take in an archive, and a guest's first process and modules.
 const LIBRARIES: u64 = 48 * MIB;
+/// What a plugin's configuration may take in an archive, when it was granted: files that an administrator wrote.
+pub(super) const CONFIGURATION: u64 = 4 * MIB;
 /// What the emulator and the monitor take beside the guest's memory, translated code included.
 const EMULATOR: u64 = 192 * MIB;
 /// Threads of the emulator, the monitor, and its init.

@@ -237,7 +237,6 @@ fn connections_to_ports_keep_nobody_else_out() {
     assert!(relay.has_room(Target::Port(8443)));
 }
 
-/// By a TCP connection whose other end is in this process.
 /// Who connects and breaks off, again and again, has a few bytes said of each: with a guest that does not read they would
 /// be ever more.
 #[test]
@@ -306,6 +305,7 @@ fn frames_have(relay: &mut Relay<UnixStream>, guest: &mut UnixStream, stream: u3
     buffer[..read].ends_with(&reset)
 }
 
+/// A TCP connection whose other end is in this process.
 fn tcp() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let near = TcpStream::connect(listener.local_addr().expect("its address")).expect("connects");
