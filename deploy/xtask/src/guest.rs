@@ -39,8 +39,14 @@ pub(crate) fn settings(place: &Path, into: &Path) -> anyhow::Result<String> {
         Some((entry.path(), version))
     });
     let (kernel, version) = found.with_context(|| format!("there is no kernel in {}", place.display()))?;
-    let drivers = place.join("lib/modules").join(version).join("kernel/drivers");
-    let modules = ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
+    let place = place.join("lib/modules").join(version).join("kernel");
+    let modules = [
+        "drivers/virtio/virtio_ring.ko",
+        "drivers/virtio/virtio.ko",
+        "drivers/virtio/virtio_mmio.ko",
+        "drivers/char/virtio_console.ko",
+        "fs/fuse/fuse.ko",
+    ];
     let copy = |from: PathBuf| -> anyhow::Result<PathBuf> {
         let to = into.join(from.file_name().unwrap_or_default());
         fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
@@ -48,7 +54,7 @@ pub(crate) fn settings(place: &Path, into: &Path) -> anyhow::Result<String> {
         Ok(to)
     };
     let kernel = copy(kernel)?;
-    let modules = modules.iter().map(|module| copy(drivers.join(module))).collect::<anyhow::Result<Vec<_>>>()?;
+    let modules = modules.iter().map(|module| copy(place.join(module))).collect::<anyhow::Result<Vec<_>>>()?;
     Ok(format!("version = 1\n[vm]\nkernel = {kernel:?}\nmodules = {modules:?}\n"))
 }
 

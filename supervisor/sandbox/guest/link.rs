@@ -11,7 +11,7 @@
 //! The host believes nothing that a guest says: what does not fit is an error, and ends the machine.
 
 /// The version that both sides must have; they are built together.
-pub(crate) const VERSION: u8 = 2;
+pub(crate) const VERSION: u8 = 3;
 
 /// The bytes before a frame's own.
 pub(crate) const HEAD: usize = 8;
@@ -35,16 +35,18 @@ pub(crate) enum Target {
     Stdout,
     /// What it prints as errors.
     Stderr,
+    /// From the guest to who answers for the plugin's data.
+    Files,
     /// From the host to a port of TCP at which the plugin listens in its guest; its frame carries the port.
     Port(u16),
 }
 
 /// The detail of [`Target::Port`].
-const PORT: u8 = 5;
+const PORT: u8 = 6;
 
 impl Target {
     /// Those that are said by the detail alone, which is their place here.
-    const PLAIN: [Self; 5] = [Self::Worker, Self::Broker, Self::Egress, Self::Stdout, Self::Stderr];
+    const PLAIN: [Self; 6] = [Self::Worker, Self::Broker, Self::Egress, Self::Stdout, Self::Stderr, Self::Files];
 
     const fn detail(self) -> u8 {
         match self {
@@ -53,6 +55,7 @@ impl Target {
             Self::Egress => 2,
             Self::Stdout => 3,
             Self::Stderr => 4,
+            Self::Files => 5,
             Self::Port(_) => PORT,
         }
     }

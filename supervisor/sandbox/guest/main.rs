@@ -9,9 +9,11 @@
 //! plugin ── /run/plugvisor/broker.sock ──▶ ┐
 //! plugin ── 127.0.0.1:3128 ──────────────▶ ├─ frames ── /dev/vport0p1 ── host
 //! plugin ◀─ /run/plugvisor/worker.sock ─── ┤
-//! plugin ◀─ 127.0.0.1, its own ports ───── ┘
+//! plugin ◀─ 127.0.0.1, its own ports ───── ┤
+//! plugin ── /plugvisor/data ─────────────▶ ┘
 //! ```
 
+mod files;
 #[allow(dead_code, reason = "each side uses its half")]
 mod link;
 #[allow(dead_code, reason = "each side uses its half")]
@@ -37,13 +39,12 @@ use std::{
 };
 
 use self::{
+    files::Files,
     link::{Frame, Target, VERSION},
-    plan::Plan,
+    plan::{Access, Plan, USER},
     relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
+    system::{NO_DEVICES, NO_EXEC, NO_SUID},
 };
-
-/// Who the plugin is in its guest: there is nobody else.
-const USER: u32 = 60_000;
 
 /// The first port of the first controller, after the one that is reserved for a console.
 const PORT: &str = "/dev/vport0p1";
@@ -53,10 +54,6 @@ const GROUP: &str = "/sys/fs/cgroup/plugin";
 
 /// Do not wait, in flags of open(2).
 const NOT_WAITING: i32 = 0o4000;
-
-const NO_SUID: u64 = 2;
-const NO_DEVICES: u64 = 4;
-const NO_EXEC: u64 = 8;
 
 fn main() {
     if let Err((doing, error)) = run() {
@@ -89,7 +86,16 @@ fn run() -> Step<()> {
     let children = doing("waiting for its children", system::children())?;
     let mut guest = doing("making its sockets", Guest::new(&plan, port))?;
     guest.relay.tell(Frame::Hello { version: VERSION });
+    let data = match plan.data {
+        Some(access) => Some(doing(
+            "mounting its data, for which its kernel needs FUSE (fuse.ko in [vm] modules)",
+            guest.mount(access),
+        )?),
+        None => None,
+    };
     let plugin = doing("starting the plugin", guest.start(&plan))?;
+    // Only now: a process with several threads must not fork. What the plugin asks for meanwhile waits.
+    doing("answering for its data", data.map_or(Ok(()), Files::serve))?;
     match guest.serve(&children, plugin) {
         // The host ended it.
         Ok(()) | Err(Broken::Gone) => Ok(()),
@@ -206,6 +212,13 @@ impl Guest {
         let ports = usize::try_from(plan.inward).unwrap_or(0);
         let relay = Relay::new(Side::Guest, port, ports, system::break_off);
         Ok(Self { relay, broker, egress, worker })
+    }
+
+    /// Mounts the plugin's data.
+    fn mount(&mut self, access: Access) -> io::Result<Files> {
+        let (files, connection) = files::mount(access)?;
+        self.relay.begin(Target::Files, Socket::Unix(connection))?;
+        Ok(files)
     }
 
     /// Starts the plugin with its output on the link.

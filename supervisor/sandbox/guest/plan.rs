@@ -13,6 +13,16 @@ pub(crate) const MODULES: &str = "plugvisor.modules";
 pub(crate) const SOCKETS: &str = "/run/plugvisor";
 pub(crate) const BUNDLE: &str = "/plugin";
 
+/// Who the plugin is in its guest: there is nobody else.
+pub(crate) const USER: u32 = 60_000;
+
+/// What the plugin may do with its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
 /// What a guest starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -24,6 +34,8 @@ pub(crate) struct Plan {
     pub(crate) egress: bool,
     /// How many connections to ports of it there may be at once.
     pub(crate) inward: u64,
+    /// Its data, which the host answers for.
+    pub(crate) data: Option<Access>,
     /// How many modules there are.
     pub(crate) modules: u64,
     /// The size of /tmp in bytes, when the plugin has one.
@@ -39,7 +51,8 @@ pub(crate) struct Plan {
 impl Plan {
     /// As bytes.
     pub(crate) fn write(&self) -> Vec<u8> {
-        let Self { argv, envp, inherits, egress, inward, modules, temp, memory, pids, open_files, file_size } = self;
+        let Self { argv, envp, inherits, egress, inward, data, modules, temp, memory, pids, open_files, file_size } =
+            self;
         let mut bytes = Vec::new();
         let mut put = |tag: u8, text: &[u8]| {
             bytes.push(tag);
@@ -52,6 +65,7 @@ impl Plan {
             (b'i', inherits.then_some(1)),
             (b'x', egress.then_some(1)),
             (b'n', Some(*inward)),
+            (b'd', data.map(|access| u64::from(access == Access::Write))),
             (b'm', Some(*modules)),
             (b't', *temp),
             (b'r', *memory),
@@ -83,6 +97,7 @@ impl Plan {
                 b'i' => plan.inherits = true,
                 b'x' => plan.egress = true,
                 b'n' => plan.inward = number()?,
+                b'd' => plan.data = Some(if number()? == 0 { Access::Read } else { Access::Write }),
                 b'm' => plan.modules = number()?,
                 b't' => plan.temp = Some(number()?),
                 b'r' => plan.memory = Some(number()?),

@@ -14,6 +14,11 @@ use std::{
 
 use super::relay::Poll;
 
+/// Flags of mount(2).
+pub(crate) const NO_SUID: u64 = 2;
+pub(crate) const NO_DEVICES: u64 = 4;
+pub(crate) const NO_EXEC: u64 = 8;
+
 unsafe extern "C" {
     fn mount(
         source: *const c_char,

@@ -126,7 +126,7 @@ fn a_plugin_runs_on_its_own_kernel_and_the_walls_around_it_are_confirmed() {
 }
 
 #[test]
-fn its_configuration_is_copied_into_its_machine_and_its_data_are_not() {
+fn its_configuration_is_a_copy_that_has_its_bounds() {
     for as_ in As::possible() {
         let Some(mut harness) = start(as_) else { return };
         let place = "/plugvisor/config";
@@ -155,16 +155,72 @@ fn its_configuration_is_copied_into_its_machine_and_its_data_are_not() {
         for words in ["packing its archive", "/plugvisor/config", "at most 4194304"] {
             assert!(errors.contains(words), "{as_:?}: {words:?}: {errors}");
         }
-        fs::remove_file(&large).expect("removes");
+    }
+}
 
-        for grant in [Grant::ReadData, Grant::WriteData] {
-            request.grants = vec![Grant::ReadConfig, grant];
-            let refusal = harness.try_launch(request.clone()).map(|_| ()).expect_err("data are not in it");
-            assert_eq!(refusal.code, RefusalCode::Policy, "{as_:?}: {refusal:?}");
-            for words in ["filesystem:read-data", "at the level sandbox"] {
-                assert!(refusal.message.contains(words), "{as_:?}: {words:?}: {}", refusal.message);
-            }
-        }
+/// As at the other levels, and by the same words: what it writes is in the host's directory, and the next machine has it.
+#[test]
+fn its_data_are_the_hosts() {
+    for as_ in As::possible() {
+        let Some(mut harness) = start(as_) else { return };
+        let mut request = |harness: &mut Harness, grants: &[Grant], args: &[&str]| {
+            let mut request = in_machine(harness, &Manner::of(args));
+            request.grants = grants.to_vec();
+            request.limits.file_size_bytes = Some(256 << 20);
+            let mut plugin = harness.launch(request);
+            let states = plugin.launched.directories.clone();
+            let (said, errors, exit) = whole(harness, &mut plugin);
+            assert_eq!(exit, Exit::Code(0), "{as_:?}: {said}{errors}");
+            let lines = said.lines().filter_map(|line| Some(line.split_once(' ')?.1.to_owned()));
+            (lines.collect::<Vec<_>>(), states, errors)
+        };
+        let (directory, file, moved) = ("/plugvisor/data/d", "/plugvisor/data/d/file", "/plugvisor/data/d/moved");
+        let (program, socket) = ("/plugvisor/data/program", "/plugvisor/data/socket");
+        let write = [
+            "mkdir",
+            directory,
+            "write",
+            file,
+            "kept",
+            "rename",
+            file,
+            moved,
+            "cat",
+            moved,
+            "list",
+            "/plugvisor/data",
+            "copy-say",
+            program,
+            "remove",
+            program,
+            "bind",
+            socket,
+            "env",
+        ];
+        let (seen, states, errors) = request(&mut harness, &[Grant::WriteData], &write);
+        assert!(
+            states[0].enforced.as_deref().is_some_and(|held| held.starts_with("rw,nosuid,nodev,noexec")),
+            "{states:?}"
+        );
+        // Neither programs nor sockets.
+        assert_eq!(seen[..8], ["ok", "ok", "ok", "kept", "d", "13", "ok", "1"], "{as_:?}: {seen:?} {errors}");
+        assert!(seen[8].contains("PLUGVISOR_DATA_DIR=/plugvisor/data"), "{seen:?}");
+        let outside = harness.path("data/walled/d/moved");
+        assert_eq!(fs::read_to_string(&outside).expect("what it wrote"), "kept", "{as_:?}");
+
+        let read = ["cat", moved, "append", moved, "append", "/plugvisor/data/new", "list", directory];
+        let (seen, states, errors) = request(&mut harness, &[Grant::ReadData], &read);
+        assert!(states[0].enforced.as_deref().is_some_and(|held| held.starts_with("ro,")), "{states:?}");
+        assert_eq!(seen, ["kept", "30", "30", "moved"], "{as_:?}: {errors}");
+
+        // A link leads where it leads in the machine, and not outside.
+        let link = harness.path("data/walled/link");
+        std::os::unix::fs::symlink(harness.path("key-of-nobody"), &link).expect("a link");
+        let (seen, ..) = request(&mut harness, &[Grant::ReadData], &["read", "/plugvisor/data/link"]);
+        assert_eq!(seen, ["2"], "{as_:?}");
+        // And without a grant there is nothing.
+        let (seen, states, _) = request(&mut harness, &[], &["list", "/plugvisor/data"]);
+        assert_eq!((seen, states.len()), (vec!["2".to_owned()], 0), "{as_:?}");
     }
 }
 

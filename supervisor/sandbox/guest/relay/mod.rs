@@ -82,7 +82,10 @@ impl Side {
     /// Whether the other side may begin one to there.
     const fn takes(self, target: Target) -> bool {
         matches!((self, target), (Self::Guest, Target::Worker | Target::Port(_)))
-            || matches!((self, target), (Self::Host, Target::Broker | Target::Egress | Target::Stdout | Target::Stderr))
+            || matches!(
+                (self, target),
+                (Self::Host, Target::Broker | Target::Egress | Target::Stdout | Target::Stderr | Target::Files)
+            )
     }
 }
 
@@ -130,13 +133,15 @@ impl<L: Read + Write + AsRawFd> Relay<L> {
             Kind::Inward => MOST_INWARD,
             Kind::Port => self.ports,
             Kind::Outward => MOST_OUTWARD,
+            Kind::Files => 1,
         };
         self.streams.values().filter(|stream| stream.kind == kind).count() < most
     }
 
-    /// Whether nothing more is to be had of any connection here.
+    /// Whether nothing more is to be had of any connection here. The one for the plugin's data lasts as long as the guest: what
+    /// a plugin wrote has been answered for when it has ended.
     pub(crate) fn has_heard_all(&self) -> bool {
-        self.streams.values().all(|stream| stream.reads == Says::Nothing)
+        self.streams.values().all(|stream| stream.reads == Says::Nothing || stream.kind == Kind::Files)
     }
 
     /// Whether all that came is with those whom it was for.

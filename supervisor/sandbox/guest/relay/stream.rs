@@ -56,6 +56,8 @@ pub(super) enum Kind {
     Port,
     /// From the plugin.
     Outward,
+    /// From the guest's kernel.
+    Files,
 }
 
 impl From<Target> for Kind {
@@ -64,6 +66,7 @@ impl From<Target> for Kind {
             Target::Worker => Self::Inward,
             Target::Port(_) => Self::Port,
             Target::Broker | Target::Egress | Target::Stdout | Target::Stderr => Self::Outward,
+            Target::Files => Self::Files,
         }
     }
 }

@@ -53,9 +53,6 @@ pub(crate) fn columns(machine: &Guest, rows: &[&Row], number: &mut i64) -> Vec<C
     })
 }
 
-/// What a machine does not have: the host's data.
-const OUTSIDE: [Grant; 2] = [Grant::ReadData, Grant::WriteData];
-
 impl Column {
     fn of(mut world: World, rows: &[&Row]) -> Self {
         let begun = Instant::now();
@@ -65,14 +62,15 @@ impl Column {
         let (mut free, mut limited) = (Vec::new(), Vec::new());
         for row in rows.iter().filter(|row| row.is_run()) {
             let limits = row.limits(Level::Vm, &[]);
-            let outside = row.grants(Level::Vm).iter().any(|grant| OUTSIDE.contains(grant));
+            // All others share a guest that may write its data.
+            let may_read_alone = row.grants(Level::Vm).contains(&Grant::ReadData);
             match row.act {
                 // Two that the guest of all the others shows.
                 Some(Act::Credentials | Act::Reuse) => {}
                 Some(act) => column.alone(row, || acts::play(&mut world, row, act, Level::Vm, &[])),
-                // Refused before there is a guest.
-                None if outside => drop(column.seen.insert(row.number.clone(), world.attempt(row, Level::Vm))),
-                None if limits.memory_bytes.is_some() => column.alone(row, || world.attempt(row, Level::Vm)),
+                None if limits.memory_bytes.is_some() || may_read_alone => {
+                    column.alone(row, || world.attempt(row, Level::Vm));
+                }
                 None if limits == Limits::default() => free.push(*row),
                 None => limited.push(*row),
             }
@@ -126,6 +124,7 @@ impl Column {
             Grant::SpawnChild,
             Grant::SignalHandling,
             Grant::ReadConfig,
+            Grant::WriteData,
             Grant::Egress,
             Grant::TcpServer,
         ];

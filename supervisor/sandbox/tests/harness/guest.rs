@@ -7,14 +7,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const MODULES: [&str; 4] =
-    ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
+const MODULES: [&str; 5] = [
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_mmio.ko",
+    "drivers/char/virtio_console.ko",
+    "fs/fuse/fuse.ko",
+];
 
 /// Where there is a kernel for virtual machines, and its modules.
 #[derive(Clone, Debug)]
 pub struct Guest {
     kernel: PathBuf,
-    drivers: PathBuf,
+    modules: PathBuf,
 }
 
 /// The kernel here; `None`, and said, when there is none.
@@ -29,7 +34,7 @@ pub fn find() -> Option<Guest> {
         println!("SKIP machines: no QEMU, or no kernel (linux-image-cloud-amd64) below {}", place.display());
         return None;
     };
-    Some(Guest { kernel, drivers: place.join("lib/modules").join(version).join("kernel/drivers") })
+    Some(Guest { kernel, modules: place.join("lib/modules").join(version).join("kernel") })
 }
 
 impl Guest {
@@ -48,7 +53,7 @@ impl Guest {
             Ok(to)
         };
         let kernel = copy(&self.kernel)?;
-        let modules = MODULES.iter().map(|module| copy(&self.drivers.join(module))).collect::<io::Result<Vec<_>>>()?;
+        let modules = MODULES.iter().map(|module| copy(&self.modules.join(module))).collect::<io::Result<Vec<_>>>()?;
         Ok(format!("[vm]\nkernel = {kernel:?}\nmodules = {modules:?}\n"))
     }
 }

@@ -13,7 +13,7 @@ use plugvisor_sandbox::protocol::{
 
 use crate::{
     directories::Kind,
-    level::{self, Keeper, Kernel, Tree, Walls},
+    level::{self, Keeper, Tree, Walls},
     mounts,
     store::Stated,
 };
@@ -58,15 +58,6 @@ pub(crate) fn launch(request: &Launch, without: &[Control]) -> Result<(PluginNam
         ));
     }
     inward(&plugin, request, &walls)?;
-    // Its configuration is copied into its machine; what changes is not.
-    let data = request.grants.iter().any(|grant| matches!(grant, Grant::ReadData | Grant::WriteData));
-    if walls.kernel == Kernel::Own && data {
-        return policy(format!(
-            "{plugin} was not started: at the level {} it has a kernel of its own, and no data directory of the host is in its \
-             machine; take filesystem:read-data and filesystem:write-data back, or run it at the level sandbox",
-            request.level.as_str()
-        ));
-    }
     let walls = walls.leaving_out(without);
     limits(&plugin, request)?;
     environment(&plugin, request)?;

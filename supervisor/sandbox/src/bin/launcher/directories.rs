@@ -22,6 +22,7 @@ use rustix::{
     fs::{AtFlags, Dir, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chownat, fstat, mkdir, mkdirat, openat2},
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     check::refuse,
@@ -99,7 +100,7 @@ impl Kind {
 }
 
 /// What a plugin may do with one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Reach {
     Read,
     Write,

@@ -15,6 +15,7 @@
 mod accelerator;
 mod archive;
 mod emulator;
+mod files;
 mod libraries;
 mod monitor;
 mod ours;

@@ -19,6 +19,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -33,15 +34,17 @@ use serde::{Deserialize, Serialize};
 use super::{
     Accelerator, EXECUTED, GUEST, PLACE, TOLD,
     archive::{Contents, Node},
-    emulator, libraries,
+    emulator,
+    files::{Bounds, Files},
+    libraries,
     link::{Frame, Target, VERSION},
     pace::Pace,
-    plan::{self, Plan},
+    plan::{self, Access, Plan},
     relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
     size::{CONFIGURATION, SOCKET_BUFFER},
 };
 use crate::{
-    directories::Kind,
+    directories::{Kind, Reach},
     kernel,
     level::Tree,
     mounts::{self, BUNDLE},
@@ -78,6 +81,8 @@ pub(crate) struct Orders {
     pub(crate) inward: u16,
     /// Its configuration is copied.
     pub(crate) configuration: bool,
+    /// Its data are answered for, and for writing.
+    pub(crate) data: Option<Reach>,
     pub(crate) temp: Option<u64>,
     pub(crate) memory: Option<u64>,
     pub(crate) pids: Option<u64>,
@@ -94,8 +99,11 @@ enum End {
 /// Runs it with the arguments after [`MONITOR`]. Does not return.
 pub(crate) fn run(mut args: impl Iterator<Item = OsString>) -> ! {
     let orders = args.next().and_then(|text| serde_json::from_str(text.to_str()?).ok());
+    // The emulator alone closes it, by its exec; without one it lasts as long as this process, so that a launcher which sees it
+    // closed sees this one ending too.
+    let mut executed = None;
     let end = match orders {
-        Some(orders) => watch(&orders, args.collect()).unwrap_or_else(|(doing, error)| {
+        Some(orders) => watch(&orders, args.collect(), &mut executed).unwrap_or_else(|(doing, error)| {
             eprintln!("plugvisor: the machine was ended: {doing} failed: {error}");
             End::Code(BROKEN)
         }),
@@ -113,9 +121,8 @@ fn doing<T, E: Into<io::Error>>(what: &'static str, result: Result<T, E>) -> Ste
     result.map_err(|error| (what, error.into()))
 }
 
-fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
-    // The emulator alone closes it, by its exec.
-    let executed = doing("taking its descriptors", take(EXECUTED))?;
+fn watch(orders: &Orders, argv: Vec<OsString>, executed: &mut Option<OwnedFd>) -> Step<End> {
+    *executed = Some(doing("taking its descriptors", take(EXECUTED))?);
     let told = File::from(doing("taking its descriptors", take(TOLD))?);
     let signals = doing("waiting for signals", kernel::signalfd(&FORWARDED))?;
     let worker = if orders.inherits { Some(doing("taking its worker socket", take(WORKER))?) } else { None };
@@ -128,7 +135,7 @@ fn watch(orders: &Orders, argv: Vec<OsString>) -> Step<End> {
     let machine = Machine(doing("starting the emulator", start(orders, khz, &archive, &its_link))?);
     // The emulator alone has them from here on: its end is that of the link.
     drop((archive, its_link));
-    drop(executed);
+    drop(executed.take());
     let worker = worker.map(UnixListener::from);
     let relay = Relay::new(Side::Host, link, usize::from(orders.inward), break_off);
     Monitor { machine, relay, worker, ports, deaf: None, launcher: Some(told) }.serve(&signals, orders)
@@ -169,6 +176,10 @@ fn pack(orders: &Orders, argv: Vec<OsString>) -> io::Result<File> {
         inherits: orders.inherits,
         egress: orders.egress,
         inward: orders.inward.into(),
+        data: orders.data.map(|reach| match reach {
+            Reach::Read => Access::Read,
+            Reach::Write => Access::Write,
+        }),
         modules: orders.modules,
         temp: orders.temp,
         memory: orders.memory,
@@ -264,8 +275,7 @@ impl Monitor {
             let most = [left.filter(|left| !left.is_zero()), self.relay.patience(now), deaf];
             doing("waiting", kernel::wait(&mut polls, most.into_iter().flatten().min()))?;
             let (own, rest) = polls.split_at(2 + self.ports.len());
-            let egress = orders.egress;
-            let events = match self.relay.turn(rest, |target| connect(target, egress)) {
+            let events = match self.relay.turn(rest, |target| connect(target, orders)) {
                 Ok(events) => events,
                 Err(broken) => return Ok(self.broken(&broken)),
             };
@@ -421,10 +431,10 @@ pub(super) fn reach(path: &Path) -> io::Result<Socket> {
 
 /// For the guest: to what a plugin of any level reaches. Never waits: nobody may accept there for as long as a supervisor is
 /// away, and the plugin's own connections would wait with it.
-fn connect(target: Target, egress: bool) -> io::Result<Socket> {
+fn connect(target: Target, orders: &Orders) -> io::Result<Socket> {
     match target {
         Target::Broker => reach(Path::new(&mounts::broker(Tree::Own))),
-        Target::Egress if egress => {
+        Target::Egress if orders.egress => {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
             match net::connect(&socket, &EGRESS) {
@@ -435,6 +445,21 @@ fn connect(target: Target, egress: bool) -> io::Result<Socket> {
         }
         Target::Stdout => io::stdout().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
         Target::Stderr => io::stderr().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
-        Target::Egress | Target::Worker | Target::Port(_) => Err(io::ErrorKind::PermissionDenied.into()),
+        Target::Files if orders.data.is_some() => files(orders.file_size),
+        Target::Egress | Target::Files | Target::Worker | Target::Port(_) => {
+            Err(io::ErrorKind::PermissionDenied.into())
+        }
     }
+}
+
+/// Who answers for the plugin's data, in a thread of its own: a disk may take its time.
+fn files(file_size: Option<u64>) -> io::Result<Socket> {
+    let files = Files::open(Path::new(Kind::Data.place()), Bounds { file_size }, plan::USER)?;
+    let (near, far) = UnixStream::pair()?;
+    thread::Builder::new().name("files".to_owned()).spawn(move || {
+        if let Err(error) = files.serve(far) {
+            say(&format!("what its machine asks of its data is no request ({error}), and is not answered any more"));
+        }
+    })?;
+    Ok(Socket::Unix(near))
 }

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     check::{Checked, refuse},
+    directories::Kind,
     launch::{Launcher, OPEN_FILES, TEMP_BYTES},
     own_program,
 };
@@ -262,6 +263,7 @@ impl Launcher {
             listen: checked.listen.clone(),
             inward: request.inward,
             configuration,
+            data: Kind::Data.access(&request.grants),
             temp: request.grants.contains(&Grant::WriteTemp).then_some(TEMP_BYTES),
             memory: limits.memory_bytes,
             pids: limits.pids.map(u64::from),

@@ -12,10 +12,15 @@ use serde::Deserialize;
 use super::ours::{Doubt, Owners, Part, judge_place, judged};
 use crate::{mounts::HOST_DIRECTORIES, policy::required};
 
-/// What a machine needs of a kernel that has no virtio built in, in the order in which they are loaded, below
-/// `/lib/modules/VERSION/kernel/drivers`.
-const VIRTIO: [&str; 4] =
-    ["virtio/virtio_ring.ko", "virtio/virtio.ko", "virtio/virtio_mmio.ko", "char/virtio_console.ko"];
+/// What a machine needs of a kernel that has neither virtio nor FUSE built in, in the order in which they are loaded, below
+/// `/lib/modules/VERSION/kernel`.
+const MODULES: [&str; 5] = [
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_mmio.ko",
+    "drivers/char/virtio_console.ko",
+    "fs/fuse/fuse.ko",
+];
 
 const MOST_MODULES: usize = 16;
 
@@ -171,8 +176,8 @@ fn virtio_of(kernel: &Path) -> Result<Vec<PathBuf>, String> {
             kernel.display()
         ));
     }
-    let drivers = modules.join("kernel/drivers");
-    Ok(VIRTIO.iter().map(|module| drivers.join(module)).filter(|path| path.is_file()).collect())
+    let kernel = modules.join("kernel");
+    Ok(MODULES.iter().map(|module| kernel.join(module)).filter(|path| path.is_file()).collect())
 }
 
 fn ours(key: &str, path: &Path, most: u64) -> Result<Part, String> {

@@ -15,7 +15,7 @@ use super::{
     Poll,
     link::{self, Frame, HEAD, MOST_DATA, Target, WINDOW},
     monitor::break_off,
-    plan::Plan,
+    plan::{Access, Plan},
     relay::{Broken, Event, LINGER, MOST_INWARD, MOST_OUTWARD, Relay, Side, Socket},
 };
 use crate::kernel;
@@ -105,6 +105,7 @@ fn a_plan_is_read_as_it_was_written() {
         inherits: true,
         egress: false,
         inward: 9,
+        data: Some(Access::Write),
         modules: 4,
         temp: Some(64 << 20),
         memory: Some(u64::MAX),
@@ -127,8 +128,8 @@ fn a_guest_that_says_what_it_may_not_ends_its_machine() {
         ("too long", vec![3, 0, 0xff, 0xff, 1, 0, 0, 0]),
         ("an end with bytes", vec![4, 0, 1, 0, 1, 0, 0, 0]),
         ("the host's number", frames(&[Frame::Open { stream: 2, target: Target::Broker }])),
-        ("a port of three bytes", vec![2, 5, 3, 0, 1, 0, 0, 0, 1, 2, 3]),
-        ("a port without one", vec![2, 5, 0, 0, 1, 0, 0, 0]),
+        ("a port of three bytes", vec![2, 6, 3, 0, 1, 0, 0, 0, 1, 2, 3]),
+        ("a port without one", vec![2, 6, 0, 0, 1, 0, 0, 0]),
         ("to a port of its own", frames(&[Frame::Open { stream: 1, target: Target::Port(8080) }])),
         ("to its own socket", frames(&[Frame::Open { stream: 1, target: Target::Worker }])),
         ("a signal", frames(&[Frame::Signal { number: 9 }])),
