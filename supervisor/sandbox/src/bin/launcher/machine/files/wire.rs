@@ -162,7 +162,7 @@ impl Reply {
         // Before 1970 they are negative, in the same bits.
         self.u64(stat.st_atime.cast_unsigned()).u64(stat.st_mtime.cast_unsigned()).u64(stat.st_ctime.cast_unsigned());
         self.u32(small(stat.st_atime_nsec)).u32(small(stat.st_mtime_nsec)).u32(small(stat.st_ctime_nsec));
-        self.u32(stat.st_mode).u32(small(stat.st_nlink.into())).u32(*owner).u32(*owner);
+        self.u32(stat.st_mode).u32(u32::try_from(stat.st_nlink).unwrap_or(u32::MAX)).u32(*owner).u32(*owner);
         self.u32(0).u32(u32::try_from(stat.st_blksize).unwrap_or(4096)).u32(0);
     }
 
