@@ -71,7 +71,7 @@ fn each_grant_opens_what_it_says() {
 
             let name = format!("/plugvisor/data/{}", level.as_str());
             let moved = format!("{name}/moved");
-            let file = format!("{name}/file");
+            let (file, kept) = (format!("{name}/file"), format!("{name}/kept"));
             let write = [
                 "mkdir",
                 &name,
@@ -90,6 +90,8 @@ fn each_grant_opens_what_it_says() {
                 "list",
                 "/plugvisor/config",
                 "env",
+                "keep",
+                &kept,
             ];
             let seen = harness.attempt_at(level, &[Grant::WriteData], &write);
             let no_exec = if level == Level::Sandbox { "38" } else { EACCES };
@@ -97,6 +99,7 @@ fn each_grant_opens_what_it_says() {
             assert!(seen[6] == other || seen[6] == ENOENT, "{as_:?} {level:?}: {}", seen[6]);
             assert!(seen[7].contains("PLUGVISOR_DATA_DIR=/plugvisor/data"), "{}", seen[7]);
             assert!(!seen[7].contains("PLUGVISOR_CONFIG_DIR"), "{}", seen[7]);
+            assert_eq!(seen[8], "ok", "{as_:?} {level:?}: what programs do with files");
             if level != Level::None {
                 let seen = harness.attempt_at(level, &[Grant::WriteData], &["bind", "/plugvisor/data/socket"]);
                 assert_eq!(seen, [EACCES], "{as_:?} {level:?}: no sockets");

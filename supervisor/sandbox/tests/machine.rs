@@ -163,7 +163,7 @@ fn its_configuration_is_a_copy_that_has_its_bounds() {
 fn its_data_are_the_hosts() {
     for as_ in As::possible() {
         let Some(mut harness) = start(as_) else { return };
-        let mut request = |harness: &mut Harness, grants: &[Grant], args: &[&str]| {
+        let request = |harness: &mut Harness, grants: &[Grant], args: &[&str]| {
             let mut request = in_machine(harness, &Manner::of(args));
             request.grants = grants.to_vec();
             request.limits.file_size_bytes = Some(256 << 20);
@@ -196,6 +196,8 @@ fn its_data_are_the_hosts() {
             "bind",
             socket,
             "env",
+            "keep",
+            "/plugvisor/data/kept",
         ];
         let (seen, states, errors) = request(&mut harness, &[Grant::WriteData], &write);
         assert!(
@@ -203,8 +205,9 @@ fn its_data_are_the_hosts() {
             "{states:?}"
         );
         // Neither programs nor sockets.
-        assert_eq!(seen[..8], ["ok", "ok", "ok", "kept", "d", "13", "ok", "1"], "{as_:?}: {seen:?} {errors}");
+        assert_eq!(seen[..8], ["ok", "ok", "ok", "kept", "d", "13", "ok", "13"], "{as_:?}: {seen:?} {errors}");
         assert!(seen[8].contains("PLUGVISOR_DATA_DIR=/plugvisor/data"), "{seen:?}");
+        assert_eq!(seen[9], "ok", "{as_:?}: what programs do with files");
         let outside = harness.path("data/walled/d/moved");
         assert_eq!(fs::read_to_string(&outside).expect("what it wrote"), "kept", "{as_:?}");
 

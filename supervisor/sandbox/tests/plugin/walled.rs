@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "a test program")]
 
 mod attack;
+mod files;
 
 use std::{
     fs,
@@ -114,6 +115,7 @@ fn all(words: Vec<String>) {
             "steps" => steps(),
             "bind" => io(UnixListener::bind(next())),
             "bind-accept" => bind_accept(&next()),
+            "keep" => files::keep(&next()),
             "copy-exec" => copy_exec(&next()),
             "fill" => fill(&next()),
             "open-many" => open_many(),

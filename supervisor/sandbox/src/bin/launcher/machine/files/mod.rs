@@ -160,8 +160,8 @@ impl Files {
             27 => self.open_directory(node),
             28 => self.read_directory(body),
             35 => self.create(node, body),
-            // Devices, sockets and pipes.
-            8 => Err(Errno::PERM),
+            // Devices, sockets and pipes: as Landlock has it at other levels.
+            8 => Err(Errno::ACCESS),
             38 => Ok(Reply::default()),
             45 => self.rename(node, body, true),
             _ => Err(Errno::NOSYS),
