@@ -110,8 +110,9 @@ fn mapped(place: &Path) -> io::Result<bool> {
         return Err(io::Error::last_os_error());
     }
     drop(file);
+    let byte = map.cast::<u8>().wrapping_add(5000);
     // SAFETY: the byte lies in the mapping.
-    unsafe { map.cast::<u8>().add(5000).write(7) };
+    unsafe { byte.write(7) };
     // SAFETY: the mapping is this one, and is not used afterwards.
     unsafe { libc::munmap(map, 8192) };
     Ok(fs::read(&path)?.iter().enumerate().all(|(at, byte)| *byte == if at == 5000 { 7 } else { 0 }))
