@@ -45,14 +45,20 @@ pub(crate) struct Files {
     ours: UnixStream,
 }
 
+/// Keeps the device from the plugin, which has no use for it, whether there are data or not.
+pub(crate) fn close_device() -> io::Result<()> {
+    match fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o600)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Mounts it, and gives the end that is for the relay.
 pub(crate) fn mount(access: Access) -> io::Result<(Files, UnixStream)> {
     let device = OpenOptions::new().read(true).write(true).open(DEVICE)?;
-    // The plugin has no use for it.
-    fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o600))?;
     fs::create_dir_all(Path::new("/plugvisor/data"))?;
-    // Its kernel judges by modes and owners, as the host gives them.
-    let how = format!("fd={},rootmode=40700,user_id=0,group_id=0,default_permissions,allow_other", device.as_raw_fd());
+    // What the plugin may do with a file is the host's to say.
+    let how = format!("fd={},rootmode=40700,user_id=0,group_id=0,allow_other", device.as_raw_fd());
     let how = CString::new(how).map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
     let flags = match access {
         Access::Read => READ_ONLY,

@@ -74,6 +74,7 @@ fn run() -> Step<()> {
     let plan = doing("reading its plan", fs::read(Path::new("/").join(plan::PATH)))?;
     let plan = Plan::read(&plan).ok_or(("reading its plan", ErrorKind::InvalidData.into()))?;
     doing("loading its modules", load_modules(plan.modules))?;
+    doing("closing a device", files::close_device())?;
     doing("removing its plan", fs::remove_file(Path::new("/").join(plan::PATH)))?;
     doing("raising its loopback interface", system::raise_loopback())?;
     if let Some(size) = plan.temp {

@@ -44,6 +44,9 @@ pub(super) struct Contents {
     nodes: BTreeMap<PathBuf, Node>,
 }
 
+/// What a name takes beside its file's bytes, at most: 110 bytes of a head, and a name of 255 in a path.
+const NAMED: u64 = 512;
+
 /// The most that one directory may have in it, with everything below.
 const MOST_ENTRIES: usize = 20_000;
 
@@ -66,7 +69,7 @@ impl Contents {
         self.put_all(from, to, Executable::Yes).map(drop)
     }
 
-    /// The same of data: nothing of it may be executed, and its files have so many bytes at most.
+    /// The same of data: nothing of it may be executed, and it has so many bytes at most, with [`NAMED`] for each name.
     pub(super) fn put_data(&mut self, from: &Path, to: &Path, most: u64) -> io::Result<()> {
         let bytes = self.put_all(from, to, Executable::No)?;
         if bytes > most {
@@ -82,9 +85,13 @@ impl Contents {
     fn put_all(&mut self, from: &Path, to: &Path, programs: Executable) -> io::Result<u64> {
         let (mut left, mut bytes) = (vec![(from.to_owned(), to.to_owned())], 0_u64);
         while let Some((from, to)) = left.pop() {
-            let found = fs::symlink_metadata(&from)?;
+            let found = fs::symlink_metadata(&from).map_err(|error| about(&from, &error))?;
+            bytes = bytes.saturating_add(NAMED);
             if self.nodes.len() > MOST_ENTRIES {
-                return Err(io::Error::other(format!("there are more than {MOST_ENTRIES} files")));
+                let from = from.display();
+                return Err(io::Error::other(format!(
+                    "there are more than {MOST_ENTRIES} files, counted up to {from}"
+                )));
             }
             if found.is_dir() {
                 self.put(&to, Node::Directory);
@@ -246,12 +253,14 @@ mod tests {
             other => panic!("{other:?}"),
         };
         let mut contents = Contents::default();
-        contents.put_data(directory.path(), Path::new("/data"), 4).expect("it fits");
+        contents.put_data(directory.path(), Path::new("/data"), 4 + 2 * NAMED).expect("it fits");
         assert_eq!(mode_of(&contents), Executable::No);
         let mut contents = Contents::default();
         contents.put_tree(directory.path(), Path::new("/data")).expect("reads");
         assert_eq!(mode_of(&contents), Executable::Yes);
-        let error = Contents::default().put_data(directory.path(), Path::new("/data"), 3).expect_err("it does not fit");
-        assert!(error.to_string().contains("has 4 bytes, and at most 3"), "{error}");
+        let error = Contents::default()
+            .put_data(directory.path(), Path::new("/data"), 3 + 2 * NAMED)
+            .expect_err("it does not fit");
+        assert!(error.to_string().contains("has 1028 bytes, and at most 1027"), "{error}");
     }
 }

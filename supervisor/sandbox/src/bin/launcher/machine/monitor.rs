@@ -25,9 +25,10 @@ use std::{
 
 use plugvisor_sandbox::protocol::{EGRESS, MAX_INWARD};
 use rustix::{
-    fs::{MemfdFlags, memfd_create},
+    fs::{MemfdFlags, Mode, memfd_create},
     io::{Errno, FdFlags, fcntl_setfd},
     net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with},
+    process::umask,
 };
 use serde::{Deserialize, Serialize};
 
@@ -247,6 +248,8 @@ struct Monitor {
 impl Monitor {
     fn serve(mut self, signals: &OwnedFd, orders: &Orders) -> Step<End> {
         let mut listens = false;
+        // Nobody answers for them yet.
+        let mut data = orders.data;
         let mut ended: Option<(End, Instant)> = None;
         let mut polls = Vec::new();
         loop {
@@ -275,7 +278,7 @@ impl Monitor {
             let most = [left.filter(|left| !left.is_zero()), self.relay.patience(now), deaf];
             doing("waiting", kernel::wait(&mut polls, most.into_iter().flatten().min()))?;
             let (own, rest) = polls.split_at(2 + self.ports.len());
-            let events = match self.relay.turn(rest, |target| connect(target, orders)) {
+            let events = match self.relay.turn(rest, |target| connect(target, orders, &mut data)) {
                 Ok(events) => events,
                 Err(broken) => return Ok(self.broken(&broken)),
             };
@@ -431,7 +434,7 @@ pub(super) fn reach(path: &Path) -> io::Result<Socket> {
 
 /// For the guest: to what a plugin of any level reaches. Never waits: nobody may accept there for as long as a supervisor is
 /// away, and the plugin's own connections would wait with it.
-fn connect(target: Target, orders: &Orders) -> io::Result<Socket> {
+fn connect(target: Target, orders: &Orders, data: &mut Option<Reach>) -> io::Result<Socket> {
     match target {
         Target::Broker => reach(Path::new(&mounts::broker(Tree::Own))),
         Target::Egress if orders.egress => {
@@ -445,7 +448,8 @@ fn connect(target: Target, orders: &Orders) -> io::Result<Socket> {
         }
         Target::Stdout => io::stdout().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
         Target::Stderr => io::stderr().as_fd().try_clone_to_owned().map(|end| Socket::Pipe(end.into())),
-        Target::Files if orders.data.is_some() => files(orders.file_size),
+        // Once: each is a thread, and one that waits for a disk would outlive its connection.
+        Target::Files if data.take().is_some() => files(orders.file_size),
         Target::Egress | Target::Files | Target::Worker | Target::Port(_) => {
             Err(io::ErrorKind::PermissionDenied.into())
         }
@@ -454,11 +458,15 @@ fn connect(target: Target, orders: &Orders) -> io::Result<Socket> {
 
 /// Who answers for the plugin's data, in a thread of its own: a disk may take its time.
 fn files(file_size: Option<u64>) -> io::Result<Socket> {
+    // What a plugin makes has the mode that it asked for: its guest has taken off what its mask says.
+    umask(Mode::empty());
     let files = Files::open(Path::new(Kind::Data.place()), Bounds { file_size }, plan::USER)?;
     let (near, far) = UnixStream::pair()?;
     thread::Builder::new().name("files".to_owned()).spawn(move || {
-        if let Err(error) = files.serve(far) {
-            say(&format!("what its machine asks of its data is no request ({error}), and is not answered any more"));
+        if let Err(error) = files.serve(far)
+            && error.kind() == io::ErrorKind::InvalidData
+        {
+            say("what its machine asks of its data is no request, and is not answered any more");
         }
     })?;
     Ok(Socket::Unix(near))

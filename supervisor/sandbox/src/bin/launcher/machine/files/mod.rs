@@ -12,8 +12,9 @@
 //! bounded, and one file's size by `maxFileSize`, which a guest's kernel holds for its plugin and here is held for the
 //! guest.
 //!
-//! It knows no locks (a guest's kernel has them among its own processes), no attributes beside those of stat(2), and makes no
-//! devices, sockets or pipes.
+//! What may be done with a file is the host's to say, by its modes, groups and lists of access. There are no locks here (a
+//! guest's kernel has them among its own processes), no attributes beside those of stat(2), and nobody makes devices,
+//! sockets or pipes.
 
 mod nodes;
 mod wire;
@@ -21,7 +22,7 @@ mod wire;
 use std::{
     collections::HashMap,
     ffi::{CStr, CString},
-    io::{self, Read, Write},
+    io::{self, IoSlice, Read, Write},
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
@@ -29,10 +30,10 @@ use std::{
 
 use rustix::{
     fs::{
-        self, AtFlags, CWD, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, SeekFrom, Timespec, Timestamps,
-        UTIME_NOW, UTIME_OMIT,
+        self, Access, AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, ResolveFlags,
+        SeekFrom, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
     },
-    io::{Errno, pread, pwrite},
+    io::{Errno, ReadWriteFlags, pread, pwrite, pwritev2, retry_on_intr},
 };
 
 use self::{
@@ -53,8 +54,9 @@ pub(super) struct Files {
     handles: HashMap<u64, Handle>,
     last: u64,
     bounds: Bounds,
-    /// Whose its files are here, and who that is in the guest.
-    users: (u32, u32),
+    /// Whose its files are here, user and group, and who both are in the guest.
+    own: (u32, u32),
+    guests: u32,
 }
 
 /// What a plugin may do with them.
@@ -67,6 +69,8 @@ pub(super) struct Bounds {
 struct Handle {
     node: u64,
     file: OwnedFd,
+    /// Up to where a directory was read.
+    position: u64,
 }
 
 type Answer = Result<Reply, Errno>;
@@ -91,8 +95,8 @@ impl Files {
     pub(super) fn open(root: &Path, bounds: Bounds, user: u32) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = fs::open(root, flags, Mode::empty())?;
-        let users = (rustix::process::geteuid().as_raw(), user);
-        Ok(Self { root, nodes: Nodes::new(), handles: HashMap::new(), last: 0, bounds, users })
+        let own = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Ok(Self { root, nodes: Nodes::new(), handles: HashMap::new(), last: 0, bounds, own, guests: user })
     }
 
     /// Answers until the connection ends, or says what is no request.
@@ -159,10 +163,12 @@ impl Files {
             26 => greet(body),
             27 => self.open_directory(node),
             28 => self.read_directory(body),
+            34 => self.may(node, body),
             35 => self.create(node, body),
             // Devices, sockets and pipes: as Landlock has it at other levels.
             8 => Err(Errno::ACCESS),
             38 => Ok(Reply::default()),
+            43 => self.allocate(body),
             45 => self.rename(node, body, true),
             _ => Err(Errno::NOSYS),
         }
@@ -204,9 +210,14 @@ impl Files {
     }
 
     fn seen(&self, stat: fs::Stat) -> Attributes {
-        let (here, there) = self.users;
-        let owner = if stat.st_uid == here { there } else { 0 };
-        Attributes { stat, owner }
+        let owner = if stat.st_uid == self.own.0 { self.guests } else { 0 };
+        let group = if stat.st_gid == self.own.1 { self.guests } else { 0 };
+        Attributes { stat, owner, group }
+    }
+
+    /// A handle of something whose name may be gone.
+    fn open_still(&self, node: u64) -> Option<&OwnedFd> {
+        self.handles.values().find(|handle| handle.node == node).map(|handle| &handle.file)
     }
 
     /// Of something that may be open still when its name is gone.
@@ -221,10 +232,7 @@ impl Files {
         };
         let stat = match open {
             Some(handle) => fs::fstat(&handle.file),
-            None => by_name(self).or_else(|errno| match self.handles.values().find(|handle| handle.node == node) {
-                Some(handle) => fs::fstat(&handle.file),
-                None => Err(errno),
-            }),
+            None => by_name(self).or_else(|errno| self.open_still(node).map_or(Err(errno), fs::fstat)),
         };
         stat.map(|stat| self.seen(stat))
     }
@@ -233,7 +241,7 @@ impl Files {
     fn entry(&mut self, directory: u64, name: &CStr) -> Result<(u64, Reply), Errno> {
         let stat = fs::statat(self.directory(directory)?, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let attributes = self.seen(stat);
-        let node = self.nodes.tell(directory, name)?;
+        let node = self.nodes.tell(directory, name, (&stat).into())?;
         let mut reply = Reply::default();
         reply.entry(node, &attributes);
         Ok((node, reply))
@@ -256,19 +264,22 @@ impl Files {
     fn set_attributes(&self, node: u64, mut body: Body<'_>) -> Answer {
         let set = Change::read(&mut body)?;
         // Everything is the plugin's, or nobody's that it could be given to.
-        if set.owners.iter().flatten().any(|owner| *owner != self.users.1) {
+        if set.owners.iter().flatten().any(|owner| *owner != self.guests) {
             return Err(Errno::PERM);
         }
         if let Some(size) = set.size {
-            self.may_grow_to(size)?;
             match set.handle {
-                Some(handle) => fs::ftruncate(&self.handles.get(&handle).ok_or(Errno::BADF)?.file, size)?,
-                None => fs::ftruncate(regular(self.open_node(node, OFlags::WRONLY)?)?, size)?,
+                Some(handle) => self.cut(&self.handles.get(&handle).ok_or(Errno::BADF)?.file, size)?,
+                None => self.cut(&regular(self.open_node(node, OFlags::WRONLY)?)?, size)?,
             }
         }
         if let Some(mode) = set.mode {
-            let held = self.open_node(node, OFlags::PATH)?;
-            let kind = FileType::from_raw_mode(fs::fstat(&held)?.st_mode);
+            let found = self.open_node(node, OFlags::PATH);
+            let held = match &found {
+                Ok(held) => held,
+                Err(errno) => self.open_still(node).ok_or(*errno)?,
+            };
+            let kind = FileType::from_raw_mode(fs::fstat(held)?.st_mode);
             if !matches!(kind, FileType::RegularFile | FileType::Directory) {
                 return Err(Errno::OPNOTSUPP);
             }
@@ -277,12 +288,31 @@ impl Files {
             fs::chmodat(CWD, path, Mode::from_raw_mode(mode & RIGHTS), AtFlags::empty())?;
         }
         if let Some(times) = &set.times {
-            let (directory, name) = self.place(node)?;
-            fs::utimensat(directory, name, times, AtFlags::SYMLINK_NOFOLLOW)?;
+            match (self.place(node), self.open_still(node)) {
+                (Ok((directory, name)), _) => fs::utimensat(directory, name, times, AtFlags::SYMLINK_NOFOLLOW)?,
+                (Err(_), Some(held)) => fs::futimens(held, times)?,
+                (Err(errno), None) => return Err(errno),
+            }
         }
         let mut reply = Reply::default();
         reply.only_attributes(&self.attributes_of(node, set.handle)?);
         Ok(reply)
+    }
+
+    fn cut(&self, file: &OwnedFd, size: u64) -> Result<(), Errno> {
+        if size > u64::try_from(fs::fstat(file)?.st_size).unwrap_or(0) {
+            self.may_grow_to(size)?;
+        }
+        fs::ftruncate(file, size)
+    }
+
+    /// Whether the host lets the plugin do this with it: modes, groups and lists of access are all the host's.
+    fn may(&self, node: u64, mut body: Body<'_>) -> Answer {
+        let wanted =
+            Access::from_bits(u8::try_from(body.u32()?).map_err(|_| Errno::INVAL)?.into()).ok_or(Errno::INVAL)?;
+        let (directory, name) = self.place(node)?;
+        fs::accessat(directory, name, wanted, AtFlags::EACCESS | AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok(Reply::default())
     }
 
     fn read_link(&self, node: u64) -> Answer {
@@ -295,6 +325,7 @@ impl Files {
 
     fn make_link(&mut self, node: u64, mut body: Body<'_>) -> Answer {
         let (name, target) = (body.name()?, body.target()?);
+        self.nodes.make_room()?;
         fs::symlinkat(target, self.directory(node)?, &name)?;
         self.entry(node, &name).map(|(_, reply)| reply)
     }
@@ -303,6 +334,7 @@ impl Files {
         let mode = body.u32()?;
         body.skip(4)?;
         let name = body.name()?;
+        self.nodes.make_room()?;
         fs::mkdirat(self.directory(node)?, &name, Mode::from_raw_mode(mode & RIGHTS))?;
         self.entry(node, &name).map(|(_, reply)| reply)
     }
@@ -339,8 +371,10 @@ impl Files {
     fn link(&mut self, node: u64, mut body: Body<'_>) -> Answer {
         let of = body.u64()?;
         let name = body.name()?;
+        self.nodes.make_room()?;
         let (directory, old) = self.place(of)?;
         fs::linkat(directory, old, self.directory(node)?, &name, AtFlags::empty())?;
+        self.nodes.will_have_names(of);
         self.entry(node, &name).map(|(_, reply)| reply)
     }
 
@@ -361,6 +395,7 @@ impl Files {
         if self.handles.len() >= MOST_HANDLES {
             return Err(Errno::NFILE);
         }
+        self.nodes.make_room()?;
         let mode = Mode::from_raw_mode(mode & RIGHTS);
         let file = regular(beneath(&self.directory(node)?, name.as_c_str(), how, mode)?)?;
         let (number, mut reply) = self.entry(node, &name)?;
@@ -380,7 +415,8 @@ impl Files {
             return Err(Errno::NFILE);
         }
         self.last = self.last.checked_add(1).ok_or(Errno::NFILE)?;
-        self.handles.insert(self.last, Handle { node, file });
+        self.handles.insert(self.last, Handle { node, file, position: 0 });
+        self.nodes.opened(node);
         Ok(self.last)
     }
 
@@ -389,7 +425,9 @@ impl Files {
     }
 
     fn close(&mut self, mut body: Body<'_>) -> Answer {
-        self.handles.remove(&body.u64()?).map(|_| Reply::default()).ok_or(Errno::BADF)
+        let handle = self.handles.remove(&body.u64()?).ok_or(Errno::BADF)?;
+        self.nodes.closed(handle.node);
+        Ok(Reply::default())
     }
 
     fn make_durable(&self, mut body: Body<'_>) -> Answer {
@@ -423,15 +461,36 @@ impl Files {
 
     fn write(&self, mut body: Body<'_>) -> Answer {
         let file = self.held(&mut body)?;
-        let (offset, size) = (body.u64()?, body.u32()?);
-        // Flags, a lock's owner, the file's flags.
-        body.skip(20)?;
+        /// The kernel writes what was written into its cache, by a mapping.
+        const FROM_CACHE: u32 = 1;
+        let (offset, size, how) = (body.u64()?, body.u32()?, body.u32()?);
+        // A lock's owner.
+        body.skip(8)?;
+        let opened = OFlags::from_bits_retain(body.u32()?);
+        body.skip(4)?;
         let bytes = body.bytes(size)?;
-        self.may_grow_to(offset.checked_add(size.into()).ok_or(Errno::FBIG)?)?;
-        let written = rustix::io::retry_on_intr(|| pwrite(file, bytes, offset))?;
+        let end = |begin: u64| begin.checked_add(size.into()).ok_or(Errno::FBIG);
+        let written = if opened.contains(OFlags::APPEND) && how & FROM_CACHE == 0 {
+            // Where the end is, the host knows: somebody else may have written.
+            self.may_grow_to(end(u64::try_from(fs::fstat(file)?.st_size).unwrap_or(0))?)?;
+            retry_on_intr(|| pwritev2(file, &[IoSlice::new(bytes)], 0, ReadWriteFlags::APPEND))?
+        } else {
+            self.may_grow_to(end(offset)?)?;
+            retry_on_intr(|| pwrite(file, bytes, offset))?
+        };
         let mut reply = Reply::default();
         reply.u32(u32::try_from(written).unwrap_or(0)).u32(0);
         Ok(reply)
+    }
+
+    /// Sees that the disk has room, or lets go of some.
+    fn allocate(&self, mut body: Body<'_>) -> Answer {
+        let file = self.held(&mut body)?;
+        let (offset, length) = (body.u64()?, body.u64()?);
+        let how = FallocateFlags::from_bits(body.u32()?).ok_or(Errno::OPNOTSUPP)?;
+        self.may_grow_to(offset.checked_add(length).ok_or(Errno::FBIG)?)?;
+        fs::fallocate(file, how, offset, length)?;
+        Ok(Reply::default())
     }
 
     fn may_grow_to(&self, size: u64) -> Result<(), Errno> {
@@ -444,18 +503,31 @@ impl Files {
         Ok(reply)
     }
 
-    fn read_directory(&self, mut body: Body<'_>) -> Answer {
-        let directory = self.held(&mut body)?;
+    fn read_directory(&mut self, mut body: Body<'_>) -> Answer {
+        let handle = self.handles.get_mut(&body.u64()?).ok_or(Errno::BADF)?;
         let (offset, size) = (body.u64()?, body.u32()?);
         let most = usize::try_from(size.min(MOST_BYTES)).map_err(|_| Errno::INVAL)?;
-        fs::seek(directory, SeekFrom::Start(offset))?;
-        let mut buffer = [MaybeUninit::uninit(); 8192];
-        let mut entries = RawDir::new(directory, &mut buffer);
+        // Some file systems count entries, and one that was removed moves those behind it.
+        if offset != handle.position {
+            fs::seek(&handle.file, SeekFrom::Start(offset))?;
+        }
+        handle.position = offset;
+        // As the host tells them they take three quarters of that at least: what is read here fits.
+        let mut buffer = vec![MaybeUninit::uninit(); most / 4 * 3];
+        let mut entries = RawDir::new(&handle.file, &mut buffer);
         let mut reply = Reply::default();
         while let Some(entry) = entries.next() {
             let entry = entry?;
-            let kind = entry.file_type().as_raw_mode() >> 12;
+            let kind = match entry.file_type() {
+                // DT_UNKNOWN: whoever asks looks.
+                FileType::Unknown => 0,
+                kind => kind.as_raw_mode() >> 12,
+            };
             if !reply.directory_entry(most, entry.ino(), entry.next_entry_cookie(), kind, entry.file_name()) {
+                break;
+            }
+            handle.position = entry.next_entry_cookie();
+            if entries.is_buffer_empty() {
                 break;
             }
         }

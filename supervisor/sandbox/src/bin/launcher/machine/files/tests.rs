@@ -78,6 +78,7 @@ impl World {
         self.place.path().join(name)
     }
 
+    #[allow(clippy::needless_pass_by_value, reason = "it is made for this")]
     fn ask(&mut self, operation: u32, node: u64, asked: Asked) -> Result<Vec<u8>, i32> {
         let head = Head { operation, unique: 77, node };
         let reply = self.files.answer(head, Body(&asked.0)).expect("a reply");
@@ -142,16 +143,62 @@ fn what_is_written_is_there_and_read_again() {
     assert_eq!((u64_at(&told, 24), u32_at(&told, 76), u32_at(&told, 80)), (7, 0o100_640, 1));
     assert_eq!((u32_at(&told, 84), u32_at(&told, 88)), (USER, USER));
 
-    // Another name, and the first one is gone: who has it open goes on.
-    assert!(world.ask(LINK, ROOT, asked().u64(node).text("other")).is_ok());
+    // Another name of the same file.
+    let linked = world.ask(LINK, ROOT, asked().u64(node).text("other")).expect("links");
+    assert_eq!((u64_at(&linked, 0), u32_at(&linked, 40 + 64)), (node, 2));
+    assert_eq!(world.look_up(ROOT, "other"), Ok(node));
     assert_eq!(world.ask(UNLINK, directory, asked().text("file")), Ok(Vec::new()));
     assert_eq!(world.look_up(directory, "file"), Err(libc::ENOENT));
     assert_eq!(world.ask(ATTRIBUTES, node, asked().u32(0).u32(0).u64(0)).map(|told| u64_at(&told, 24)), Ok(7));
     assert_eq!(world.ask(CLOSE, node, asked().u64(handle).u64(0).u64(0)), Ok(Vec::new()));
-    assert_eq!(world.ask(ATTRIBUTES, node, asked().u32(0).u32(0).u64(0)), Err(libc::ESTALE));
+    assert_eq!(world.ask(ATTRIBUTES, node, asked().u32(0).u32(0).u64(0)).map(|told| u64_at(&told, 24)), Ok(7));
     assert_eq!(world.read(handle, 0, 1), Err(libc::EBADF));
     assert_eq!(world.ask(RENAME, ROOT, asked().u64(directory).text("other").text("file")), Ok(Vec::new()));
     assert_eq!(std_fs::read(world.path("data/d/file")).expect("a file"), b"\0\0bytes");
+}
+
+/// What has no name any more goes on for whoever has it open, and for nobody else.
+#[test]
+fn a_removed_file_is_there_while_it_is_open() {
+    let mut world = World::new();
+    let (node, handle) = world.create(ROOT, "file").expect("makes it");
+    assert_eq!(world.ask(UNLINK, ROOT, asked().text("file")), Ok(Vec::new()));
+    let told = |world: &mut World| world.ask(ATTRIBUTES, node, asked().u32(0).u32(0).u64(0));
+    let mode = asked().u32(1).u32(0).bytes(&[0; 60]).u32(0o100_600).bytes(&[0; 16]);
+    assert_eq!(world.ask(SET_ATTRIBUTES, node, mode).map(|told| u32_at(&told, 76)), Ok(0o100_600));
+    assert_eq!(world.write(handle, 0, b"on"), Ok(2));
+    assert_eq!(told(&mut world).map(|told| (u64_at(&told, 24), u32_at(&told, 80))), Ok((2, 0)));
+    assert!(world.ask(CLOSE, node, asked().u64(handle).u64(0).u64(0)).is_ok());
+    assert_eq!(told(&mut world), Err(libc::ESTALE));
+}
+
+/// Where a file ends, and what is behind a name, may be somebody else's doing on the host.
+#[test]
+fn what_the_host_does_meanwhile_is_seen() {
+    let mut world = World::new();
+    let (node, handle) = world.create(ROOT, "log").expect("makes it");
+    std_fs::write(world.path("data/log"), "of the host, ").expect("writes");
+    let append = (libc::O_WRONLY | libc::O_APPEND).unsigned_abs();
+    let asked_to =
+        |offset: u64, how: u32| asked().u64(handle).u64(offset).u32(2).u32(how).u64(0).u32(append).u32(0).bytes(b"at");
+    assert!(world.ask(WRITE, node, asked_to(0, 0)).is_ok());
+    // What comes out of the guest's cache has its place.
+    assert!(world.ask(WRITE, node, asked_to(0, 1)).is_ok());
+    assert_eq!(std_fs::read(world.path("data/log")).expect("reads"), b"at the host, at");
+    std_fs::remove_file(world.path("data/log")).expect("removes");
+    std_fs::write(world.path("data/log"), "another").expect("writes");
+    let new = world.look_up(ROOT, "log").expect("it is there");
+    assert_ne!(new, node);
+    let size = |told: Vec<u8>| u64_at(&told, 24);
+    assert_eq!(world.ask(ATTRIBUTES, new, asked().u32(0).u32(0).u64(0)).map(size), Ok(7));
+    assert_eq!(world.ask(ATTRIBUTES, node, asked().u32(0).u32(0).u64(0)).map(size), Ok(15));
+    // Nobody has room beyond the limit, by whatever call.
+    let allocate = |length: u64| asked().u64(handle).u64(0).u64(length).u32(0).u32(0);
+    assert_eq!(world.ask(43, node, allocate(1001)), Err(libc::EFBIG));
+    assert_eq!(world.ask(43, node, allocate(1000)).map(drop), Ok(()));
+    // Who may do what is asked of the host.
+    assert_eq!(world.ask(34, ROOT, asked().u32(7).u32(0)).map(drop), Ok(()));
+    assert_eq!(world.ask(34, 99, asked().u32(4).u32(0)), Err(libc::ESTALE));
 }
 
 #[test]

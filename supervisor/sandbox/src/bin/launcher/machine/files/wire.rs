@@ -131,8 +131,9 @@ impl Reply {
 
     /// `struct fuse_init_out` for a kernel of this version; an error when it speaks another form.
     pub(super) fn greet(&mut self, version: (u32, u32)) -> Result<(), Errno> {
-        /// Reads of one file at the same time; writes of more than a page.
-        const FLAGS: u32 = 1 | 1 << 5;
+        /// Reads of one file at the same time; writes of more than a page; what a file's time or size shows to be old is
+        /// read anew.
+        const FLAGS: u32 = 1 | 1 << 5 | 1 << 12;
         if version < OLDEST || version.0 != VERSION.0 {
             return Err(Errno::PROTO);
         }
@@ -155,14 +156,14 @@ impl Reply {
         self.attributes(attributes);
     }
 
-    fn attributes(&mut self, Attributes { stat, owner }: &Attributes) {
+    fn attributes(&mut self, Attributes { stat, owner, group }: &Attributes) {
         let number = |value: i64| u64::try_from(value).unwrap_or(0);
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         self.u64(stat.st_ino).u64(number(stat.st_size)).u64(number(stat.st_blocks));
         // Before 1970 they are negative, in the same bits.
         self.u64(stat.st_atime.cast_unsigned()).u64(stat.st_mtime.cast_unsigned()).u64(stat.st_ctime.cast_unsigned());
         self.u32(small(stat.st_atime_nsec)).u32(small(stat.st_mtime_nsec)).u32(small(stat.st_ctime_nsec));
-        self.u32(stat.st_mode).u32(u32::try_from(stat.st_nlink).unwrap_or(u32::MAX)).u32(*owner).u32(*owner);
+        self.u32(stat.st_mode).u32(u32::try_from(stat.st_nlink).unwrap_or(u32::MAX)).u32(*owner).u32(*group);
         self.u32(0).u32(u32::try_from(stat.st_blksize).unwrap_or(4096)).u32(0);
     }
 
@@ -201,6 +202,7 @@ impl Reply {
 pub(super) struct Attributes {
     pub(super) stat: Stat,
     pub(super) owner: u32,
+    pub(super) group: u32,
 }
 
 /// A reply that is an error.
