@@ -93,6 +93,23 @@ async fn a_real_bundle_runs_with_what_its_trace_proposes(lane: Lane) -> anyhow::
     daemon.stop().await
 }
 
+/// What a plugin only tried, and served without to the end, is no need of it. When it did not come to an end that others
+/// made, nobody knows.
+async fn what_was_survived_is_proposed_as_optional(lane: Lane) -> anyhow::Result<()> {
+    let world = World::new(lane)?;
+    let bundle = BundleBuilder::hostile("probes", &["probes"]).write(&world.path().join("traced"), world.binaries())?;
+    let tried = json!(["network:tcp-server", "filesystem:read-config"]);
+    for (driver, survived) in [("true", true), ("false", false)] {
+        let output = world.trace(&bundle, &["--", driver])?.output().await?;
+        let said: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
+        let (needed, optional) = if survived { (json!([]), tried.clone()) } else { (tried.clone(), json!([])) };
+        ensure!(said["proposal"]["security"]["capabilities"] == needed, "{said:#}");
+        ensure!(said["survivedWithout"] == optional, "{said:#}");
+        ensure!(said["proposal"]["runtime"].is_null() == survived, "a port is for who asks for it: {said:#}");
+    }
+    Ok(())
+}
+
 /// A plugin that ends by itself ends its trace, and the time that was given does.
 async fn a_trace_ends(lane: Lane) -> anyhow::Result<()> {
     let world = World::new(lane)?;
@@ -119,4 +136,4 @@ async fn a_trace_ends(lane: Lane) -> anyhow::Result<()> {
     Ok(())
 }
 
-scenarios!(a_real_bundle_runs_with_what_its_trace_proposes, a_trace_ends);
+scenarios!(a_real_bundle_runs_with_what_its_trace_proposes, what_was_survived_is_proposed_as_optional, a_trace_ends);

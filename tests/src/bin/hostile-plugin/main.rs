@@ -49,6 +49,8 @@ enum Behaviour {
     NotServing,
     /// `serves-tcp PORT HOW`: serves, and TCP too at this port of its network namespace, see [`Tcp`].
     ServesTcp(u16, Tcp),
+    /// `probes`: looks for a configuration and for a port to listen at, and serves whatever came of that.
+    Probes,
     /// `keeps-calling`: serves, and calls the echo service all the time.
     KeepsCalling,
     /// `orphan`: not a plugin; leaves its session, starts `lingers` and ends.
@@ -73,6 +75,7 @@ impl Behaviour {
             "hangs-in-health" => Self::HangsInHealth,
             "not-serving" => Self::NotServing,
             "serves-tcp" => Self::ServesTcp(number()?.try_into().ok()?, Tcp::parse(arguments.get(2)?)?),
+            "probes" => Self::Probes,
             "keeps-calling" => Self::KeepsCalling,
             "orphan" => Self::Orphan,
             "lingers" => Self::Lingers,
@@ -104,6 +107,11 @@ fn main() -> ExitCode {
         Behaviour::FloodsLines => flood::begin(Shape::Lines).and_then(|()| serve::serve(Manners::default())),
         Behaviour::FloodsBytes => flood::begin(Shape::OneLine).and_then(|()| serve::serve(Manners::default())),
         Behaviour::ServesTcp(port, how) => how.begin(port).and_then(|()| serve::serve(Manners::default())),
+        Behaviour::Probes => {
+            let _ = std::fs::read("/plugvisor/config/settings");
+            let _ = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 9090));
+            serve::serve(Manners::default())
+        }
         Behaviour::KeepsCalling => caller::begin().and_then(|()| serve::serve(Manners::default())),
         Behaviour::IgnoresSigterm => serve::serve(Manners { ignore_sigterm: true, ..Manners::default() }),
         Behaviour::HangsInHealth => serve::serve(Manners { hang_health: true, ..Manners::default() }),
