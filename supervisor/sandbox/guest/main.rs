@@ -42,7 +42,7 @@ use self::{
     files::Files,
     link::{Frame, Target, VERSION},
     plan::{Access, Plan, USER},
-    relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
+    relay::{BUFFER, Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
     system::{NO_DEVICES, NO_EXEC, NO_SUID},
 };
 
@@ -147,6 +147,9 @@ fn limit(plan: &Plan) -> io::Result<()> {
     // A guest has little more memory than its plugin may use, and runtimes reserve more than they use: as on a larger host
     // that is granted, and what is used is held.
     fs::write("/proc/sys/vm/overcommit_memory", "1")?;
+    // As in the network namespaces of other levels: what lies in the buffers of its connections counts for the plugin.
+    fs::write("/proc/sys/net/ipv4/tcp_rmem", format!("4096 {0} {0}", 2 * BUFFER))?;
+    fs::write("/proc/sys/net/ipv4/tcp_wmem", format!("4096 16384 {}", 2 * BUFFER))?;
     fs::create_dir(GROUP)?;
     let group = Path::new(GROUP);
     if let Some(memory) = plan.memory {

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::relay::Poll;
+use super::relay::{BUFFER, Poll};
 
 /// Flags of mount(2).
 pub(crate) const NO_SUID: u64 = 2;
@@ -49,10 +49,13 @@ unsafe extern "C" {
     fn inotify_add_watch(fd: c_int, path: *const c_char, mask: u32) -> c_int;
     fn socket(family: c_int, kind: c_int, protocol: c_int) -> c_int;
     fn connect(fd: c_int, address: *const Address, length: u32) -> c_int;
-    fn setsockopt(fd: c_int, level: c_int, option: c_int, value: *const Linger, length: u32) -> c_int;
+    fn setsockopt(fd: c_int, level: c_int, option: c_int, value: *const c_void, length: u32) -> c_int;
     fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
     fn umask(mask: u32) -> u32;
 }
+
+/// `SOL_SOCKET`.
+const SOCKET: c_int = 1;
 
 #[repr(C)]
 struct Limit {
@@ -194,29 +197,41 @@ pub(crate) fn raise_loopback() -> io::Result<()> {
 }
 
 /// To a port of 127.0.0.1. Never waits: until it is connected, nothing can be read or written, and where nobody listens it is
-/// broken off.
+/// broken off. Its buffers do not grow: they are in the memory of the guest's kernel, and who connects decides what lies there.
 pub(crate) fn connect_inside(port: u16) -> io::Result<TcpStream> {
     const INTERNET: c_int = 2;
     /// `SOCK_STREAM`, `SOCK_CLOEXEC` and `SOCK_NONBLOCK`.
     const KIND: c_int = 1 | 0o2_000_000 | 0o4000;
     const IN_PROGRESS: i32 = 115;
+    const SEND_BUFFER: c_int = 7;
+    const RECEIVE_BUFFER: c_int = 8;
     let address = Address { family: 2, port: port.to_be_bytes(), address: [127, 0, 0, 1], zero: [0; 8] };
     // SAFETY: socket takes numbers.
     let socket = owned(done(unsafe { socket(INTERNET, KIND, 0) })?);
+    let bytes: u32 = BUFFER;
+    for buffer in [SEND_BUFFER, RECEIVE_BUFFER] {
+        let (fd, value) = (socket.as_raw_fd(), (&raw const bytes).cast());
+        // SAFETY: value is an int of four bytes, and outlives the call.
+        done(unsafe { setsockopt(fd, SOCKET, buffer, value, 4) })?;
+    }
     // SAFETY: address is a struct sockaddr_in of that length, and outlives the call.
     match done(unsafe { connect(socket.as_raw_fd(), &raw const address, Address::LENGTH) }) {
-        Err(error) if error.raw_os_error() != Some(IN_PROGRESS) => Err(error),
-        _ => Ok(socket.into()),
+        Err(error) if error.raw_os_error() != Some(IN_PROGRESS) => return Err(error),
+        _ => {}
     }
+    let socket = TcpStream::from(socket);
+    // The kernel chose its own port when it was asked to connect. Where nobody listens that may be this very port, and then it is
+    // connected to itself.
+    if socket.local_addr()?.port() == port { Err(io::ErrorKind::ConnectionRefused.into()) } else { Ok(socket) }
 }
 
 /// Has the other end told by a reset when this one is closed.
 pub(crate) fn break_off(socket: &TcpStream) {
-    const SOCKET: c_int = 1;
     const LINGER: c_int = 13;
     let at_once = Linger { on: 1, seconds: 0 };
-    // SAFETY: at_once is a struct linger of that length, and outlives the call. One that it fails for is closed without.
-    unsafe { setsockopt(socket.as_raw_fd(), SOCKET, LINGER, &raw const at_once, Linger::LENGTH) };
+    let value = (&raw const at_once).cast();
+    // SAFETY: value is a struct linger of that length, and outlives the call. One that it fails for is closed without.
+    unsafe { setsockopt(socket.as_raw_fd(), SOCKET, LINGER, value, Linger::LENGTH) };
 }
 
 /// What becomes a program.

@@ -3,7 +3,8 @@
 //!
 //! A supervisor that was taken over could otherwise leave filters that drop or cut what the next one sends and receives, or
 //! options that delay it or break it off. What is looked at is what such a one may set without privileges, and what with; an
-//! option that a kernel does not know cannot have been set there. What no one can see or take back is in ADR 15.
+//! option that a kernel does not know cannot have been set there. What no one can see or take back is in ADR 15: above all
+//! copies of a socket that such a one gave to processes that outlive it, which read and write on what the next one connects.
 #![allow(unsafe_code, reason = "raw system calls, one operation per block, each with its reasons")]
 
 use std::{
@@ -101,12 +102,23 @@ const SETTINGS: [Setting; 31] = settings! {
     No IPPROTO_TCP TCP_WINDOW_CLAMP: 0;
 };
 
-/// The least that buffers have. The kernel lets those of a connection grow, unless they are locked; smaller ones than any
-/// system begins with make it slow.
-const BUFFERS: [(i32, &str, i32); 2] =
-    [(libc::SO_RCVBUF, "SO_RCVBUF", 64 << 10), (libc::SO_SNDBUF, "SO_SNDBUF", 16 << 10)];
+/// What each of the two buffers of a socket is set to, in bytes. The kernel gives it twice that (socket(7), `SO_RCVBUF`), less
+/// where `net.core.rmem_max` or `wmem_max` say so, and lets it grow no more: on cgroup v2 it counts for the plugin's memory, and
+/// who connects decides what lies in it.
+pub const BUFFER: usize = 64 << 10;
 
-/// Makes a socket that is not connected as a new one is that does not wait.
+/// Sets the buffers of a socket that is not connected yet.
+///
+/// # Errors
+/// What the kernel says.
+pub fn bound_buffers(socket: impl AsFd) -> rustix::io::Result<()> {
+    let socket = socket.as_fd();
+    sockopt::set_socket_recv_buffer_size(socket, BUFFER)?;
+    sockopt::set_socket_send_buffer_size(socket, BUFFER)
+}
+
+/// Makes a socket that is not connected as it was when it was made: as a new one that does not wait, with buffers of
+/// [`BUFFER`] that do not grow.
 ///
 /// # Errors
 /// Why it must not be used.
@@ -124,7 +136,8 @@ pub fn renew(socket: impl AsFd) -> Result<(), Unfit> {
     for setting in &SETTINGS {
         put(socket, setting)?;
     }
-    buffers(socket)?;
+    // Whatever they were, and whether or not they were unlocked (`SO_BUF_LOCK`): who sets them locks them.
+    bound_buffers(socket).map_err(|errno| Unfit::Refused("SO_RCVBUF or SO_SNDBUF", errno.into()))?;
     // An upper layer such as TLS, which no call takes away.
     if has_upper_layer(socket) {
         return Err(Unfit::Set("TCP_ULP"));
@@ -163,21 +176,6 @@ fn put(socket: BorrowedFd<'_>, setting: &Setting) -> Result<(), Unfit> {
     }
     let now = get(socket, *level, *option).map_err(|error| Unfit::Refused(name, error))?;
     if *told == Told::Yes && now != *new { Err(Unfit::Set(name)) } else { Ok(()) }
-}
-
-fn buffers(socket: BorrowedFd<'_>) -> Result<(), Unfit> {
-    for (option, name, least) in BUFFERS {
-        let refused = |error| Unfit::Refused(name, error);
-        if get(socket, libc::SOL_SOCKET, option).map_err(refused)? < least {
-            // The kernel doubles what is set.
-            set(socket, libc::SOL_SOCKET, option, least / 2).map_err(refused)?;
-        }
-    }
-    // Linux before 5.16 does not know it: there buffers that were set keep the size that they have now.
-    if get(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK).is_ok_and(|locks| locks != 0) {
-        set(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0).map_err(|error| Unfit::Refused("SO_BUF_LOCK", error))?;
-    }
-    Ok(())
 }
 
 /// No options in IP's heads, such as a route.
@@ -226,8 +224,16 @@ mod tests {
 
     use super::*;
 
+    const BUFFERS: [i32; 2] = [libc::SO_RCVBUF, libc::SO_SNDBUF];
+    /// `SOCK_SNDBUF_LOCK` and `SOCK_RCVBUF_LOCK`.
+    const LOCKED: i32 = 3;
+
+    /// As the child makes them, but that it waits.
     fn socket() -> TcpStream {
-        socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).expect("a socket").into()
+        let socket =
+            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).expect("a socket");
+        bound_buffers(&socket).expect("sets");
+        socket.into()
     }
 
     fn value(socket: &TcpStream, level: i32, option: i32) -> i32 {
@@ -287,10 +293,12 @@ mod tests {
             set(used.as_fd(), level, option, wrong).expect("sets");
         }
         sockopt::set_socket_linger(&used, Some(Duration::ZERO)).expect("sets");
-        for (option, _, least) in BUFFERS {
-            set(used.as_fd(), libc::SOL_SOCKET, option, 1).expect("sets");
-            assert!(value(&used, libc::SOL_SOCKET, option) < least);
+        let made = BUFFERS.map(|option| value(&socket(), libc::SOL_SOCKET, option));
+        for (option, wrong) in BUFFERS.into_iter().zip([1, 1 << 20]) {
+            set(used.as_fd(), libc::SOL_SOCKET, option, wrong).expect("sets");
         }
+        // Linux before 5.16 does not know it.
+        drop(set(used.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0));
         let own = std::process::id().cast_signed();
         // SAFETY: F_SETOWN takes a number.
         let owned = unsafe { libc::fcntl(used.as_raw_fd(), libc::F_SETOWN, own) };
@@ -303,11 +311,9 @@ mod tests {
         }
         assert_eq!(not_told.map(|(level, option, _)| value(&used, level, option)), usual);
         assert_eq!(sockopt::socket_linger(&used).expect("reads"), None);
-        for (option, name, least) in BUFFERS {
-            assert!(value(&used, libc::SOL_SOCKET, option) >= least, "{name}");
-        }
+        assert_eq!(BUFFERS.map(|option| value(&used, libc::SOL_SOCKET, option)), made);
         if let Ok(locks) = get(used.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK) {
-            assert_eq!(locks, 0);
+            assert_eq!(locks, LOCKED);
         }
         // SAFETY: F_GETOWN takes nothing.
         assert_eq!(unsafe { libc::fcntl(used.as_raw_fd(), libc::F_GETOWN) }, 0);
@@ -344,6 +350,52 @@ mod tests {
         // Who has CAP_NET_ADMIN over the network namespace could unlock it; nobody of those who use these sockets has.
         let unfit = renew(&locked).expect_err("it stays").to_string();
         assert!(unfit.contains("SO_LOCK_FILTER"), "{unfit}");
+    }
+
+    /// Sends until nothing more is taken for a while; how much was.
+    fn fill(mut from: &TcpStream) -> usize {
+        let mut sent = 0;
+        from.set_write_timeout(Some(Duration::from_millis(200))).expect("sets");
+        while let Ok(count) = from.write(&[b'x'; 16 << 10]) {
+            sent += count;
+        }
+        sent
+    }
+
+    /// What lies in the buffers of one counts for the memory of the plugin that it leads into, and is for who connects to say.
+    #[test]
+    fn what_nobody_reads_takes_bounded_room_in_its_buffers() {
+        const MOST: usize = 512 << 10;
+        for used in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+            let SocketAddr::V4(to) = listener.local_addr().expect("its address") else { panic!("IPv4") };
+            let mut inner = socket();
+            if used {
+                drop(set(inner.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0));
+                renew(&inner).expect("fit");
+                inner.set_nonblocking(false).expect("waits");
+            }
+            connect(&inner, &to).expect("connects");
+            // All that is taken while the other end reads nothing: its buffer begins small and grows by reading.
+            let sent = fill(&inner);
+            assert!(sent < MOST, "{used}: {sent}");
+
+            // A reader's buffer grows with what it reads, and stays.
+            let (mut plugin, _) = listener.accept().expect("a connection");
+            let bytes = 8 << 20;
+            let saying = std::thread::spawn(move || {
+                plugin.write_all(&vec![b'x'; bytes]).expect("it is read");
+                plugin
+            });
+            inner.read_exact(&mut vec![0; bytes]).expect("all of it");
+            let plugin = saying.join().expect("it says all");
+            fill(&plugin);
+            let waiting = rustix::io::ioctl_fionread(&inner).expect("what waits");
+            assert!(waiting > 0 && waiting < 256 << 10, "{used}: {waiting}");
+            let room =
+                value(&inner, libc::SOL_SOCKET, libc::SO_RCVBUF) + value(&inner, libc::SOL_SOCKET, libc::SO_SNDBUF);
+            assert!(room <= 256 << 10, "{used}: {room}");
+        }
     }
 
     #[test]

@@ -8,10 +8,11 @@ mod guest;
 mod harness;
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{ErrorKind, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
     os::fd::{AsFd, OwnedFd},
+    thread,
     time::Instant,
 };
 
@@ -22,7 +23,8 @@ use plugvisor_sandbox::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    net::{connect, connect_unspec},
+    net::{connect, connect_unspec, sockopt},
+    thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
 };
 
 const EPERM: &str = "1";
@@ -129,16 +131,17 @@ fn line(pipe: &mut File) -> String {
 }
 
 fn connected(socket: &TcpStream) {
-    connected_at(socket, PORTS[0]);
+    connecting(socket, PORTS[0]);
+    assert!(socket.take_error().expect("its error").is_none() && socket.peer_addr().is_ok());
 }
 
-fn connected_at(socket: &TcpStream, port: u16) {
+/// Connects, and waits for what comes of it.
+fn connecting(socket: &TcpStream, port: u16) {
     let result = connect(socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
     assert!(matches!(result, Ok(()) | Err(rustix::io::Errno::INPROGRESS)), "{result:?}");
     let mut fds = [PollFd::new(socket, PollFlags::OUT)];
     let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
     assert_eq!(poll(&mut fds, Some(&limit)), Ok(1), "it is not taken");
-    assert!(socket.take_error().expect("its error").is_none() && socket.peer_addr().is_ok());
 }
 
 /// One connection, both sides of which end in order; the client says first that it has said everything.
@@ -205,6 +208,61 @@ fn it_is_connected_to_by_sockets_made_inside() {
     }
 }
 
+/// What lies in the buffers of its connections counts for its memory on cgroup v2, at both ends, and is for who connects to say.
+#[test]
+fn what_lies_in_a_connection_that_nobody_reads_is_bounded() {
+    const MOST: usize = 512 << 10;
+    for as_ in As::possible() {
+        for spared in [true, false] {
+            let mut harness = Harness::start_listening(as_, Linger::Forever);
+            if spared {
+                harness.await_spares();
+            }
+            let address = format!("0.0.0.0:{}", PORTS[0]);
+            let request = serving(harness.request(&["tcp-serve", &address, "2"]), 2);
+            let plugin = harness.launch(request);
+            let mut stdout = plugin.stdout;
+            assert_eq!(line(&mut stdout), "listening");
+            let sockets = inward(&mut harness, plugin.launched.launch);
+            // One that it hears, so that nobody hears the other.
+            connected(&sockets[0]);
+            assert_eq!(line(&mut stdout), "accepted");
+            connected(&sockets[1]);
+            let mut sent = 0;
+            let limit = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+            while poll(&mut [PollFd::new(&sockets[1], PollFlags::OUT)], Some(&limit)) == Ok(1) {
+                sent += (&sockets[1]).write(&[b'x'; 16 << 10]).expect("room");
+            }
+            assert!(sent > 0 && sent < MOST, "{as_:?}: {sent}");
+            for socket in &sockets {
+                let room = sockopt::socket_recv_buffer_size(socket)
+                    .and_then(|receives| sockopt::socket_send_buffer_size(socket).map(|sends| receives + sends));
+                assert!(room.is_ok_and(|room| room <= MOST / 2), "{as_:?}: {room:?}");
+            }
+            if let Some(most) = buffers_of(&plugin.pidfd) {
+                assert!(most.iter().all(|most| *most <= MOST / 4), "{as_:?}: {most:?}");
+            }
+        }
+    }
+}
+
+/// How far the kernel lets buffers grow in the network namespace of a process; `None` where that is not to be seen or set.
+fn buffers_of(pidfd: &OwnedFd) -> Option<[usize; 2]> {
+    const FILES: [&str; 2] = ["/proc/sys/net/ipv4/tcp_rmem", "/proc/sys/net/ipv4/tcp_wmem"];
+    File::options().write(true).open(FILES[0]).ok()?;
+    let network = ThreadNameSpaceType::NETWORK;
+    // A thread of its own, which nothing else runs on afterwards.
+    let looked = thread::scope(|scope| {
+        let look = || {
+            move_into_thread_name_spaces(pidfd.as_fd(), network).expect("its network");
+            FILES.map(|file| fs::read_to_string(file).expect("a range"))
+        };
+        scope.spawn(look).join()
+    });
+    let most = |text: String| text.split_whitespace().last().and_then(|most| most.parse().ok()).expect("three numbers");
+    Some(looked.expect("it looks").map(most))
+}
+
 /// In its guest it is reached at its ports as at other levels: both ends of a connection are passed on, and so is a reset, both
 /// ways; and what it said last before its end arrives.
 #[test]
@@ -225,9 +283,11 @@ fn in_a_machine_it_is_reached_too() {
         assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, PORTS[0])).is_err(), "it is the namespace's");
 
         // Nobody listens there in the guest.
-        connected_at(&sockets[1], PORTS[1]);
+        connecting(&sockets[1], PORTS[1]);
         sockets[1].set_nonblocking(false).expect("waits");
-        let error = (&sockets[1]).read(&mut [0]).expect_err("a reset, and not the end of an answer");
+        // It may be over by now, which is told once.
+        let over = sockets[1].take_error().expect("its error");
+        let error = over.or_else(|| (&sockets[1]).read(&mut [0]).err()).expect("a reset, and not the end of an answer");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{as_:?}");
         // And what its manifest does not name is nobody's, though its guest may bind it.
         let refused = match connect(&sockets[2], &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8081)) {

@@ -41,6 +41,9 @@ pub(crate) const SETTLE: Duration = Duration::from_secs(1);
 /// long as the supervisor gives one at other levels. It holds a place from who connects next.
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
 
+/// What each of the two buffers of a connection to a port is set to in a guest, in bytes: as the host does on its side.
+pub(crate) const BUFFER: u32 = 64 << 10;
+
 /// With so many bytes on their way out, nothing more is read from connections.
 const HIGH: usize = 256 << 10;
 

@@ -11,21 +11,21 @@
 //! Everything that can be prepared is prepared by the launcher; what fails here is told as a (step, errno) pair.
 
 pub(crate) mod guard;
+mod network;
 pub(crate) mod spare;
 
 use std::{
     ffi::{CStr, CString},
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd},
     path::Path,
 };
 
-use plugvisor_sandbox::protocol::{Control, EGRESS, Grant, SocketMode};
+use plugvisor_sandbox::protocol::{Control, Grant, SocketMode};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, OFlags},
     io::Errno,
-    net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with},
     process::{
         DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, getpid, getrlimit,
         parent_process_death_signal, pidfd_open, set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
@@ -151,8 +151,6 @@ const ENTRY: RawFd = 4;
 const REPORT: RawFd = 5;
 /// Descriptors are first lifted above this number, so that placing one cannot close another.
 const LIFTED: RawFd = 32;
-/// Connections that may wait for the egress proxy, such as while no supervisor is there.
-const EGRESS_BACKLOG: i32 = 1024;
 
 /// Runs a child with everything there is to know. Never returns to the launcher's code.
 pub(crate) fn run(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order) -> ! {
@@ -196,7 +194,11 @@ fn build(kit: &Kit<'_>, plan: &Plan<'_>, order: &Order, marks: &mut Marks) -> Re
         kernel::unshare(missing).map_err(|error| Failure::io(Step::Namespaces, &error))?;
     }
     marks.done(Part::Namespaces);
-    network(kit, order)?;
+    // In a build for development it may be without that, and the host's is not to be changed.
+    if order.walls.namespaces & libc::CLONE_NEWNET != 0 {
+        network::bound_buffers();
+    }
+    network::make(kit, order)?;
     let tree = order.walls.tree;
     mounts::separate(tree)?;
     let mut own = mounts::Own::at(plan.bundle_path, plan.bundle, plan.sockets, order.socket)?;
@@ -227,36 +229,6 @@ fn be_as_killable_as_others() -> io::Result<()> {
         Ok(0..) => Ok(()),
         Ok(_) | Err(_) => std::fs::write(SCORE, "0"),
     }
-}
-
-/// Makes the sockets that lead out of its network namespace and into it: the one that listens for the egress proxy, when the
-/// plugin may use it, and those that the supervisor connects to it by, when it may serve. Only here: a launcher without
-/// privileges cannot enter this network namespace later, and a socket made outside of it would give the plugin the network
-/// that it was made in. It keeps none of them.
-fn network(kit: &Kit<'_>, order: &Order) -> Result<(), Failure> {
-    let (egress, serves) = (order.grants.contains(&Grant::Egress), order.grants.contains(&Grant::TcpServer));
-    if !egress && !serves {
-        return Ok(());
-    }
-    let failed = |error: io::Error| Failure::io(Step::Network, &error);
-    let socket = tcp()?;
-    // Until then there is no 127.0.0.1 in it.
-    kernel::raise_loopback(socket.as_fd()).map_err(failed)?;
-    if egress {
-        bind(&socket, &EGRESS).and_then(|()| listen(&socket, EGRESS_BACKLOG)).map_err(at(Step::Network))?;
-        report::send(kit.report, &Message::Listening, Some(socket.as_fd())).map_err(failed)?;
-    }
-    if serves {
-        for _ in 0..order.inward {
-            report::send(kit.report, &Message::Inward, Some(tcp()?.as_fd())).map_err(failed)?;
-        }
-    }
-    Ok(())
-}
-
-fn tcp() -> Result<OwnedFd, Failure> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).map_err(at(Step::Network))
 }
 
 /// From the finished mount tree on.

@@ -48,6 +48,7 @@ fn prepare<'a>(kit: &Kit<'a>) -> Result<(Kit<'a>, Common), Failure> {
     join(&kit)?;
     setsid().map_err(at(Step::Session))?;
     kernel::unshare(level::LATER).map_err(|error| Failure::io(Step::Namespaces, &error))?;
+    network::bound_buffers();
     mounts::separate(Tree::Own)?;
     let common = Common::enter(Tree::Own)?;
     // For whoever looks from outside: from here on it only waits.
@@ -80,7 +81,7 @@ fn obey(kit: &Kit<'_>, common: Common) -> Result<(Order, Marks), Failure> {
     let mut marks = order.marks;
     marks.done(Part::Started);
     kernel::set_name(NAME);
-    network(kit, &order)?;
+    network::make(kit, &order)?;
     // Whoever has directories of its name is not made from a spare: it no longer sees the host's tree.
     common.complete(sent.own, Vec::new(), order.socket, order.temp)?;
     marks.done(Part::Tree);

@@ -23,7 +23,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use plugvisor_sandbox::protocol::{EGRESS, MAX_INWARD};
+use plugvisor_sandbox::{
+    inward,
+    protocol::{EGRESS, MAX_INWARD},
+};
 use rustix::{
     fs::{MemfdFlags, Mode, memfd_create},
     io::{Errno, FdFlags, fcntl_setfd},
@@ -42,7 +45,7 @@ use super::{
     pace::Pace,
     plan::{self, Access, Plan},
     relay::{Broken, Event, IN, Poll, Relay, SETTLE, Side, Socket},
-    size::{CONFIGURATION, SOCKET_BUFFER},
+    size::CONFIGURATION,
 };
 use crate::{
     directories::{Kind, Reach},
@@ -142,7 +145,7 @@ fn watch(orders: &Orders, argv: Vec<OsString>, executed: &mut Option<OwnedFd>) -
     Monitor { machine, relay, worker, ports, deaf: None, launcher: Some(told) }.serve(&signals, orders)
 }
 
-/// How long nobody is let in at the ports when that failed.
+/// How long nobody is let in when that failed.
 const DEAF: Duration = Duration::from_millis(100);
 
 /// The number under which the launcher leaves the worker socket.
@@ -239,7 +242,7 @@ struct Monitor {
     relay: Relay<UnixStream>,
     worker: Option<UnixListener>,
     ports: Vec<Port>,
-    /// Until when nobody is let in at the ports.
+    /// Until when nobody is let in.
     deaf: Option<Instant>,
     /// To the launcher, until it was told that the plugin was killed for memory.
     launcher: Option<File>,
@@ -263,7 +266,7 @@ impl Monitor {
             self.deaf.take_if(|until| *until <= now);
             polls.clear();
             polls.push(Poll::new(signals, IN));
-            let accepts = listens && self.relay.has_room(Target::Worker);
+            let accepts = listens && self.deaf.is_none() && self.relay.has_room(Target::Worker);
             polls.push(match &self.worker {
                 Some(worker) if accepts => Poll::new(worker, IN),
                 Some(_) | None => Poll { fd: -1, events: 0, found: 0 },
@@ -317,9 +320,9 @@ impl Monitor {
                 }
             }
             if let Some(worker) = self.worker.as_ref().filter(|_| own[1].is_readable()) {
-                // Whoever gave up meanwhile, or came when no descriptor was left, sees it closed.
-                if let Ok((socket, _)) = worker.accept() {
-                    drop(self.relay.begin(Target::Worker, Socket::Unix(socket)));
+                match worker.accept() {
+                    Ok((socket, _)) => drop(self.relay.begin(Target::Worker, Socket::Unix(socket))),
+                    Err(error) => self.deaf = deaf_after(&error).or(self.deaf),
                 }
             }
             for (port, _) in self.ports.iter().zip(&own[2..]).filter(|(_, poll)| poll.is_readable()) {
@@ -330,11 +333,7 @@ impl Monitor {
                 }
                 match port.listener.accept() {
                     Ok((socket, _)) => drop(self.relay.begin(target, Socket::Tcp(socket))),
-                    // Who gave up meanwhile.
-                    Err(error)
-                        if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
-                    // No descriptor or no memory is left, and the listener stays readable.
-                    Err(_) => self.deaf = Some(Instant::now() + DEAF),
+                    Err(error) => self.deaf = deaf_after(&error).or(self.deaf),
                 }
             }
         }
@@ -368,6 +367,15 @@ impl Monitor {
     }
 }
 
+/// Until when nobody is let in after this came of letting somebody in; `None` after who gave up meanwhile. With no descriptor or
+/// no memory left the listener stays readable, and poll would find it so again at once.
+pub(super) fn deaf_after(error: &io::Error) -> Option<Instant> {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => None,
+        _ => Some(Instant::now() + DEAF),
+    }
+}
+
 /// A port at which the plugin is connected to, in this network namespace: the supervisor connects there as at other levels,
 /// and nobody else is in it.
 struct Port {
@@ -381,8 +389,7 @@ impl Port {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
         // What is accepted has its buffers, which then do not grow: they are in the machine's memory, see `Size`.
-        net::sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER)?;
-        net::sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER)?;
+        inward::bound_buffers(&socket)?;
         net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, number))?;
         Ok(Self { number, listener: socket.into() })
     }

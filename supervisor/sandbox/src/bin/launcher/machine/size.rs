@@ -4,7 +4,7 @@
 //! the archive, once packed and once unpacked; and around that a cgroup of the host holds what the emulator may take
 //! altogether: measured, see ADR 13.
 
-use plugvisor_sandbox::protocol::Limits;
+use plugvisor_sandbox::{inward::BUFFER, protocol::Limits};
 
 const MIB: u64 = 1 << 20;
 
@@ -21,10 +21,11 @@ const EMULATOR: u64 = 192 * MIB;
 /// Threads of the emulator, the monitor, and its init.
 const THREADS: u32 = 64;
 
-/// Each of the two buffers that a connection to a port has in the monitor, in bytes.
-pub(super) const SOCKET_BUFFER: usize = 64 << 10;
-/// What such a connection takes at most: the kernel gives each buffer twice what was asked for (socket(7), `SO_RCVBUF`).
-const CONNECTION: u64 = 2 * 2 * SOCKET_BUFFER as u64;
+/// What a connection to a port takes at most: two ends are in the machine's cgroup, that by which the supervisor connects and
+/// the monitor's, with two buffers each, and the kernel gives each buffer twice what was asked for (socket(7), `SO_RCVBUF`).
+const CONNECTION: u64 = 2 * 2 * 2 * BUFFER as u64;
+
+const _: () = assert!(super::relay::BUFFER as usize == BUFFER, "both sides bound them alike");
 
 /// The size of one machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +80,7 @@ mod tests {
         assert_eq!(outside.memory_bytes, Some(size.guest + size.archive + EMULATOR));
         assert_eq!((outside.pids, outside.file_size_bytes), (Some(THREADS), None));
         assert_eq!(size.outside(&Limits::default()), Limits::default());
-        assert_eq!(Size::of(&limits, 10 * MIB, 0, 8).whole(), size.whole() + 2 * MIB);
+        assert_eq!(Size::of(&limits, 10 * MIB, 0, 8).whole(), size.whole() + 4 * MIB);
         assert_eq!(Size::of(&Limits::default(), 1, 1, 0).guest % MIB, 0);
         // Whatever is asked for.
         let most = Limits { memory_bytes: Some(u64::MAX), ..Limits::default() };

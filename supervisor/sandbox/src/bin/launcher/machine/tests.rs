@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket
 use super::{
     Poll,
     link::{self, Frame, HEAD, MOST_DATA, Target, WINDOW},
-    monitor::break_off,
+    monitor::{break_off, deaf_after},
     plan::{Access, Plan},
     relay::{Broken, Event, LINGER, MOST_INWARD, MOST_OUTWARD, Relay, Side, Socket},
 };
@@ -441,5 +441,17 @@ proptest! {
         }
         drop(said(&bytes));
         drop(Plan::read(&bytes));
+    }
+}
+
+/// A listener from which nobody can be taken stays readable: the monitor would ask without end.
+#[test]
+fn nobody_is_let_in_for_a_while_when_nothing_is_left_to_let_them_in_with() {
+    for nothing_left in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS] {
+        let until = deaf_after(&io::Error::from_raw_os_error(nothing_left)).expect("it rests");
+        assert!(until > Instant::now());
+    }
+    for gave_up in [libc::EAGAIN, libc::EINTR, libc::ECONNABORTED] {
+        assert!(deaf_after(&io::Error::from_raw_os_error(gave_up)).is_none());
     }
 }
