@@ -130,15 +130,23 @@ pub struct Refusal {
     pub reason: Reason,
     /// What was refused and why: `grpc-message`.
     pub message: String,
-    /// What to do next: the trailer `plugvisor-hint`.
+    /// What to do next, for operators; for the caller too, unless there is another one for it.
     pub hint: String,
+    /// What the caller is told in its place: without what only operators may know.
+    pub hint_for_caller: Option<String>,
 }
 
 impl Refusal {
     /// A refusal with its text and its next step.
     #[must_use]
     pub fn new(reason: Reason, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { reason, message: message.into(), hint: hint.into() }
+        Self { reason, message: message.into(), hint: hint.into(), hint_for_caller: None }
+    }
+
+    /// What the caller is told to do next: the trailer `plugvisor-hint`.
+    #[must_use]
+    pub fn caller_hint(&self) -> &str {
+        self.hint_for_caller.as_deref().unwrap_or(&self.hint)
     }
 }
 
@@ -291,11 +299,12 @@ fn reach(provider: &Provider, offer: &table::Offer, caller: Caller<'_>) -> Reach
 
 fn lacks(caller: &PluginCaller, lack: &Lack, service: &str) -> Refusal {
     let (name, capability) = (&caller.name, lack.capability);
-    Refusal::new(
-        Reason::CallerNotAllowed,
-        format!("plugin {name} called {} without the capability {capability}: {}", shown(service), lack.why()),
-        lack.hint(name.as_str()),
-    )
+    Refusal {
+        reason: Reason::CallerNotAllowed,
+        message: format!("plugin {name} called {} without the capability {capability}: {}", shown(service), lack.why()),
+        hint: lack.hint(name.as_str()),
+        hint_for_caller: Some(lack.hint_for_plugin(name.as_str())),
+    }
 }
 
 fn deny(service: &str, caller: Caller<'_>, provider: &Provider, why: Reach) -> Refusal {

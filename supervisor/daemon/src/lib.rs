@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod aside;
 pub mod broker;
 pub mod bucket;
 pub mod calls;

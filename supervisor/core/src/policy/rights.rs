@@ -89,10 +89,20 @@ impl Lack {
         joined(halves)
     }
 
-    /// What to do about each, for the plugin of this name.
+    /// What to do about each, for the plugin of this name: for operators, with where it is to be done.
     #[must_use]
     pub fn hint(&self, plugin: &str) -> String {
-        let (capability, place) = (self.capability, &self.place);
+        self.hint_in(plugin, &self.place)
+    }
+
+    /// The same as the plugin itself is told it. Where the host has its files is nothing for it to know.
+    #[must_use]
+    pub fn hint_for_plugin(&self, plugin: &str) -> String {
+        self.hint_in(plugin, "the configuration")
+    }
+
+    fn hint_in(&self, plugin: &str, place: &str) -> String {
+        let capability = self.capability;
         let tier = self
             .tier_forbids
             .map(|_| format!("set a higher tier for the directory of {plugin} in {place}, if you trust it so far"));
@@ -131,6 +141,7 @@ mod tests {
                     let (why, hint) = (lack.why(), lack.hint("gallery"));
                     assert_eq!(rights.hold(secrets), why.is_empty(), "{rights:?}");
                     assert_eq!(why.is_empty(), hint.is_empty(), "{rights:?}");
+                    assert_eq!(lack.hint_for_plugin("gallery"), hint.replace("/srv/own.toml", "the configuration"));
                     for (missing, word, fix) in [
                         (asked.is_empty(), "manifest", "plugin.json"),
                         (by_tier.is_empty(), "community", "in /srv/own.toml, if you trust it"),

@@ -219,13 +219,21 @@ fn a_denied_call_to_the_host_says_which_half_is_missing() {
             (it, it, none, &["the operator did not grant it"]),
             (none, it, none, &["its manifest does not ask for it", "the operator did not grant it"]),
         ] {
-            let rights = Rights::new(asked, community, by_tier, by_operator, "plugvisor.toml".into());
+            let rights = Rights::new(asked, community, by_tier, by_operator, "/srv/own.toml".into());
             let who = PluginCaller { rights, ..caller("gamma", &[], &[]) };
             let refusal = route(&table(), Caller::Plugin(&who), service, None, None).unwrap_err();
             assert_eq!(refusal.reason, Reason::CallerNotAllowed, "{service}");
             let head = format!("plugin gamma called {service} without the capability {capability}: ");
             let why = refusal.message.strip_prefix(&head).unwrap_or_else(|| panic!("{}", refusal.message));
             assert_eq!(why, missing.join(", and "));
+            // Where the operator's files are is for operators.
+            assert_eq!(
+                refusal.hint.contains("/srv"),
+                missing != ["its manifest does not ask for it"],
+                "{}",
+                refusal.hint
+            );
+            assert!(!refusal.caller_hint().contains("/srv"), "{}", refusal.caller_hint());
             for (half, fix) in [
                 ("its manifest", "security.capabilities"),
                 ("plugins of the tier", "higher tier"),
@@ -233,6 +241,7 @@ fn a_denied_call_to_the_host_says_which_half_is_missing() {
             ] {
                 let named = missing.iter().any(|missing| missing.starts_with(half));
                 assert_eq!(refusal.hint.contains(fix), named, "{service}: {}", refusal.hint);
+                assert_eq!(refusal.caller_hint().contains(fix), named, "{service}: {}", refusal.caller_hint());
             }
         }
     }

@@ -15,7 +15,7 @@ pub fn status(error: &Error) -> Status {
 /// What the broker would answer to a call, as an answer about the call.
 #[must_use]
 pub fn refused(refusal: &Refusal) -> Status {
-    let Refusal { reason, message, hint } = refusal;
+    let Refusal { reason, message, hint, hint_for_caller: _ } = refusal;
     let code = format!("call.{reason}");
     let trailers = [("plugvisor-code", code.as_str()), ("plugvisor-reason", reason.as_str()), ("plugvisor-hint", hint)];
     with_trailers(Status::new(Grpc::from_i32(reason.grpc_status()), message.as_str()), &trailers)

@@ -239,7 +239,7 @@ impl Steps {
         let allowed = refused.is_none();
         let (reason, message, hint) = match refused {
             None => Default::default(),
-            Some((Refusal { reason, message, hint }, suggestion)) => {
+            Some((Refusal { reason, message, hint, hint_for_caller: _ }, suggestion)) => {
                 let hint = suggestion.map_or(hint, |meant| format!("did you mean {meant}?"));
                 (reason.as_str().to_owned(), message, hint)
             }

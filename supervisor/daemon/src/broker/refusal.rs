@@ -33,7 +33,7 @@ fn write(refusal: &Refusal, fields: &mut Fields) {
     fields.push(GRPC_STATUS, refusal.reason.grpc_status().to_string().as_bytes());
     fields.push(GRPC_MESSAGE, &percent_encoded(&refusal.message));
     fields.push(REASON, refusal.reason.as_str().as_bytes());
-    fields.push(HINT, &percent_encoded(&refusal.hint));
+    fields.push(HINT, &percent_encoded(refusal.caller_hint()));
 }
 
 /// The status that a provider ended a call with; `None` when it gave none.
@@ -79,6 +79,12 @@ mod tests {
         assert_eq!(header("grpc-message"), "gr%C3%B6%C3%9Fe 100 %25%0A");
         assert_eq!(header("plugvisor-reason"), "breaker_open");
         assert_eq!(header("plugvisor-hint"), "wait");
+    }
+
+    #[test]
+    fn the_caller_is_told_what_is_for_it() {
+        let refusal = Refusal { hint_for_caller: Some("for it".into()), ..Refusal::new(Reason::Loop, "", "of /etc") };
+        assert_eq!(response(&refusal).get(b"plugvisor-hint"), Some(&b"for it"[..]));
     }
 
     #[test]

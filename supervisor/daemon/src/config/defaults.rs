@@ -75,5 +75,7 @@ pub const INGRESS_CONNECT_TIME: Duration = Duration::from_secs(10);
 pub const INGRESS_IDLE: Duration = Duration::from_secs(300);
 /// How long a plugin may take to take the last bytes of a connection that both sides have ended.
 pub const INGRESS_SETTLE: Duration = Duration::from_secs(5);
+/// How long taking a plugin's sockets over from an earlier supervisor may take: each call on one waits for whoever uses it.
+pub const INGRESS_TAKE_TIME: Duration = Duration::from_secs(5);
 /// How long a connection that a plugin's process refuses waits to hear that the process has ended.
 pub const INGRESS_END_HEARD: Duration = Duration::from_secs(3);

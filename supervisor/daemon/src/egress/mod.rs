@@ -18,6 +18,7 @@ mod dial;
 mod figures;
 mod forward;
 mod limits;
+mod lookups;
 mod names;
 mod own;
 mod refusal;
@@ -43,7 +44,11 @@ pub use self::{
     figures::Figures,
     limits::EgressLimits,
 };
-use self::{own::OwnAddresses, refusal::Refusal};
+use self::{
+    lookups::{Lookups, OwnLookups},
+    own::OwnAddresses,
+    refusal::Refusal,
+};
 use crate::{
     events::{Events, Subject},
     listeners,
@@ -69,7 +74,7 @@ pub struct Rules {
 pub struct EgressHost {
     limits: EgressLimits,
     connections: Arc<Semaphore>,
-    lookups: Arc<Semaphore>,
+    lookups: Lookups,
     own: OwnAddresses,
 }
 
@@ -79,7 +84,7 @@ impl EgressHost {
     pub fn new(limits: EgressLimits) -> Self {
         Self {
             connections: Arc::new(Semaphore::new(limits.connections_of_all)),
-            lookups: Arc::new(Semaphore::new(limits.lookups_of_all)),
+            lookups: Lookups::new(limits.lookups_of_all, limits.lookups),
             own: OwnAddresses::default(),
             limits,
         }
@@ -94,7 +99,7 @@ pub struct Proxy {
     host: Arc<EgressHost>,
     figures: Arc<Figures>,
     events: Arc<Events>,
-    lookups: Arc<Semaphore>,
+    lookups: OwnLookups,
     told: Told,
 }
 
@@ -108,7 +113,7 @@ impl Proxy {
         figures: Arc<Figures>,
         events: Arc<Events>,
     ) -> Self {
-        let lookups = Arc::new(Semaphore::new(host.limits.lookups));
+        let lookups = host.lookups.of(subject.plugin().unwrap_or_default());
         Self { subject, rules, host, figures, events, lookups, told: Told::new() }
     }
 
@@ -162,7 +167,7 @@ impl Proxy {
     fn deny(&self, host: &str, refusal: &Refusal) {
         self.figures.denied();
         let Some(more) = self.told.tell() else { return };
-        let Refusal { status: _, reason, message, hint } = refusal.clone();
+        let Refusal { status: _, reason, message, hint, hint_for_plugin: _ } = refusal.clone();
         let event =
             BrokerEvent::EgressDenied { host: host.chars().take(300).collect(), denial: reason, message, more, hint };
         self.events.publish(self.subject.clone(), event);

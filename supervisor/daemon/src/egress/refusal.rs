@@ -16,13 +16,15 @@ pub(super) struct Refusal {
     /// In `snake_case`; one of a closed set.
     pub(super) reason: &'static str,
     pub(super) message: String,
-    /// Empty when there is nothing to do.
+    /// Empty when there is nothing to do. For operators; for the plugin too, unless there is another one for it.
     pub(super) hint: String,
+    /// What the plugin is told in its place: without what only operators may know.
+    pub(super) hint_for_plugin: Option<String>,
 }
 
 impl Refusal {
     fn new(status: u16, reason: &'static str, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { status, reason, message: message.into(), hint: hint.into() }
+        Self { status, reason, message: message.into(), hint: hint.into(), hint_for_plugin: None }
     }
 
     /// Whether it is the plugin's doing or the operator's will, and not a server's failure.
@@ -61,7 +63,8 @@ impl Refusal {
     pub(super) fn capability(what: &str, lack: &Lack, plugin: &str) -> Self {
         let (needed, why) = (lack.capability, lack.why());
         let message = format!("the plugin may not do this: {what} needs the capability {needed}, and {why}");
-        Self::new(403, "capability_missing", message, lack.hint(plugin))
+        let hint_for_plugin = Some(lack.hint_for_plugin(plugin));
+        Self { hint_for_plugin, ..Self::new(403, "capability_missing", message, lack.hint(plugin)) }
     }
 
     pub(super) fn head(error: HeadError) -> Self {
@@ -111,10 +114,6 @@ impl Refusal {
         Self::new(503, "too_many_connections", message, "reuse connections, and close those that are done")
     }
 
-    pub(super) fn too_many_lookups() -> Self {
-        Self::new(503, "too_many_lookups", "too many names are being looked up", "try again in a moment")
-    }
-
     pub(super) fn lookup(host: &Host, why: &str) -> Self {
         Self::new(
             502,
@@ -154,7 +153,8 @@ impl Refusal {
 
     /// The answer; to a HEAD without its body.
     pub(super) fn to_bytes(&self, head_only: bool) -> Vec<u8> {
-        let Self { status, reason, message, hint } = self;
+        let Self { status, reason, message, hint, hint_for_plugin } = self;
+        let hint = hint_for_plugin.as_ref().unwrap_or(hint);
         let name = http::StatusCode::from_u16(*status).ok().and_then(|status| status.canonical_reason()).unwrap_or("");
         let mut body = format!("plugvisor egress proxy: {message}");
         if !hint.is_empty() {

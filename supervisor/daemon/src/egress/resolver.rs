@@ -1,13 +1,10 @@
 //! From a name to addresses that may be connected to: the host's own resolver, once, on a thread of its own, in bounded
 //! time and number.
 
-use std::{
-    net::{IpAddr, SocketAddr, ToSocketAddrs as _},
-    sync::Arc,
-};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 
 use plugvisor_package::Host;
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::time::timeout;
 
 use super::{Proxy, refusal::Refusal};
 
@@ -40,19 +37,9 @@ impl Proxy {
         let limits = &self.host.limits;
         let late = || Refusal::lookup_late(host, limits.lookup_time);
         let name = host.to_string();
-        let looked_up = async {
-            // Held until the thread is done, however long the resolver takes and whoever waits for it.
-            let own = Arc::clone(&self.lookups).acquire_owned().await.map_err(|_| Refusal::too_many_lookups())?;
-            let all = Arc::clone(&self.host.lookups).acquire_owned().await.map_err(|_| Refusal::too_many_lookups())?;
-            let found = spawn_blocking(move || {
-                let found = (name.as_str(), 0).to_socket_addrs();
-                drop((own, all));
-                found
-            });
-            let found = found.await.map_err(|panic| Refusal::lookup(host, &panic.to_string()))?;
-            found.map_err(|error| Refusal::lookup(host, &error.to_string()))
-        };
-        let found = timeout(limits.lookup_time, looked_up).await.map_err(|_| late())??;
+        let looked_up = self.lookups.run(move || (name.as_str(), 0).to_socket_addrs());
+        let found = timeout(limits.lookup_time, looked_up).await.map_err(|_| late())?;
+        let found = found.flatten().map_err(|error| Refusal::lookup(host, &error.to_string()))?;
         Ok(found.map(|address: SocketAddr| address.ip()).collect())
     }
 }

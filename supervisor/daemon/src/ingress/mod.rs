@@ -16,6 +16,7 @@ mod connection;
 mod figures;
 mod inner;
 mod pool;
+mod takeover;
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +31,7 @@ use plugvisor_package::PluginName;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    task::{JoinSet, spawn_blocking},
+    task::JoinSet,
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
@@ -44,9 +45,10 @@ pub use self::{
 use self::{
     connection::Failure,
     pool::{Lease, Pool},
+    takeover::{Taken, take_all},
 };
 use crate::{
-    config::ListenConfig,
+    config::{ListenConfig, defaults},
     events::{Events, Subject},
     listeners,
     meter::Meter,
@@ -161,19 +163,7 @@ impl Front {
         meter: Option<Arc<Meter>>,
     ) {
         let all = sockets.len();
-        // Calls on a socket wait for whoever is using a copy of it.
-        let taken = spawn_blocking(move || {
-            let (mut fit, mut why) = (Vec::with_capacity(all), None);
-            for socket in sockets {
-                match inner::take(socket) {
-                    Ok(socket) => fit.push(socket),
-                    Err(unfit) => why = why.or(Some(unfit)),
-                }
-            }
-            (fit, why)
-        });
-        // The runtime ends, and everything with it.
-        let Ok((fit, why)) = taken.await else { return };
+        let Taken { fit, why } = take_all(sockets, defaults::INGRESS_TAKE_TIME, inner::take).await;
         let pool = Pool::new(fit, all, self.figures.lost());
         let current = Arc::new(Current { generation, pool, meter, over: CancellationToken::new() });
         self.behind.send_modify(|behind| behind.current = Some(Arc::clone(&current)));

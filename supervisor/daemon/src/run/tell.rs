@@ -73,7 +73,7 @@ pub(super) async fn pump(state: Arc<Supervisor>, mut noticed: mpsc::Receiver<Bro
                     CallerIdentity::Plugin(plugin) => of(plugin),
                     CallerIdentity::Local { .. } => Subject::Supervisor,
                 };
-                let Refusal { reason, message, hint } = refusal;
+                let Refusal { reason, message, hint, hint_for_caller: _ } = refusal;
                 let event = if reason == Reason::Loop {
                     DomainEvent::LoopRejected { path: message }
                 } else {

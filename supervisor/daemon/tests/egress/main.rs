@@ -293,6 +293,10 @@ async fn a_websocket_passes_when_it_is_granted() {
             let answer = world.say(&request).await;
             assert_eq!((status(&answer), reason(&answer)), ("403", "capability_missing"));
             assert!(answer.contains("network:websocket"));
+            // Where the operator's file is is for operators.
+            assert!(answer.contains("in the configuration") && !answer.contains("plugvisor.toml"), "{answer}");
+            let events = world.events.read(0, usize::MAX).entries;
+            assert!(events.iter().any(|(_, record)| record.event.hint().contains("in plugvisor.toml")), "{events:?}");
             continue;
         }
         let mut stream = world.connect().await;
