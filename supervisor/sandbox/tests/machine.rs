@@ -155,6 +155,20 @@ fn its_configuration_is_a_copy_that_has_its_bounds() {
         for words in ["packing its archive", "/plugvisor/config", "at most 4194304"] {
             assert!(errors.contains(words), "{as_:?}: {words:?}: {errors}");
         }
+        fs::remove_file(&large).expect("removes");
+
+        // So is what its user may not read; an ordinary user's plugins are that user.
+        if as_ == As::Root {
+            let closed = harness.path("config/walled/closed");
+            fs::write(&closed, "of root").expect("a file");
+            fs::set_permissions(&closed, fs::Permissions::from_mode(0o600)).expect("chmod");
+            let mut plugin = harness.launch(request.clone());
+            let (_, errors, exit) = whole(&mut harness, &mut plugin);
+            assert_eq!(exit, Exit::Code(70), "{errors}");
+            for words in ["/plugvisor/config/closed: Permission denied", "chmod o+r"] {
+                assert!(errors.contains(words), "{words:?}: {errors}");
+            }
+        }
     }
 }
 

@@ -113,7 +113,7 @@ fn entry(output: &Output, id: &str, key: &SigningKey) -> Result<(), Failure> {
     let public = public(key);
     let lines = [
         "# in the launcher's policy file, such as /etc/plugvisor/launcher.toml, once; tier is the most that it may give".to_owned(),
-        "# a new file begins with the line: version = 1; plugvisord reads it when it starts".to_owned(),
+        "# a new file begins with the line: version = 1; a new file is found when plugvisord starts, and is read at each launch from then on".to_owned(),
         "[[key]]".to_owned(),
         format!("id = \"{id}\""),
         format!("public_key = \"{public}\""),

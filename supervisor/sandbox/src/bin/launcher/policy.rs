@@ -342,13 +342,13 @@ fn signed(
     let Some(known) = rules.key.iter().find(|known| known.id == *key) else {
         return wrong(
             "the launcher's policy file names no such key",
-            "put its [[key]] entry there and start plugvisord again, or approve the bundle by another key",
+            "put its [[key]] entry there, which the next launch goes by, or approve the bundle by another key",
         );
     };
     if !holds(known.expires, now) {
         return wrong(
             "the key has expired in the launcher's policy file",
-            "give it another expires there and start plugvisord again, or approve the bundle by another key",
+            "give it another expires there, which the next launch goes by, or approve the bundle by another key",
         );
     }
     let Ok(signature) = Signature::from_slice(signature) else {

@@ -200,8 +200,9 @@ pub(crate) const fn fix(control: Control) -> &'static str {
              listens to seccomp notifications (some container managers do), or run the plugin at the level container"
         }
         Control::OwnKernel => {
-            "apt install qemu-system-x86 linux-image-cloud-amd64, and name the kernel (kernel = \"/boot/vmlinuz-…\") in [vm] \
-             of the launcher's policy file; or run the plugin at the level sandbox"
+            "correct what is named, in [vm] of the launcher's policy file; where nothing is there yet, apt install \
+             qemu-system-x86 linux-image-cloud-amd64 and name the kernel there (kernel = \"/boot/vmlinuz-…\"); or run the \
+             plugin at the level sandbox"
         }
         Control::NoCapabilities | Control::NoNewPrivs | Control::Rlimits => {
             "this kernel is older than Plugvisor supports; 5.14 or newer is needed"

@@ -196,9 +196,21 @@ fn pack(orders: &Orders, argv: Vec<OsString>) -> io::Result<File> {
     if orders.configuration {
         let place = Path::new(Kind::Config.place());
         contents.put_data(place, place, CONFIGURATION)?;
+        for file in contents.files().iter().filter(|file| file.starts_with(place)) {
+            File::open(file).map_err(|error| {
+                let (user, file) = (rustix::process::geteuid().as_raw(), file.display());
+                let why = format!(
+                    "{file}: {error}; in its configuration directory on the host, let its user ({user}) read that file \
+                     (chmod o+r, or chgrp {user} and chmod g+r)"
+                );
+                io::Error::new(error.kind(), why)
+            })?;
+        }
     }
     for path in &orders.runtime {
-        contents.put_tree(path, path).map_err(|error| {
+        // What it names by a link is there by that name, wherever it lies on the host.
+        let there = path.canonicalize().unwrap_or_else(|_| path.clone());
+        contents.put_tree(&there, path).map_err(|error| {
             io::Error::other(format!("{}, which [vm] runtime of the launcher's policy names: {error}", path.display()))
         })?;
     }

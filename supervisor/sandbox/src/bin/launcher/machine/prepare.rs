@@ -153,7 +153,9 @@ impl Machines {
 
 /// What these files and directories have in bytes, when nobody else may change any of them.
 fn size_of(paths: &[PathBuf]) -> Result<u64, String> {
-    let (mut left, mut bytes, mut files) = (paths.to_vec(), 0_u64, 0_usize);
+    // A guest has what a link leads to under the link's name.
+    let named = paths.iter().map(|path| path.canonicalize().unwrap_or_else(|_| path.clone()));
+    let (mut left, mut bytes, mut files) = (named.collect::<Vec<_>>(), 0_u64, 0_usize);
     while let Some(path) = left.pop() {
         let wrong = |error: io::Error| format!("[vm] runtime: {}: {error}", path.display());
         let found = fs::symlink_metadata(&path).map_err(wrong)?;
@@ -306,5 +308,14 @@ mod tests {
         // And what is known is not walked again.
         fs::remove_file(&file).expect("removes");
         assert_eq!(machines.size_of_runtime(&paths, begun + 3 * AGAIN), Ok(4 + 512));
+    }
+
+    #[test]
+    fn what_a_link_leads_to_counts() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        fs::write(&file, "a longer text").expect("writes");
+        std::os::unix::fs::symlink("file", &link).expect("a link");
+        assert_eq!(size_of(&[link]), Ok(13 + 512));
     }
 }
