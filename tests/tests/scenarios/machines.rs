@@ -96,7 +96,7 @@ async fn a_plugin_in_a_machine_serves_tcp(lane: Lane) -> anyhow::Result<()> {
         .capabilities(&["network:tcp-server"])
         .set("/runtime/network/listen", json!([ingress::PORT, 9090]))
         .set("/security/sandbox/isolationLevel", "vm");
-    let silent = "[[plugin.inside.network.listen]]\naddress = \"127.0.0.1:0\"\nport = 9090\n";
+    let silent = "[[plugin.inside.network.listen]]\naddress = \"127.0.0.1:0\"\nport = 9090\nmax_connections = 4\n";
     let daemon = World::new(lane)?
         .tier("internal")
         .grants(&["network:tcp-server"])

@@ -242,11 +242,13 @@ impl Launcher {
                 RefusalCode::Policy,
                 format!(
                     "{plugin} was not started: its machine would have {} MiB of the host's memory ({} MiB of guest, of which \
-                     twice its archive of at most {} MiB), and [vm] max_memory of the launcher's policy file allows {}; give \
-                     it a smaller maxMemory or bundle, or raise max_memory",
+                     twice its archive of at most {} MiB, and {} MiB for connections to its ports), and [vm] max_memory of \
+                     the launcher's policy file allows {}; give it a smaller maxMemory or bundle, or fewer max_connections, \
+                     or raise max_memory",
                     size.whole() >> 20,
                     size.guest >> 20,
                     size.archive >> 20,
+                    size.connections >> 20,
                     parts.max_memory >> 20
                 ),
             );

@@ -35,7 +35,7 @@ pub(crate) struct Size {
     /// The guest's memory: whole MiB.
     pub(crate) guest: u64,
     /// What its connections to ports may take.
-    connections: u64,
+    pub(crate) connections: u64,
 }
 
 impl Size {
