@@ -165,7 +165,7 @@ fn descriptors_that_do_not_close_hold_up_nothing() {
             let plugin = harness.launch(request);
             let (listener, stream) = lingering();
             // Stopped, so that the packet and not this process holds the last reference.
-            harness.signal(Signal::STOP);
+            harness.stop();
             match way {
                 "refused" => {
                     harness.send(&Request::Probe, &[stream.as_fd()]);
@@ -202,7 +202,7 @@ fn descriptors_that_never_close_end_the_connection() {
         let request = harness.request(&["pause"]);
         let plugin = harness.launch(request);
         let (listener, stream) = lingering();
-        harness.signal(Signal::STOP);
+        harness.stop();
         harness.send(&Request::Probe, &[stream.as_fd()]);
         drop(stream);
         harness.signal(Signal::CONT);

@@ -217,7 +217,7 @@ struct Standing<'a>(&'a Harness);
 
 impl<'a> Standing<'a> {
     fn still(harness: &'a Harness) -> Self {
-        harness.signal(Signal::STOP);
+        harness.stop();
         Self(harness)
     }
 }

@@ -403,7 +403,7 @@ fn who_is_turned_away_leaves_nothing_that_is_closed_in_the_loop() {
     stream.set_nonblocking(false).expect("O_NONBLOCK");
     rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::from_secs(1000))).expect("SO_LINGER");
 
-    harness.signal(Signal::STOP);
+    harness.stop();
     let second = harness.knock();
     let mut sent = 0;
     for _ in 0..12 {

@@ -115,6 +115,15 @@ impl Harness {
         let pid = rustix::process::Pid::from_child(&self.process);
         rustix::process::kill_process(pid, signal).expect("the launcher lives");
     }
+
+    /// Stops the launcher, and waits until it stands still: a signal alone lets it read on for a moment.
+    pub fn stop(&self) {
+        use rustix::process::{Signal, WaitId, WaitIdOptions, waitid};
+        self.signal(Signal::STOP);
+        let pid = rustix::process::Pid::from_child(&self.process);
+        let stopped = waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).expect("waitid");
+        assert!(stopped.is_some_and(|status| status.stopped()), "it stands still");
+    }
 }
 
 impl Drop for Harness {
